@@ -1,0 +1,1 @@
+"""SDPO conformance: the CLaaS SDPO spec as executable property tests."""

@@ -1,0 +1,207 @@
+"""What an implementation is called with and what it must return.
+
+The field names are those of CLaaS (``claas/core/types.py`` of kfallah/CLaaS at e2331f7), so that its own
+``compute_sdpo_loss`` works unmodified. An implementation needs none of these classes: it receives objects
+with these attributes and returns a mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+RATIO_LOG_CLAMP = 20.0
+"""The log of the importance ratio, and the anchor's log-ratio, are clamped to +- this before exp."""
+
+MASS_FLOOR = 1e-8
+"""The support's probability mass is divided out only down to this."""
+
+RKL_FLOOR_LOGPROB = -20.0
+"""The teacher's log-prob of a response token outside its top-k, at alpha >= 1."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Hyperparameters of one distillation batch, with CLaaS's defaults.
+
+    ``alpha`` in [0, 1] weighs the teacher in the mixture; ``is_clip`` > 0 caps the importance ratio;
+    ``learning_rate``, ``max_grad_norm``, ``teacher_top_k`` and ``steps_per_batch`` concern ``distill`` alone.
+    """
+
+    alpha: float = 0.5
+    is_clip: float = 5.0
+    kl_reg_weight: float = 0.0
+    learning_rate: float = 3e-5
+    max_grad_norm: float = 1.0
+    teacher_top_k: int = 100
+    steps_per_batch: int = 1
+
+
+@dataclass
+class SDPOLossInput:
+    """Argument of ``compute_sdpo_loss``.
+
+    Shapes: ``student_logits`` (B, T, V); ``teacher_logprobs`` and ``teacher_indices`` (B, T, K), the indices
+    distinct within a token; ``base_logprobs``, ``response_mask``, ``old_student_logprobs`` and
+    ``response_ids`` (B, T). Log-probs in nats. Indices int64 or int32, mask bool, integer or float.
+    """
+
+    student_logits: Tensor
+    teacher_logprobs: Tensor
+    teacher_indices: Tensor
+    base_logprobs: Tensor
+    response_mask: Tensor
+    old_student_logprobs: Tensor
+    response_ids: Tensor
+    training: TrainingConfig
+
+
+@dataclass
+class FusedSDPOLossInput:
+    """Argument of ``compute_fused_sdpo_loss``: ``SDPOLossInput`` with ``student_hidden`` (B, T, H) and
+    ``lm_head_weight`` (V, H) in place of the logits ``student_hidden @ lm_head_weight.T``."""
+
+    student_hidden: Tensor
+    lm_head_weight: Tensor
+    teacher_logprobs: Tensor
+    teacher_indices: Tensor
+    base_logprobs: Tensor
+    response_mask: Tensor
+    old_student_logprobs: Tensor
+    response_ids: Tensor
+    training: TrainingConfig
+
+
+class SDPOLossResult(TypedDict):
+    """What both loss entries return: ``loss`` 0-dim and differentiable; the rest a float or a 0-dim tensor
+    without graph."""
+
+    loss: Tensor
+    distill_loss: float | Tensor
+    kl_reg: float | Tensor
+    mean_is_ratio: float | Tensor
+    clip_fraction: float | Tensor
+
+
+METRIC_KEYS = ("distill_loss", "kl_reg", "mean_is_ratio", "clip_fraction")
+RESULT_KEYS = ("loss", *METRIC_KEYS)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One element of ``distill``'s batch: token ids, and the sampler's log-probs of the response (nats,
+    one per response token) or None where the sampler recorded nothing."""
+
+    prompt_token_ids: Sequence[int]
+    response_token_ids: Sequence[int]
+    teacher_prompt_token_ids: Sequence[int]
+    response_logprobs: Sequence[float] | None
+
+
+class StepMetrics(TypedDict):
+    """One entry of ``per_step_metrics``: means over samples taken before the update; ``grad_norm`` before
+    clipping; ``step`` counts from 1."""
+
+    step: int
+    total_loss: float
+    distill_loss: float
+    kl_reg: float
+    mean_is_ratio: float
+    clip_fraction: float
+    grad_norm: float
+
+
+class DistillResult(TypedDict):
+    """What ``distill`` returns; the model it was given carries the updated adapter."""
+
+    per_step_metrics: list[StepMetrics]
+
+
+LossFunction = Callable[[Any], Mapping[str, Any]]
+DivergenceFunction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+ResponseLogprobsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+TeacherTopKFunction = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+DistillFunction = Callable[[Any, Sequence[Any], Any, Any], Mapping[str, Any]]
+
+
+class Capability(StrEnum):
+    """The attributes of an implementation that the suite knows how to judge."""
+
+    LOSS = "compute_sdpo_loss"
+    FUSED = "compute_fused_sdpo_loss"
+    DIVERGENCE = "compute_divergence"
+    RESPONSE_LOGPROBS = "compute_response_logprobs"
+    TEACHER_TOPK = "compute_teacher_topk"
+    DISTILL = "distill"
+
+
+SIGNATURES: Mapping[Capability, str] = {
+    Capability.LOSS: "(loss_input) -> {loss, distill_loss, kl_reg, mean_is_ratio, clip_fraction}",
+    Capability.FUSED: "(loss_input) -> the same, from student_hidden and lm_head_weight",
+    Capability.DIVERGENCE: "(student_hidden, lm_head_weight, teacher_logprobs, teacher_indices, alpha) -> (B, T)",
+    Capability.RESPONSE_LOGPROBS: "(student_hidden, lm_head_weight, response_ids) -> (B, T)",
+    Capability.TEACHER_TOPK: "(teacher_hidden, lm_head_weight, k) -> (logprobs, indices), each (B, T, K)",
+    Capability.DISTILL: '(model, samples, training, optimizer_cls) -> {"per_step_metrics": [...]}',
+}
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+"""The dtypes a run can be asked for, by the names that ``--dtype`` and ``SDPO_CLAIMS`` use."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """``SDPO_CLAIMS`` of an implementation, or the defaults where it says nothing.
+
+    ``dtypes``: those it supports (None: it says nothing, and a clear refusal counts as not supported).
+    ``devices``: device types it runs on (None: any). ``max_steps_per_batch``: the most steps ``distill``
+    takes (None: any). ``expected_failures``: requirement id -> reason; strict, an unexpected pass is reported.
+    """
+
+    dtypes: tuple[str, ...] | None = None
+    devices: tuple[str, ...] | None = None
+    max_steps_per_batch: int | None = None
+    expected_failures: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, declared: Any) -> Claims:
+        """Validate what a module declares; raises ValueError naming the entry that is wrong."""
+        if declared is None:
+            return cls()
+        if isinstance(declared, cls):
+            return declared
+        if not isinstance(declared, Mapping):
+            raise ValueError(f"SDPO_CLAIMS must be a mapping, got {type(declared).__name__}")
+        known = {"dtypes", "devices", "max_steps_per_batch", "expected_failures"}
+        if unknown := sorted(set(declared) - known):
+            raise ValueError(f"SDPO_CLAIMS has unknown entries {unknown}; known: {sorted(known)}")
+        dtypes = declared.get("dtypes")
+        if dtypes is not None:
+            names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            if not names or (bad := [name for name in names if name not in DTYPES]):
+                raise ValueError(f"SDPO_CLAIMS['dtypes'] must name some of {list(DTYPES)}, got {bad if names else []}")
+            dtypes = names
+        devices = declared.get("devices")
+        steps = declared.get("max_steps_per_batch")
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"SDPO_CLAIMS['max_steps_per_batch'] must be a positive integer, got {steps!r}")
+        failures = declared.get("expected_failures") or {}
+        if not isinstance(failures, Mapping) or not all(
+            isinstance(key, str) and isinstance(reason, str) and reason.strip() for key, reason in failures.items()
+        ):
+            raise ValueError("SDPO_CLAIMS['expected_failures'] must map requirement ids to non-empty reasons")
+        return cls(
+            dtypes=dtypes,
+            devices=None if devices is None else tuple(str(device) for device in devices),
+            max_steps_per_batch=steps,
+            expected_failures=dict(failures),
+        )
