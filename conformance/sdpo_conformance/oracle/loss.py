@@ -29,7 +29,7 @@ class LossTruth:
     0-dim: ``loss``, ``distill_loss``, ``kl_reg``, ``mean_is_ratio``, ``clip_fraction``. (B, T):
     ``per_token`` D, ``ratio`` r, ``k3``, ``chosen`` l[y], ``logsumexp``, ``weight`` mask/n, and the
     derivatives with respect to l[y]: ``reverse_kl_slope`` (0 for alpha < 1) and ``k3_slope``.
-    ``grad_logits`` (B, T, V). ``divergence`` is None for alpha >= 1.
+    ``logits`` z and ``grad_logits`` (B, T, V). ``divergence`` is None for alpha >= 1.
     """
 
     loss: Tensor
@@ -40,6 +40,7 @@ class LossTruth:
     per_token: Tensor
     ratio: Tensor
     k3: Tensor
+    logits: Tensor
     chosen: Tensor
     logsumexp: Tensor
     weight: Tensor
@@ -114,6 +115,7 @@ def sdpo_loss(loss_input: SDPOLossInput | FusedSDPOLossInput) -> LossTruth:
         per_token=per_token,
         ratio=ratio,
         k3=k3_per_token,
+        logits=z,
         chosen=chosen,
         logsumexp=log_z.squeeze(-1),
         weight=weight,

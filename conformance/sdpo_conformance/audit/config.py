@@ -1,0 +1,108 @@
+"""What the run was asked to do: the training settings and, where a request is kept, its samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.audit.errors import AuditError, shown
+from sdpo_conformance.audit.files import parse_json, read_text
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """CLaaS's TrainingConfig fields that the audit can hold a run against. None where nothing says.
+
+    No default is filled in: a default that the run did not use would accuse it of what it did not do.
+    """
+
+    learning_rate: float | None = None
+    alpha: float | None = None
+    is_clip: float | None = None
+    kl_reg_weight: float | None = None
+    steps_per_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample: token ids of the prompt and the response, and what the sampler recorded."""
+
+    prompt_token_ids: tuple[int, ...]
+    response_token_ids: tuple[int, ...]
+    response_logprobs: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """The settings and samples of a run (either may be empty) and the file they came from."""
+
+    path: Path | None
+    training: TrainingSettings
+    samples: tuple[Sample, ...] = ()
+
+
+NO_REQUEST = RunRequest(path=None, training=TrainingSettings())
+
+
+def read_request(path: Path) -> RunRequest:
+    """Read a DistillBatchRequestPayload ({"training": {...}, "samples": [...]}) or bare settings.
+
+    Raises AuditError when the file is not a JSON object or a field has the wrong type.
+    """
+    where = shown(path)
+    document = parse_json(read_text(path), where)
+    if not isinstance(document, Mapping):
+        raise AuditError(f"{where}: expected a JSON object with training settings, got {type(document).__name__}")
+    nested = document.get("training")
+    settings = nested if isinstance(nested, Mapping) else document
+    values: dict[str, Any] = {}
+    for field in fields(TrainingSettings):
+        value = settings.get(field.name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise AuditError(f"{where}: {field.name} must be a number, got {shown(repr(value))}")
+        if field.name == "steps_per_batch" and (value != value // 1 or value < 1):
+            raise AuditError(f"{where}: steps_per_batch must be a positive whole number, got {value}")
+        values[field.name] = value
+    return RunRequest(path=path, training=TrainingSettings(**values), samples=_samples(document, where))
+
+
+def _samples(document: Mapping[str, Any], where: str) -> tuple[Sample, ...]:
+    rows = document.get("samples", ())
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+        raise AuditError(f"{where}: samples must be a list of objects")
+    samples = []
+    for number, row in enumerate(rows, start=1):
+        if "prompt_token_ids" not in row or "response_token_ids" not in row:
+            return ()  # samples kept as text alone: nothing that can be replayed
+        place = f"{where}: sample {number}"
+        response = token_ids(row["response_token_ids"], f"{place}: response_token_ids")
+        recorded = row.get("response_logprobs")
+        logprobs = None if recorded is None else _logprobs(recorded, f"{place}: response_logprobs")
+        if logprobs is not None and len(logprobs) != len(response):
+            raise AuditError(f"{place} has {len(response)} response tokens and {len(logprobs)} log-probs")
+        prompt = token_ids(row["prompt_token_ids"], f"{place}: prompt_token_ids")
+        samples.append(Sample(prompt, response, logprobs))
+    return tuple(samples)
+
+
+def token_ids(value: object, where: str) -> tuple[int, ...]:
+    """A non-empty list of token ids, or AuditError."""
+    if not isinstance(value, list) or not value:
+        raise AuditError(f"{where} must be a non-empty list of token ids")
+    if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31 for item in value):
+        raise AuditError(f"{where} must hold token ids only (whole numbers from 0)")
+    return tuple(value)
+
+
+def _logprobs(value: object, where: str) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise AuditError(f"{where} must be a list of numbers")
+    for item in value:
+        if isinstance(item, bool) or not isinstance(item, int | float) or math.isnan(item):
+            raise AuditError(f"{where} must hold numbers only")
+    return tuple(float(item) for item in value)
