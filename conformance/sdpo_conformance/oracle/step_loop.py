@@ -1,0 +1,188 @@
+"""The step loop: ``steps_per_batch`` optimizer steps on one batch, the behaviour log-probs refreshed between.
+
+    behaviour = what the sampler recorded
+    for each step:
+        loss = mean over samples of the sample's loss (B = 1), the ratio taken against behaviour
+        g = d loss / d adapter;   g <- g * min(1, max_grad_norm / (|g| + 1e-6));   AdamW;   g forgotten
+        behaviour = log-probs of the response under the updated adapter
+
+Give it a float64 model: ``float64_copy``. Source: claas/training/distillation.py,
+DistillationTrainer.distill, kfallah/CLaaS at e2331f7.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.oracle.loss import LossTruth, sdpo_loss
+from sdpo_conformance.oracle.policy import (
+    PreparedSample,
+    prepare,
+    recorded_logprobs,
+    response_logits,
+    student_logprobs,
+)
+from sdpo_conformance.protocol import METRIC_KEYS, Sample, SDPOLossInput, StepMetrics, TrainingConfig
+
+BETAS = (0.9, 0.999)
+WEIGHT_DECAY = 0.01
+EPSILON = 1e-8
+"""AdamW's settings; epsilon is torch's default. Only the learning rate comes from the config."""
+
+CLIP_EPSILON = 1e-6
+"""What torch.nn.utils.clip_grad_norm_ adds to the norm it divides by."""
+
+Gradient = dict[str, Tensor]
+"""Trainable parameter name -> tensor of the parameter's shape."""
+
+
+@dataclass(frozen=True)
+class StepTruth:
+    """One step before its update: the ``metrics``, the ``gradient`` before clipping, each sample's loss."""
+
+    metrics: StepMetrics
+    gradient: Gradient
+    losses: tuple[LossTruth, ...]
+
+
+@dataclass(frozen=True)
+class StepLoopTruth:
+    """A whole run: each step, and the adapter's ``weights`` after the last."""
+
+    steps: tuple[StepTruth, ...]
+    weights: Gradient
+
+    @property
+    def per_step_metrics(self) -> list[StepMetrics]:
+        return [step.metrics for step in self.steps]
+
+
+def float64_copy(model: Any) -> Any:
+    """A copy on the CPU with every weight upcast exactly, without dropout or gradient checkpointing."""
+    twin = copy.deepcopy(model).to(device="cpu", dtype=torch.float64).eval()
+    twin.zero_grad(set_to_none=True)
+    return twin
+
+
+def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The adapter: every parameter that takes a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def norm(gradient: Mapping[str, Tensor]) -> Tensor:
+    """The Euclidean norm over all parameters at once, 0-dim."""
+    return torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
+
+
+def clipped(gradient: Gradient, max_grad_norm: float) -> Gradient:
+    """clip_grad_norm_: scaled down to the norm, never up."""
+    factor = (max_grad_norm / (norm(gradient) + CLIP_EPSILON)).clamp(max=1.0)
+    return {name: g * factor for name, g in gradient.items()}
+
+
+def sample_loss(
+    model: Any, prepared: PreparedSample, behaviour: Tensor, training: TrainingConfig
+) -> tuple[LossTruth, Gradient]:
+    """One sample's loss and its gradient with respect to the adapter. ``behaviour`` (1, T)."""
+    adapter = trainable(model)
+    with torch.enable_grad():
+        logits = response_logits(model, prepared.sample.prompt_token_ids, prepared.sample.response_token_ids)
+    truth = sdpo_loss(
+        SDPOLossInput(
+            student_logits=logits,
+            teacher_logprobs=prepared.teacher_logprobs,
+            teacher_indices=prepared.teacher_indices,
+            base_logprobs=prepared.base_logprobs,
+            response_mask=torch.ones_like(behaviour),
+            old_student_logprobs=behaviour,
+            response_ids=prepared.response_ids,
+            training=training,
+        )
+    )
+    gradients = torch.autograd.grad(
+        logits,
+        list(adapter.values()),
+        grad_outputs=truth.grad_logits,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return truth, dict(zip(adapter, gradients, strict=True))
+
+
+def step_truth(
+    model: Any,
+    prepared: Sequence[PreparedSample],
+    behaviour: Sequence[Tensor],
+    training: TrainingConfig,
+    step: int = 1,
+) -> StepTruth:
+    """One step at the model's present weights: a mean over samples of per-sample token means."""
+    count = len(prepared)
+    outcomes = [sample_loss(model, one, old, training) for one, old in zip(prepared, behaviour, strict=True)]
+    losses = tuple(loss for loss, _ in outcomes)
+    gradient = {name: torch.stack([g[name] for _, g in outcomes]).mean(0) for name in trainable(model)}
+    mean = {key: sum(float(getattr(loss, key)) for loss in losses) / count for key in ("loss", *METRIC_KEYS)}
+    metrics = StepMetrics(
+        step=step,
+        total_loss=mean["loss"],
+        distill_loss=mean["distill_loss"],
+        kl_reg=mean["kl_reg"],
+        mean_is_ratio=mean["mean_is_ratio"],
+        clip_fraction=mean["clip_fraction"],
+        grad_norm=float(norm(gradient)),
+    )
+    return StepTruth(metrics=metrics, gradient=gradient, losses=losses)
+
+
+@dataclass
+class AdamW:
+    """Decoupled weight decay, then Adam with bias correction (Loshchilov and Hutter), as torch does it."""
+
+    learning_rate: float
+    count: int = 0
+    first: Gradient = field(default_factory=dict)
+    second: Gradient = field(default_factory=dict)
+
+    def updated(self, weights: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Gradient:
+        """The weights after one step; remembers the moments."""
+        self.count += 1
+        after: Gradient = {}
+        for name, g in gradient.items():
+            zero = torch.zeros_like(g)
+            m = self.first[name] = BETAS[0] * self.first.get(name, zero) + (1 - BETAS[0]) * g
+            v = self.second[name] = BETAS[1] * self.second.get(name, zero) + (1 - BETAS[1]) * g.square()
+            m_hat = m / (1 - BETAS[0] ** self.count)
+            v_hat = v / (1 - BETAS[1] ** self.count)
+            decayed = weights[name] * (1 - self.learning_rate * WEIGHT_DECAY)
+            after[name] = decayed - self.learning_rate * m_hat / (v_hat.sqrt() + EPSILON)
+        return after
+
+
+@torch.no_grad()
+def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Copy these weights into the model's parameters of those names."""
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        parameters[name].copy_(value)
+
+
+def step_loop(model: Any, samples: Sequence[Sample], training: TrainingConfig) -> StepLoopTruth:
+    """Run the loop on a float64 model, whose adapter it updates in place."""
+    prepared = [prepare(model, sample, training.teacher_top_k) for sample in samples]
+    behaviour = [recorded_logprobs(model, sample) for sample in samples]
+    optimizer = AdamW(training.learning_rate)
+    steps: list[StepTruth] = []
+    for step in range(1, training.steps_per_batch + 1):
+        truth = step_truth(model, prepared, behaviour, training, step)
+        steps.append(truth)
+        before = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+        load_weights(model, optimizer.updated(before, clipped(truth.gradient, training.max_grad_norm)))
+        behaviour = [student_logprobs(model, sample) for sample in samples]
+    weights = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    return StepLoopTruth(steps=tuple(steps), weights=weights)
