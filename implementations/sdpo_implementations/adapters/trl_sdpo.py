@@ -1,0 +1,89 @@
+"""TRL's experimental SDPO trainer: its own loss methods, run on a stand-in for the trainer.
+
+The module is ``distillation_mode="topk_logits"`` with a local teacher: the student's top-k, renormalised.
+``trl_sdpo:sampled_token`` is TRL's default mode, the response tokens alone (alpha 1 only);
+``trl_sdpo:teacher_server`` is ``use_teacher_server=True``, where the support is the teacher's top-k.
+
+TRL's convention, not CLaaS's: each row is averaged over its own tokens before the rows are; alpha 0 and 1 are
+the full forward and reverse KL; there is no anchor to the base policy. It reports no ``kl_reg``,
+``mean_is_ratio`` or ``clip_fraction``. A local teacher outside its own top-k is completed by
+``complete_teacher``. Source: ``trl/experimental/sdpo/sdpo_trainer.py``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_implementations.adapters.availability import require
+from sdpo_implementations.adapters.teacher import complete_teacher
+
+_INSTALL = "pip install 'trl>=1.16'"
+_Trainer = require("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer", _INSTALL)
+_Logits = require("trl.experimental.sdpo.sdpo_trainer", "DistillationLogits", _INSTALL)
+
+
+@dataclass(frozen=True)
+class TRLLoss:
+    """One setting of TRL's trainer: its ``distillation_mode``, and whether a server holds the teacher."""
+
+    mode: str
+    server: bool = False
+
+    def compute_sdpo_loss(self, loss_input: Any) -> dict[str, Tensor]:
+        """TRL's loss with its default of no tail bucket; alpha and is_clip from the input. Raises ValueError
+        where TRL does, as ``sampled_token`` for every alpha but 1."""
+        teacher = complete_teacher(
+            loss_input.teacher_logprobs, loss_input.teacher_indices, loss_input.student_logits.shape[-1]
+        )
+        trainer, model = self._trainer(loss_input, teacher), SimpleNamespace(training=True)
+        mask = loss_input.response_mask.to(loss_input.old_student_logprobs.dtype)
+        nothing = loss_input.response_ids[:, :0]
+        batch = {
+            "prompt_ids": nothing,
+            "prompt_mask": nothing,
+            "completion_ids": loss_input.response_ids.long(),
+            "completion_mask": mask,
+            "old_per_token_logps": loss_input.old_student_logprobs,
+        }
+        if self.server:
+            loss = _Trainer._compute_server_distillation_loss(trainer, model, batch)
+        else:
+            logits = _Logits(batch["completion_ids"], mask, mask, loss_input.student_logits, teacher)
+            loss = _Trainer._compute_self_distillation_loss(trainer, model, batch, logits)
+        return {"loss": loss, "distill_loss": loss.detach()}
+
+    def _trainer(self, loss_input: Any, teacher: Tensor) -> SimpleNamespace:
+        """What the two methods ask of ``self``: options, the forwards' results, and somewhere to log."""
+        chosen = loss_input.response_ids.long().unsqueeze(-1)
+        served = {
+            "actual_logprobs": teacher.gather(-1, chosen).squeeze(-1),
+            "topk_logprobs": loss_input.teacher_logprobs,
+            "topk_token_ids": loss_input.teacher_indices.long(),
+        }
+        return SimpleNamespace(
+            args=SimpleNamespace(
+                distillation_mode=self.mode,
+                distillation_topk=loss_input.teacher_indices.shape[-1],
+                distillation_alpha=loss_input.training.alpha,
+                distillation_add_tail=False,
+                distillation_is_clip=loss_input.training.is_clip,
+            ),
+            accelerator=SimpleNamespace(gather=torch.Tensor.detach),
+            state=SimpleNamespace(global_step=0),
+            _last_loaded_step=0,
+            _metrics=defaultdict(lambda: defaultdict(list)),
+            _log_self_distillation_metric=lambda mode, value: None,
+            _forward_logits=lambda **_: loss_input.student_logits,
+            _get_teacher_token_logprobs_from_server=lambda inputs, kept: served,
+        )
+
+
+sampled_token = TRLLoss("sampled_token")
+teacher_server = TRLLoss("topk_logits", server=True)
+compute_sdpo_loss = TRLLoss("topk_logits").compute_sdpo_loss
