@@ -1,4 +1,4 @@
-"""kfallah/CLaaS itself, whose code the spec is: its loss as it is, its step loop through ``claas_trainer``."""
+"""kfallah/CLaaS itself, whose code is the spec: its loss as it is, and its loop through ``claas_trainer``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """apple/ml-cross-entropy as the refresh's log-probs: its per-token loss is the negative of what is wanted.
 
-On CUDA its Triton kernels, elsewhere its PyTorch path, run without torch.compile: the first would compile for
-minutes what a property test calls once.
+On CUDA its Triton kernels, elsewhere its PyTorch path without torch.compile, which changes the speed alone.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ def compute_response_logprobs(student_hidden: Tensor, lm_head_weight: Tensor, re
     (V, H), float32, without graph."""
     impl = "cce" if student_hidden.is_cuda else "torch_compile"
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return -_linear_cross_entropy(
+        loss: Tensor = _linear_cross_entropy(
             student_hidden, lm_head_weight, response_ids.long(), reduction="none", impl=impl
         )
+    return -loss
