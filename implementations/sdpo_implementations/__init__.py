@@ -1,0 +1,1 @@
+"""Implementations of the CLaaS SDPO loss that ship with the conformance suite."""

@@ -1,0 +1,137 @@
+"""The public functions: check, flatten, call the kernels, restore (B, T)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_implementations.triton_fused.autograd import (
+    FusedDivergence,
+    FusedLoss,
+    LogitsLoss,
+    empty_result,
+    result,
+)
+from sdpo_implementations.triton_fused.inputs import (
+    Tokens,
+    check_features,
+    check_head,
+    check_response_ids,
+    check_support,
+    flat,
+    flat_head,
+    read_tokens,
+)
+from sdpo_implementations.triton_fused.kernels.logsumexp import hidden_logsumexp
+from sdpo_implementations.triton_fused.kernels.support_logits import hidden_support_logits
+from sdpo_implementations.triton_fused.kernels.teacher_topk import hidden_topk
+from sdpo_implementations.triton_fused.runtime import on_device
+
+
+def compute_fused_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
+    """The CLaaS SDPO loss from hidden states, without logits of the whole batch at any time.
+
+    ``loss_input`` carries ``student_hidden`` (B, T, H) and ``lm_head_weight`` (V, H) in one dtype (float32,
+    bfloat16 or float16); ``teacher_logprobs`` and ``teacher_indices`` (B, T, K); ``base_logprobs``,
+    ``old_student_logprobs``, ``response_mask`` and ``response_ids`` (B, T); ``training`` with ``alpha``,
+    ``is_clip`` and ``kl_reg_weight``. Log-probs in nats, any floating dtype.
+
+    Returns ``loss`` (0-dim float32, differentiable with respect to the hidden states, and to the head where
+    it requires a gradient) and ``distill_loss``, ``kl_reg``, ``mean_is_ratio``, ``clip_fraction`` (0-dim
+    float32 tensors without graph: reading one is what waits for the device). Raises ValueError.
+    """
+    hidden, head = loss_input.student_hidden, loss_input.lm_head_weight
+    check_features("student_hidden", hidden)
+    check_head(head, "student_hidden", hidden)
+    tokens = read_tokens(loss_input, "student_hidden", hidden, head.shape[0])
+    if tokens.mask.numel() == 0:
+        return empty_result(hidden)
+    differentiated = torch.is_grad_enabled() and hidden.requires_grad
+    dense = differentiated and (tokens.alpha >= 1 or tokens.kl_reg_weight != 0)
+    return result(*FusedLoss.apply(tokens.features, flat_head(head), tokens, dense))
+
+
+def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
+    """The same from ``student_logits`` (B, T, V): CLaaS's own entry, field for field."""
+    logits = loss_input.student_logits
+    check_features("student_logits", logits)
+    tokens = read_tokens(loss_input, "student_logits", logits, logits.shape[-1])
+    if tokens.mask.numel() == 0:
+        return empty_result(logits)
+    return result(*LogitsLoss.apply(tokens.features, tokens))
+
+
+def compute_divergence(
+    student_hidden: Tensor, lm_head_weight: Tensor, teacher_logprobs: Tensor, teacher_indices: Tensor, alpha: float
+) -> Tensor:
+    """The generalised Jensen-Shannon divergence alone, (B, T) float32, differentiable. 0 <= alpha < 1.
+
+    Without the importance ratio this is not SDPO: the caller owes it, and the refresh of the behaviour
+    log-probs between steps. Raises ValueError, also for alpha >= 1, which needs the response tokens.
+    """
+    check_features("student_hidden", student_hidden)
+    check_head(lm_head_weight, "student_hidden", student_hidden)
+    check_support(teacher_logprobs, teacher_indices, student_hidden, lm_head_weight.shape[0], None)
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be in [0, 1) for the divergence alone, got {alpha}")
+    shape = student_hidden.shape[:2]
+    support = flat(teacher_indices).contiguous()
+    everywhere = torch.ones(support.shape[0], dtype=torch.float32, device=support.device)
+    tokens = Tokens(
+        features=flat(student_hidden),
+        teacher_logprobs=flat(teacher_logprobs.detach()).contiguous(),
+        support=support,
+        response_ids=support[:, 0].contiguous(),
+        old_student_logprobs=everywhere,
+        base_logprobs=everywhere,
+        mask=everywhere,
+        alpha=float(alpha),
+        is_clip=1.0,
+        kl_reg_weight=0.0,
+    )
+    if everywhere.numel() == 0:
+        return student_hidden.float().sum(-1) * 0.0
+    divergence: Tensor = FusedDivergence.apply(tokens.features, flat_head(lm_head_weight), tokens)
+    return divergence.view(shape)
+
+
+@torch.no_grad()
+def compute_response_logprobs(student_hidden: Tensor, lm_head_weight: Tensor, response_ids: Tensor) -> Tensor:
+    """log_softmax(hidden @ head.T) at the response tokens, (B, T) float32, without graph.
+
+    Position t of ``student_hidden`` (B, T, H) predicts ``response_ids`` (B, T) at t: slicing the model's
+    output to start-1 .. -2 is the caller's part. Raises ValueError.
+    """
+    check_features("student_hidden", student_hidden)
+    check_head(lm_head_weight, "student_hidden", student_hidden)
+    check_response_ids(response_ids, student_hidden, lm_head_weight.shape[0], None)
+    hidden, head, ids = flat(student_hidden), flat_head(lm_head_weight), flat(response_ids)
+    if ids.numel() == 0:
+        return torch.zeros(response_ids.shape, dtype=torch.float32, device=ids.device)
+    with on_device(hidden):
+        chosen = hidden_support_logits(hidden, head, None, ids, None)[:, 0]
+        row_max, log_sum = hidden_logsumexp(hidden, head, None)
+    return ((chosen - row_max) - log_sum).view(response_ids.shape)
+
+
+@torch.no_grad()
+def compute_teacher_topk(teacher_hidden: Tensor, lm_head_weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The teacher's support: the k largest log-probs of log_softmax(hidden @ head.T), largest first.
+
+    Returns (log-probs float32, indices int64), each (B, T, min(max(1, k), V)), normalised over the whole
+    vocabulary, without graph. Raises ValueError.
+    """
+    check_features("teacher_hidden", teacher_hidden)
+    check_head(lm_head_weight, "teacher_hidden", teacher_hidden)
+    k = min(max(1, int(k)), lm_head_weight.shape[0])
+    hidden, head = flat(teacher_hidden), flat_head(lm_head_weight)
+    shape = (*teacher_hidden.shape[:2], k)
+    if hidden.shape[0] == 0:
+        empty = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+        return empty, empty.to(torch.int64)
+    with on_device(hidden):
+        logprobs, indices = hidden_topk(hidden, head, k)
+    return logprobs.view(shape), indices.view(shape)

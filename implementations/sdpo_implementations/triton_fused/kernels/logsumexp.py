@@ -1,0 +1,72 @@
+"""From the statistics of tiles to each row's logsumexp, kept as two numbers: its maximum and the rest.
+
+l = (z - maximum) - log_sum keeps the low bits of a log-prob among logits of magnitude 1e4, which
+z - logsumexp in float32 does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdpo_implementations.triton_fused.kernels.vocabulary_product import (
+    ROW_BLOCK,
+    TileStatistics,
+    tile_statistics,
+    tiling,
+)
+from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted", "row_max", "log_sum"])
+def combine_statistics_kernel(
+    tile_max, tile_sum, counted, row_max, log_sum, n_rows, n_tiles,
+    ROWS: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    read = rows < n_rows
+    if MASKED:
+        read = read & (tl.load(counted + rows, mask=read, other=0.0) != 0)
+    maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+    for tile in range(0, n_tiles, TILES):
+        tiles = tile + tl.arange(0, TILES)
+        places = tiles[:, None].to(tl.int64) * n_rows + rows[None, :]
+        here = (tiles < n_tiles)[:, None] & read[None, :]
+        maximum = tl.maximum(maximum, tl.max(tl.load(tile_max + places, mask=here, other=float("-inf")), 0))
+    finite = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.zeros((ROWS,), tl.float32)
+    for tile in range(0, n_tiles, TILES):
+        tiles = tile + tl.arange(0, TILES)
+        places = tiles[:, None].to(tl.int64) * n_rows + rows[None, :]
+        here = (tiles < n_tiles)[:, None] & read[None, :]
+        shift = tl.load(tile_max + places, mask=here, other=float("-inf")) - finite[None, :]
+        total += tl.sum(tl.load(tile_sum + places, mask=here, other=0.0) * tl.exp(shift), 0)
+    tl.store(row_max + rows, tl.where(read, finite, 0.0), mask=rows < n_rows)
+    tl.store(log_sum + rows, tl.where(read, tl.log(total), 0.0), mask=rows < n_rows)
+
+
+def combine(statistics: TileStatistics, counted: Tensor | None, row_max: Tensor, log_sum: Tensor) -> None:
+    """Fill row_max and log_sum (N,) float32; 0 and 0 at rows that do not count."""
+    n_tiles, n_rows = statistics.maxima.shape
+    rows = 64 if INTERPRETED else 16
+    combine_statistics_kernel[(ceil_div(n_rows, rows),)](
+        statistics.maxima, statistics.sums, statistics.maxima if counted is None else counted,
+        row_max, log_sum, n_rows, n_tiles,
+        ROWS=rows, TILES=64, MASKED=counted is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def hidden_logsumexp(hidden: Tensor, head: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(row_max, log_sum), each (N,) float32, of hidden (N, H) @ head (V, H).T."""
+    n_rows = hidden.shape[0]
+    row_max = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
+    log_sum = torch.empty_like(row_max)
+    tiles = tiling(min(n_rows, ROW_BLOCK), head.shape[0], hidden.shape[1], hidden.dtype, hidden.device)
+    for start in range(0, n_rows, ROW_BLOCK):
+        rows = slice(start, min(start + ROW_BLOCK, n_rows))
+        part = None if counted is None else counted[rows]
+        combine(tile_statistics(hidden[rows], head, tiles, part), part, row_max[rows], log_sum[rows])
+    return row_max, log_sum

@@ -1,0 +1,90 @@
+"""Gradient to the hidden states: the head's rows at the support, weighted, and the dense term if there is one.
+
+    dH = scale (support_scale sum_k support_weight_k W[S_k]
+                + (chosen_weight + floor_weight) e - floor_weight W[y]),      e = W[y] - sum_v softmax_v W[v]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdpo_implementations.triton_fused.kernels.token_loss import TokenTerms
+from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2, storage_dtype
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+
+@triton.jit(
+    do_not_specialize=["n_rows"],
+    do_not_specialize_on_alignment=[
+        "support", "response_ids", "support_weight", "support_scale", "chosen_weight", "floor_weight", "scale",
+    ],
+)  # fmt: skip
+def support_gradient_kernel(
+    head, support, response_ids, support_weight, support_scale, chosen_weight, floor_weight, scale, expected,
+    gradient, n_rows, k_support, vocabulary, width, stride_head, stride_scale,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr, INNER: tl.constexpr, SUPPORT: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    wide = rows.to(tl.int64)
+    inner = tl.program_id(1) * INNER + tl.arange(0, INNER)
+    present = rows < n_rows
+    in_width = inner < width
+    used = tl.load(support_scale + rows, mask=present, other=0.0)
+    total = tl.zeros((ROWS, INNER), tl.float32)
+    if SUPPORT:
+        for start in range(0, k_support, ENTRIES):
+            entries = start + tl.arange(0, ENTRIES)
+            inside = (used != 0)[:, None] & (entries < k_support)[None, :]
+            places = wide[:, None] * k_support + entries[None, :]
+            token = tl.load(support + places, mask=inside, other=0).to(tl.int64)
+            inside = inside & (token >= 0) & (token < vocabulary)
+            weight = tl.load(support_weight + places, mask=inside, other=0.0)
+            w = tl.load(
+                head + token[:, :, None] * stride_head + inner[None, None, :],
+                mask=(inside & (weight != 0))[:, :, None] & in_width[None, None, :], other=0.0,
+            )  # fmt: skip
+            total += tl.sum(weight[:, :, None] * w.to(tl.float32), 1)
+        total = tl.where((used != 0)[:, None], total * used[:, None], 0.0)
+    if DENSE:
+        through_chosen = tl.load(chosen_weight + rows, mask=present, other=0.0)
+        through_floor = tl.load(floor_weight + rows, mask=present, other=0.0)
+        on_floor = (through_floor != 0)[:, None] & in_width[None, :]
+        c = through_chosen + through_floor
+        e = tl.load(
+            expected + wide[:, None] * width + inner[None, :],
+            mask=((through_chosen != 0) | (through_floor != 0))[:, None] & in_width[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        y = tl.load(response_ids + rows, mask=present, other=0).to(tl.int64)
+        w = tl.load(head + y[:, None] * stride_head + inner[None, :], mask=on_floor, other=0.0).to(tl.float32)
+        total += c[:, None] * e - through_floor[:, None] * w
+    total *= tl.load(scale + wide * stride_scale, mask=present, other=0.0)[:, None]
+    tl.store(
+        gradient + wide[:, None] * width + inner[None, :], total.to(gradient.dtype.element_ty),
+        mask=present[:, None] & in_width[None, :],
+    )  # fmt: skip
+
+
+def hidden_gradient(
+    head: Tensor, support: Tensor, response_ids: Tensor, terms: TokenTerms, scale: Tensor, expected: Tensor | None
+) -> Tensor:
+    """(N, H) in the storage dtype of the head; ``scale`` () or (N,) float32; ``expected`` e (N, H) or None."""
+    n_rows, k_support = support.shape
+    width = head.shape[1]
+    gradient = torch.empty((n_rows, width), dtype=storage_dtype(head.dtype), device=head.device)
+    if INTERPRETED:
+        entries, inner = min(16, next_power_of_2(k_support)), min(256, next_power_of_2(width))
+        rows, warps = max(1, min(64, 2**17 // (entries * inner), next_power_of_2(n_rows))), 4
+    else:
+        rows, entries, inner, warps = 1, min(8, next_power_of_2(k_support)), min(1024, next_power_of_2(width)), 4
+    support_gradient_kernel[(ceil_div(n_rows, rows), ceil_div(width, inner))](
+        head, support, response_ids,
+        terms.support_scale if terms.support_weight is None else terms.support_weight, terms.support_scale,
+        terms.chosen_weight, terms.floor_weight, scale, gradient if expected is None else expected, gradient,
+        n_rows, k_support, head.shape[0], width, head.stride(0), scale.stride(0) if scale.dim() == 1 else 0,
+        ROWS=rows, ENTRIES=entries, INNER=inner,
+        SUPPORT=terms.support_weight is not None, DENSE=expected is not None, num_warps=warps,
+    )  # fmt: skip
+    return gradient

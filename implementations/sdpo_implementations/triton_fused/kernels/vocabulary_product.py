@@ -1,0 +1,276 @@
+"""The product hidden @ head.T, tile by tile, never written out whole.
+
+One persistent kernel; what becomes of a tile of logits is its epilogue:
+
+* ``statistics``: the tile's row maxima and sums of exponentials alone, for the logsumexp;
+* ``exponentials``: these, and exp(logit - tile maximum) into a buffer that holds some rows of the vocabulary;
+* ``logits``: these, the float32 logits into a buffer, and the maximum of every SUBTILE columns;
+* ``gradient``: given each row's logsumexp, the gradient of the loss with respect to the logits, dense part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_implementations.triton_fused.runtime import (
+    INTERPRETED,
+    ceil_div,
+    describable,
+    has_tensor_memory_accelerator,
+    next_power_of_2,
+    processors,
+)
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SUBTILE = 64
+ROW_BLOCK = 4096
+"""Rows per launch where only statistics are kept: bounds them to 8 bytes a row and tile."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tile shape and launch shape. A table, not a search: nothing is timed at the first call."""
+
+    rows: int
+    columns: int
+    inner: int
+    group: int
+    warps: int
+    stages: int
+
+
+def tiling(n_rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> Tiling:
+    """The tiling for a product of (n_rows, width) with (vocabulary, width)."""
+    if INTERPRETED:
+        columns = min(512, max(SUBTILE, next_power_of_2(vocabulary)))
+        return Tiling(min(64, max(16, next_power_of_2(n_rows))), columns, min(256, max(16, next_power_of_2(width))), 8, 4, 1)
+    if dtype == torch.float32:
+        return Tiling(64, 64, 32, 8, 4, 2)
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 9:
+        return Tiling(64, 256, 64, 8, 4, 4) if n_rows <= 64 else Tiling(128, 256, 64, 8, 8, 3)
+    if (major, minor) == (8, 0):
+        return Tiling(128, 128, 64, 8, 8, 3)
+    return Tiling(128, 128, 32, 8, 8, 3)
+
+
+@triton.jit
+def _tile_of_product(
+    a, b, row0, column0, n_rows, n_columns, width, stride_a, stride_b,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """float32 accumulators of rows row0.. of a times rows column0.. of b; DESCRIPTORS: bulk tensor copies."""
+    accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
+    rows = (row0 + tl.arange(0, ROWS)).to(tl.int64)
+    columns = (column0 + tl.arange(0, COLUMNS)).to(tl.int64)
+    for k in range(0, width, INNER):
+        if DESCRIPTORS:
+            a_tile = a.load([row0, k])
+            b_tile = b.load([column0, k])
+        else:
+            inner = k + tl.arange(0, INNER)
+            a_tile = tl.load(
+                a + rows[:, None] * stride_a + inner[None, :],
+                mask=(rows < n_rows)[:, None] & (inner < width)[None, :], other=0.0,
+            )  # fmt: skip
+            b_tile = tl.load(
+                b + columns[:, None] * stride_b + inner[None, :],
+                mask=(columns < n_columns)[:, None] & (inner < width)[None, :], other=0.0,
+            )  # fmt: skip
+        if UPCAST:
+            a_tile = a_tile.to(tl.float32)
+            b_tile = b_tile.to(tl.float32)
+        accumulator = tl.dot(a_tile, b_tile.T, accumulator, input_precision="ieee")
+    return accumulator
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "column_start", "column_end"],
+    do_not_specialize_on_alignment=["counted", "response_ids", "row_max", "log_sum"],
+)
+def vocabulary_product_kernel(
+    hidden, head, counted, tile_max, tile_sum, buffer, subtile_max,
+    row_max, log_sum, chosen_weight, floor_weight, scale, response_ids,
+    n_rows, column_start, column_end, width, stride_hidden, stride_head, stride_buffer, stride_scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
+    SUBTILE: tl.constexpr, EPILOGUE: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    row_tiles = (n_rows + ROWS - 1) // ROWS
+    column_tiles = (column_end - column_start + COLUMNS - 1) // COLUMNS
+    in_group = GROUP * column_tiles
+    for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        # Row tiles of a group share the columns in flight, so that the head is read from memory once a group.
+        group = tile // in_group
+        group_rows = min(row_tiles - group * GROUP, GROUP)
+        row_tile = group * GROUP + (tile % in_group) % group_rows
+        column_tile = (tile % in_group) // group_rows
+        row0 = row_tile * ROWS
+        column0 = column_start + column_tile * COLUMNS
+        rows = row0 + tl.arange(0, ROWS)
+        wide_rows = rows.to(tl.int64)
+        present = rows < n_rows
+        needed = 1.0
+        if MASKED:
+            needed = tl.max((tl.load(counted + rows, mask=present, other=0.0) != 0).to(tl.float32), 0)
+        if EPILOGUE == "gradient":
+            c_chosen = tl.load(chosen_weight + rows, mask=present, other=0.0)
+            c_floor = tl.load(floor_weight + rows, mask=present, other=0.0)
+            needed = tl.max(((c_chosen != 0) | (c_floor != 0)).to(tl.float32), 0)
+        if needed != 0:
+            logits = _tile_of_product(
+                hidden, head, row0, column0, n_rows, column_end, width, stride_hidden, stride_head,
+                ROWS, COLUMNS, INNER, DESCRIPTORS, UPCAST,
+            )  # fmt: skip
+            columns = column0 + tl.arange(0, COLUMNS)
+            if column0 + COLUMNS > column_end:
+                logits = tl.where((columns < column_end)[None, :], logits, float("-inf"))
+            places = buffer + wide_rows[:, None] * stride_buffer + (columns - column_start)[None, :]
+            if EPILOGUE == "gradient":
+                maximum = tl.load(row_max + rows, mask=present, other=0.0)
+                rest = tl.load(log_sum + rows, mask=present, other=0.0)
+                chosen = tl.load(response_ids + rows, mask=present, other=-1)
+                factor = tl.load(scale + wide_rows * stride_scale, mask=present, other=0.0)
+                log_softmax = (logits - maximum[:, None]) - rest[:, None]
+                softmax = tl.exp(log_softmax)
+                is_chosen = columns[None, :] == chosen[:, None]
+                dense = tl.where(is_chosen, 1.0 - softmax, -softmax) * c_chosen[:, None]
+                dense = tl.where((c_chosen != 0)[:, None], dense, 0.0)
+                dense -= tl.where((c_floor != 0)[:, None], softmax * c_floor[:, None], 0.0)
+                tl.store(places, (dense * factor[:, None]).to(buffer.dtype.element_ty), mask=present[:, None])
+            else:
+                if EPILOGUE == "logits":
+                    parts = tl.max(tl.reshape(logits, (ROWS, COLUMNS // SUBTILE, SUBTILE)), 2)
+                    part = column_tile * (COLUMNS // SUBTILE) + tl.arange(0, COLUMNS // SUBTILE)
+                    stride_parts = column_tiles * (COLUMNS // SUBTILE)
+                    tl.store(
+                        subtile_max + wide_rows[:, None] * stride_parts + part[None, :], parts, mask=present[:, None]
+                    )
+                    maximum = tl.max(parts, 1)
+                    tl.store(places, logits, mask=present[:, None])
+                else:
+                    maximum = tl.max(logits, 1)
+                # Subtract, then scale: a logit of 1e4 keeps its low bits.
+                finite = tl.where(maximum == float("-inf"), 0.0, maximum)
+                exponentials = tl.exp2((logits - finite[:, None]) * LOG2_E)
+                statistic = column_tile.to(tl.int64) * n_rows + rows
+                tl.store(tile_max + statistic, maximum, mask=present)
+                tl.store(tile_sum + statistic, tl.sum(exponentials, 1), mask=present)
+                if EPILOGUE == "exponentials":
+                    tl.store(places, exponentials.to(buffer.dtype.element_ty), mask=present[:, None])
+        elif EPILOGUE == "gradient":
+            columns = tl.arange(0, COLUMNS)
+            places = buffer + wide_rows[:, None] * stride_buffer + (column0 - column_start + columns)[None, :]
+            tl.store(places, tl.zeros((ROWS, COLUMNS), buffer.dtype.element_ty), mask=present[:, None])
+
+
+@dataclass(frozen=True)
+class TileStatistics:
+    """Row maxima and sums of exp(logit - maximum) of every tile, each (column tiles, rows) float32."""
+
+    maxima: Tensor
+    sums: Tensor
+
+
+def buffer_columns(vocabulary: int, tiles: Tiling) -> int:
+    """Columns a buffer needs: whole tiles are written."""
+    return ceil_div(vocabulary, tiles.columns) * tiles.columns
+
+
+def _launch(
+    epilogue: str, hidden: Tensor, head: Tensor, tiles: Tiling, columns: tuple[int, int], counted: Tensor | None,
+    **tensors: Any,
+) -> None:  # fmt: skip
+    n_rows, width = hidden.shape
+    device = hidden.device
+    descriptors = (
+        has_tensor_memory_accelerator(device)
+        and hidden.dtype != torch.float32
+        and describable(hidden)
+        and describable(head)
+    )
+    a: Any = hidden
+    b: Any = head
+    if descriptors:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        a = TensorDescriptor.from_tensor(hidden, [tiles.rows, tiles.inner])
+        b = TensorDescriptor.from_tensor(head[: columns[1]], [tiles.columns, tiles.inner])
+    n_tiles = ceil_div(n_rows, tiles.rows) * ceil_div(columns[1] - columns[0], tiles.columns)
+    unused = hidden
+    buffer = tensors.get("buffer", unused)
+    scale = tensors.get("scale", unused)
+    vocabulary_product_kernel[(min(n_tiles, processors(device)),)](
+        a, b, unused if counted is None else counted,
+        tensors.get("tile_max", unused), tensors.get("tile_sum", unused), buffer,
+        tensors.get("subtile_max", unused), tensors.get("row_max", unused), tensors.get("log_sum", unused),
+        tensors.get("chosen_weight", unused), tensors.get("floor_weight", unused), scale,
+        tensors.get("response_ids", unused),
+        n_rows, columns[0], columns[1], width, hidden.stride(0), head.stride(0),
+        buffer.stride(0), scale.stride(0) if scale.dim() == 1 else 0,
+        ROWS=tiles.rows, COLUMNS=tiles.columns, INNER=tiles.inner, GROUP=tiles.group,
+        SUBTILE=SUBTILE, EPILOGUE=epilogue, MASKED=counted is not None,
+        DESCRIPTORS=descriptors, UPCAST=INTERPRETED, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+def _empty_statistics(hidden: Tensor, vocabulary: int, tiles: Tiling) -> TileStatistics:
+    shape = (ceil_div(vocabulary, tiles.columns), hidden.shape[0])
+    return TileStatistics(
+        torch.empty(shape, dtype=torch.float32, device=hidden.device),
+        torch.empty(shape, dtype=torch.float32, device=hidden.device),
+    )
+
+
+def tile_statistics(hidden: Tensor, head: Tensor, tiles: Tiling, counted: Tensor | None) -> TileStatistics:
+    """Statistics of hidden (N, H) @ head (V, H).T; row tiles without a counted token are left unwritten."""
+    statistics = _empty_statistics(hidden, head.shape[0], tiles)
+    _launch(
+        "statistics", hidden, head, tiles, (0, head.shape[0]), counted,
+        tile_max=statistics.maxima, tile_sum=statistics.sums,
+    )  # fmt: skip
+    return statistics
+
+
+def tile_exponentials(
+    hidden: Tensor, head: Tensor, tiles: Tiling, counted: Tensor | None, buffer: Tensor
+) -> TileStatistics:
+    """The same, and exp(logit - tile maximum) into ``buffer`` (N, whole tiles)."""
+    statistics = _empty_statistics(hidden, head.shape[0], tiles)
+    _launch(
+        "exponentials", hidden, head, tiles, (0, head.shape[0]), counted,
+        tile_max=statistics.maxima, tile_sum=statistics.sums, buffer=buffer,
+    )  # fmt: skip
+    return statistics
+
+
+def tile_logits(
+    hidden: Tensor, head: Tensor, tiles: Tiling, buffer: Tensor, subtile_max: Tensor
+) -> TileStatistics:
+    """The same, the logits into ``buffer`` (N, whole tiles) float32, -inf beyond V, and the maximum of each
+    SUBTILE columns into ``subtile_max``."""
+    statistics = _empty_statistics(hidden, head.shape[0], tiles)
+    _launch(
+        "logits", hidden, head, tiles, (0, head.shape[0]), None,
+        tile_max=statistics.maxima, tile_sum=statistics.sums, buffer=buffer, subtile_max=subtile_max,
+    )  # fmt: skip
+    return statistics
+
+
+def dense_logit_gradient(
+    hidden: Tensor, head: Tensor, tiles: Tiling, columns: tuple[int, int], buffer: Tensor,
+    row_max: Tensor, log_sum: Tensor, chosen_weight: Tensor, floor_weight: Tensor, scale: Tensor, response_ids: Tensor,
+) -> None:  # fmt: skip
+    """scale * (chosen_weight (onehot(y) - softmax) - floor_weight softmax) for ``columns`` into ``buffer``."""
+    _launch(
+        "gradient", hidden, head, tiles, columns, None, buffer=buffer, row_max=row_max, log_sum=log_sum,
+        chosen_weight=chosen_weight, floor_weight=floor_weight, scale=scale, response_ids=response_ids,
+    )  # fmt: skip
