@@ -32,11 +32,12 @@ class ImplementationError(Exception):
     """The implementation did not deliver: it raised, or what it returned cannot be read.
 
     ``summary`` is one line; ``details`` the innermost frames of its traceback, or empty;
-    ``device_lost``: no further call can succeed in this process.
+    ``device_lost``: no further call can succeed in this process. ``case``: the input it happened on.
     """
 
     def __init__(self, summary: str, details: str = "", device_lost: bool = False) -> None:
         super().__init__(summary)
+        self.case: LossCase | None = None
         self.summary = summary
         self.details = details
         self.device_lost = device_lost

@@ -35,7 +35,7 @@ FLOAT_FACTOR = 4.0
 HALF_FACTOR = 0.5
 """Worst-case units allowed in bfloat16 and float16 beyond twice the eager error."""
 
-CAP_MARGIN = 2.0
+CAP_MARGIN = 4.0
 """Units within which a ratio may fall on either side of the cap."""
 
 EAGER_FACTOR = 2.0
@@ -134,7 +134,7 @@ def token_errors(case: LossCase) -> TokenErrors:
     d_rounding = chosen_error + eps_base * torch.nan_to_num(base.abs() + d.abs(), posinf=0.0)
     near_clamp = ((truth.chosen - base).abs() - RATIO_LOG_CLAMP).abs() <= 8 * d_rounding
     k3_error = torch.where(outside & ~near_clamp, 0.0, torch.expm1(d).abs() * d_rounding)
-    k3_error = k3_error + eps_base * (d.exp() + 1 + d.abs())
+    k3_error = k3_error + eps_base * (d.exp() + 1 + d.abs()) + torch.where(outside, 0.0, d.exp() * d_rounding**2)
     k3_slope_error = d.exp() * d_rounding + eps_base * (d.exp() + 1)
     k3_slope_error = torch.where(outside & ~near_clamp, 0.0, k3_slope_error)
     k3_slope_error = k3_slope_error + torch.where(near_clamp, torch.expm1(d).abs(), 0.0)
@@ -193,12 +193,13 @@ def _divergence_errors(
     p_error = eps_tau * (finite_tau + 2)
     p_error = p_error + (p * p_error).sum(-1, keepdim=True) + 2 * eps
 
-    terms = alpha * p * (log_p.abs() + log_m.abs()) + (1 - alpha) * q * (log_q.abs() + log_m.abs())
+    terms = alpha * p * (log_p.abs() + log_m.abs() + 1) + (1 - alpha) * q * (log_q.abs() + log_m.abs() + 1)
+    teacher_share = torch.where(m > 0, alpha * p / m, 0.0)
+    curved = (1 - alpha) * q * teacher_share * q_error**2 + alpha * p * (1 - teacher_share) * p_error**2
     moved = q * (1 - alpha) * student_log.abs() * q_error + alpha * p * teacher_log.abs() * p_error
     of_alpha = (p * teacher_log).sum(-1).abs() + (q * student_log).sum(-1).abs()
-    d_error = (2 * eps * terms + moved).sum(-1) + eps * (alpha * 1.0 if alpha < 0.5 else 1.0) * of_alpha
+    d_error = (2 * eps * terms + moved + curved).sum(-1) + eps * (alpha * 1.0 if alpha < 0.5 else 1.0) * of_alpha
 
-    teacher_share = torch.where(m > 0, alpha * p / m, 0.0)
     slope_error = (1 - alpha) * (
         eps * (log_q.abs() + log_m.abs() + 2) + teacher_share * (q_error + p_error)
     ) + eps * (alpha if alpha < 0.5 else 1.0) * student_log.abs()
@@ -309,7 +310,7 @@ def _clip_fraction(case: LossCase, errors: TokenErrors, factor: float) -> Expect
     above = log_ratio - math.log(training.is_clip)
     surely = (truth.weight * (above > margin)).sum()
     possibly = (truth.weight * (above >= -margin)).sum()
-    rounding = factor * errors.weight * possibly + 1e-12
+    rounding = 1e-6 + factor * errors.weight * possibly
     return Expectation((surely + possibly) / 2, (possibly - surely).abs() / 2 + rounding)
 
 
@@ -327,7 +328,7 @@ def _input_gradients(
     if isinstance(loss_input, FusedSDPOLossInput):
         hidden, head = upcast(loss_input.student_hidden), upcast(loss_input.lm_head_weight)
         hidden = torch.where(torch.isfinite(hidden), hidden, 0.0)
-        spread = logits_error + eps * logits_gradient.abs()
+        spread = logits_error + eps * logits_gradient.abs() + smallest
         pairs = {"student_hidden": (logits_gradient @ head, spread @ head.abs())}
         if case.trainable_head:
             pairs["lm_head_weight"] = (

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.files import parse_json, read_text
@@ -27,6 +27,8 @@ _ALIASES = {"loss": "total_loss", "lr": "learning_rate"}
 _SAMPLE_KEYS = ("sample", "sample_id", "sample_idx", "sample_index")
 _SAMPLE_LISTS = ("per_sample_metrics", "per_sample", "samples")
 _LARGEST_STEP = 10**12
+
+Batching = Literal["explicit", "assumed", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,15 @@ class Batch:
 class RunMetrics:
     """All batches of a run, in order.
 
-    `batches_known` is False where the file gives no way to tell where a batch ends (a trainer_state.json);
+    `batching` says how the batches' ends are known: "explicit" (the file or the settings say), "assumed" (bare
+    rows, taken as one batch while their step grows) or "unknown" (a trainer_state.json counts global steps).
     `problems` are faults of the record itself, in words.
     """
 
     path: Path
     kind: str
     batches: tuple[Batch, ...]
-    batches_known: bool = True
+    batching: Batching
     problems: tuple[str, ...] = ()
 
     @property
@@ -76,12 +79,12 @@ class RunMetrics:
 
     def split(self, steps_per_batch: int) -> RunMetrics:
         """The same steps cut into batches of a known length, where the file itself did not say."""
-        if self.batches_known or steps_per_batch < 1:
+        if self.batching == "explicit" or len(self.batches) > 1:
             return self
         steps = self.steps
         cuts = range(0, len(steps), steps_per_batch)
         batches = tuple(Batch(steps[start : start + steps_per_batch]) for start in cuts)
-        return replace(self, batches=batches, batches_known=True)
+        return replace(self, batches=batches, batching="explicit")
 
 
 def read_metrics(path: Path) -> RunMetrics:
@@ -99,15 +102,15 @@ def _read_file(path: Path) -> RunMetrics:
     documents = _documents(text, where)
     reader = _Reader(where)
     if len(documents) == 1:
-        kind, batches, known = reader.document(documents[0])
+        kind, batches, batching = reader.document(documents[0])
     else:
-        kind, batches, known = reader.rows_or_responses(documents, "JSON lines")
+        kind, batches, batching = reader.rows_or_responses(documents, "JSON lines")
     if not any(batch.steps for batch in batches):
         raise AuditError(f"{where}: holds no per-step metrics; expected entries with {', '.join(FIELDS[:3])}, …")
     if len(batches) > 1:  # a response to an empty batch says nothing
         batches = [batch for batch in batches if batch.steps]
     problems = (*reader.problems, *_record_problems(batches))
-    return RunMetrics(path, kind, tuple(batches), known, problems)
+    return RunMetrics(path, kind, tuple(batches), batching, problems)
 
 
 def _read_folder(path: Path) -> RunMetrics:
@@ -119,9 +122,9 @@ def _read_folder(path: Path) -> RunMetrics:
     if not per_sample:
         parts = [_read_file(entry) for entry in files]
         batches = tuple(batch for part in parts for batch in part.batches)
-        known = all(part.batches_known for part in parts)
+        batching = parts[0].batching if len(parts) == 1 else "explicit"
         problems = tuple(f"{shown(p.path.name)}: {problem}" for p in parts for problem in p.problems)
-        return RunMetrics(path, f"{len(files)} files", batches, known, problems)
+        return RunMetrics(path, f"{len(files)} files", batches, batching, problems)
     series = {entry.stem: _read_file(entry).steps for entry in per_sample}
     lengths = {name: len(steps) for name, steps in series.items()}
     problems = ()
@@ -133,7 +136,7 @@ def _read_folder(path: Path) -> RunMetrics:
     ]
     reader = _Reader(shown(path))
     batches = tuple(reader.rows(sorted(rows, key=lambda row: row["step"])))
-    return RunMetrics(path, f"{len(per_sample)} samples' files", batches, True, (*problems, *reader.problems))
+    return RunMetrics(path, f"{len(per_sample)} samples' files", batches, "assumed", (*problems, *reader.problems))
 
 
 def _split_digits(name: str) -> list[str]:
@@ -169,35 +172,35 @@ class _Reader:
         self.where = where
         self.problems: list[str] = []
 
-    def document(self, document: Any) -> tuple[str, list[Batch], bool]:
+    def document(self, document: Any) -> tuple[str, list[Batch], Batching]:
         if isinstance(document, Mapping):
             if isinstance(document.get("log_history"), list):
                 rows = [row for row in document["log_history"] if isinstance(row, Mapping) and _has_metrics(row)]
                 steps = tuple(step for batch in self.rows(rows) for step in batch.steps)
-                return "transformers trainer_state", [Batch(steps)], False
+                return "transformers trainer_state", [Batch(steps)], "unknown"
             response = self.response(document)
             if response is not None:
-                return "CLaaS distill response", [response], True
+                return "CLaaS distill response", [response], "explicit"
             columns = self.columns(document)
             if columns is not None:
-                return "JSON columns", columns, True
+                return "JSON columns", columns, "assumed"
             if _has_metrics(document):
-                return "JSON object", self.rows([document]), True
+                return "JSON object", self.rows([document]), "assumed"
             raise AuditError(
                 f"{self.where}: no per-step metrics in this JSON object; expected metadata.per_step_metrics, "
                 f"per_step_metrics, log_history, or fields such as {', '.join(FIELDS[:3])}"
             )
         if isinstance(document, list):
             if document and all(isinstance(row, list) for row in document):
-                return "JSON array of batches", [b for rows in document for b in self.rows(rows)], True
+                return "JSON array of batches", [b for rows in document for b in self.rows(rows)], "explicit"
             return self.rows_or_responses(document, "JSON array")
         raise AuditError(f"{self.where}: expected a JSON object or array of steps, got {shown(repr(document))}")
 
-    def rows_or_responses(self, documents: Sequence[Any], kind: str) -> tuple[str, list[Batch], bool]:
+    def rows_or_responses(self, documents: Sequence[Any], kind: str) -> tuple[str, list[Batch], Batching]:
         responses = [self.response(item) if isinstance(item, Mapping) else None for item in documents]
         if documents and all(response is not None for response in responses):
-            return f"{kind} of distill responses", [r for r in responses if r is not None], True
-        return f"{kind} of steps", self.rows(documents), True
+            return f"{kind} of distill responses", [r for r in responses if r is not None], "explicit"
+        return f"{kind} of steps", self.rows(documents), "assumed"
 
     def response(self, document: Mapping[str, Any]) -> Batch | None:
         """A DistillResponse, or the metadata of one. Older ones carry the last step's metrics alone."""

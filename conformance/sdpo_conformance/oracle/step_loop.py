@@ -28,7 +28,7 @@ from sdpo_conformance.oracle.policy import (
     response_logits,
     student_logprobs,
 )
-from sdpo_conformance.protocol import METRIC_KEYS, Sample, SDPOLossInput, StepMetrics, TrainingConfig
+from sdpo_conformance.protocol import Sample, SDPOLossInput, StepMetrics, TrainingConfig
 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.01
@@ -122,19 +122,37 @@ def step_truth(
     training: TrainingConfig,
     step: int = 1,
 ) -> StepTruth:
-    """One step at the model's present weights: a mean over samples of per-sample token means."""
-    count = len(prepared)
+    """One step at the model's present weights."""
     outcomes = [sample_loss(model, one, old, training) for one, old in zip(prepared, behaviour, strict=True)]
+    return mean_step(outcomes, training, step)
+
+
+def mean_step(
+    outcomes: Sequence[tuple[LossTruth, Gradient]],
+    training: TrainingConfig,
+    step: int,
+    shares: Sequence[float] | None = None,
+) -> StepTruth:
+    """The mean over samples of their losses, gradients and metrics: a mean of per-sample token means.
+    ``shares`` weighs the samples otherwise, for what is not the spec."""
+    shares = shares or [1 / len(outcomes)] * len(outcomes)
     losses = tuple(loss for loss, _ in outcomes)
-    gradient = {name: torch.stack([g[name] for _, g in outcomes]).mean(0) for name in trainable(model)}
-    mean = {key: sum(float(getattr(loss, key)) for loss in losses) / count for key in ("loss", *METRIC_KEYS)}
+
+    def mean(key: str) -> float:
+        return sum(share * float(getattr(loss, key)) for share, loss in zip(shares, losses, strict=True))
+
+    gradient = {
+        name: torch.stack([share * g[name] for share, (_, g) in zip(shares, outcomes, strict=True)]).sum(0)
+        for name in outcomes[0][1]
+    }
+    distill_loss, kl_reg = mean("distill_loss"), mean("kl_reg")
     metrics = StepMetrics(
         step=step,
-        total_loss=mean["loss"],
-        distill_loss=mean["distill_loss"],
-        kl_reg=mean["kl_reg"],
-        mean_is_ratio=mean["mean_is_ratio"],
-        clip_fraction=mean["clip_fraction"],
+        total_loss=distill_loss + training.kl_reg_weight * kl_reg,
+        distill_loss=distill_loss,
+        kl_reg=kl_reg,
+        mean_is_ratio=mean("mean_is_ratio"),
+        clip_fraction=mean("clip_fraction"),
         grad_norm=float(norm(gradient)),
     )
     return StepTruth(metrics=metrics, gradient=gradient, losses=losses)

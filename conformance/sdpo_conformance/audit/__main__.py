@@ -1,0 +1,8 @@
+"""`python -m sdpo_conformance.audit`."""
+
+import typer
+
+from sdpo_conformance.audit.command import audit
+
+if __name__ == "__main__":
+    typer.run(audit)

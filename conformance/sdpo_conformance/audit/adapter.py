@@ -1,0 +1,163 @@
+"""An adapter on disk: found in a folder, its header checked, its tensors read a bounded block at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdpo_conformance.audit.errors import AuditError, shown
+from sdpo_conformance.audit.files import parse_json, read_text
+from sdpo_conformance.audit.header import TensorEntry, read_header
+from sdpo_conformance.audit.names import canonical_key
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: Elements read at once: 32 MiB in float64, whatever the tensor's size.
+BLOCK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`tensors` by canonical name. A fresh adapter (a config without weights) has none: its lora_B are zero."""
+
+    path: Path
+    weights: Path | None
+    tensors: Mapping[str, TensorEntry]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether this is a config alone, from which a trainer starts a new adapter."""
+        return self.weights is None
+
+    @property
+    def scale(self) -> float | None:
+        """What multiplies B A in the model, where the config says one number for every module."""
+        rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
+        if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+            return None
+        if self.config.get("rank_pattern") or self.config.get("alpha_pattern"):
+            return None
+        return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    @property
+    def dropout(self) -> float:
+        """lora_dropout: above 0, two forwards of the same weights differ in training mode."""
+        value = self.config.get("lora_dropout")
+        return float(value) if isinstance(value, int | float) else 0.0
+
+
+def open_adapter(path: Path) -> Adapter:
+    """A PEFT folder or a bare .safetensors file. Pickled weights are refused; nothing is ever unpickled."""
+    if path.is_dir():
+        weights, config_path = path / WEIGHTS_FILE, path / CONFIG_FILE
+        config = _read_config(config_path) if config_path.exists() else {}
+        if not weights.exists():
+            for name in _PICKLED:
+                if (path / name).exists():
+                    raise AuditError(_refusal(path / name))
+            others = sorted(path.glob("*.safetensors"))
+            if len(others) == 1:
+                weights = others[0]
+            elif config:
+                return Adapter(path, None, {}, config)
+            else:
+                raise AuditError(f"{shown(path)}: holds neither {WEIGHTS_FILE} nor {CONFIG_FILE}: not a PEFT folder")
+    else:
+        if path.suffix.lower() in _PICKLE_SUFFIXES:
+            raise AuditError(_refusal(path))
+        weights, config_path = path, path.with_name(CONFIG_FILE)
+        config = _read_config(config_path) if config_path.exists() else {}
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in read_header(weights).items():
+        key = canonical_key(name)
+        if key in tensors:
+            raise AuditError(
+                f"{shown(weights)}: holds {shown(key)} for two adapters; save the one to audit on its own"
+            )
+        tensors[key] = entry
+    if not tensors:
+        raise AuditError(f"{shown(weights)}: holds no tensors")
+    return Adapter(path, weights, tensors, config)
+
+
+def _refusal(path: Path) -> str:
+    return (
+        f"{shown(path)}: is a pickle, which can run code when read, so it is not read. Where you trust it, convert "
+        'it: python -c "import sys, torch; from safetensors.torch import save_file; save_file({k: v.contiguous() '
+        'for k, v in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])" '
+        f"{shown(path.name)} {WEIGHTS_FILE}"
+    )
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    config = parse_json(read_text(path), shown(path))
+    if not isinstance(config, Mapping):
+        raise AuditError(f"{shown(path)}: expected a JSON object")
+    return config
+
+
+class TensorReader:
+    """Reads blocks of an adapter's tensors through safetensors, float64, without holding whole tensors."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if adapter.weights is None:
+            raise ValueError("a fresh adapter has no tensors to read")
+        self._adapter = adapter
+        self._errors = (SafetensorError, OSError, RuntimeError, ValueError)
+        try:
+            self._file = safe_open(str(adapter.weights), framework="pt", device="cpu")
+            self._file.__enter__()
+        except self._errors as error:
+            raise AuditError(f"{shown(adapter.weights)}: safetensors refuses it: {shown(error)}") from None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.__exit__(None, None, None)
+
+    def block(self, key: str, where: tuple[slice, ...]) -> torch.Tensor:
+        """One block of a tensor, in its own dtype."""
+        name = self._adapter.tensors[key].name
+        try:
+            tensor: torch.Tensor = self._file.get_slice(name)[where] if where else self._file.get_tensor(name)
+        except self._errors as error:
+            raise AuditError(f"{shown(self._adapter.weights)}: {shown(name)}: {shown(error)}") from None
+        return tensor
+
+    def whole(self, key: str) -> torch.Tensor:
+        """The whole tensor, in its own dtype; for tensors known to be small."""
+        return self.block(key, ())
+
+
+def blocks(shape: tuple[int, ...], limit: int = BLOCK_ELEMENTS) -> Iterator[tuple[slice, ...]]:
+    """Slices that cover a tensor of this shape in blocks of at most `limit` elements, none for an empty one."""
+    if 0 in shape:
+        return
+    extents = list(shape)
+    for axis, size in enumerate(shape):
+        if _product(extents) <= limit:
+            break
+        extents[axis] = max(1, min(size, limit // max(1, _product(extents[axis + 1 :]))))
+    ranges = [range(0, size, extent) for size, extent in zip(shape, extents, strict=True)]
+    for starts in itertools.product(*ranges):
+        yield tuple(
+            slice(start, min(start + extent, size))
+            for start, extent, size in zip(starts, extents, shape, strict=True)
+        )
+
+
+def _product(sizes: list[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result

@@ -1,0 +1,258 @@
+"""What changed between two adapters, tensor by tensor and module by module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sdpo_conformance.audit.adapter import Adapter, TensorReader, blocks
+from sdpo_conformance.audit.names import TensorPlace, place_of
+
+if TYPE_CHECKING:
+    import torch
+
+#: A LoRA matrix larger than this is not multiplied out; no adapter in use comes near it.
+_LARGEST_FACTOR = 2**24
+_LARGEST_RANK = 1024
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """One tensor before and after. Norms are Frobenius norms over finite elements, in float64.
+
+    `changed`, `max_abs_delta` and `norm_delta` are None where there is no tensor before to compare with.
+    """
+
+    key: str
+    place: TensorPlace
+    numel: int
+    changed: int | None
+    max_abs_delta: float | None
+    max_abs_after: float
+    norm_before: float | None
+    norm_after: float
+    norm_delta: float | None
+    nonfinite_before: int
+    nonfinite_after: int
+
+    @property
+    def moved(self) -> bool:
+        """Whether any element differs."""
+        return bool(self.changed)
+
+    @property
+    def zero_after(self) -> bool:
+        """Whether every element is 0 after the run."""
+        return self.norm_after == 0 and self.nonfinite_after == 0
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """One adapted module: its tensors, and the Frobenius norm of the change of (scaled) B A where it has both."""
+
+    place: TensorPlace
+    tensors: tuple[TensorChange, ...]
+    update_norm: float | None
+
+    @property
+    def moved(self) -> bool:
+        """Whether any of its tensors differs."""
+        return any(tensor.moved for tensor in self.tensors)
+
+    @property
+    def max_abs_delta(self) -> float | None:
+        """The largest change of any element."""
+        deltas = [tensor.max_abs_delta for tensor in self.tensors if tensor.max_abs_delta is not None]
+        return max(deltas, default=None)
+
+
+@dataclass(frozen=True)
+class AdapterChange:
+    """The whole comparison. `before` is None where only the finished adapter is there."""
+
+    before: Adapter | None
+    after: Adapter
+    modules: tuple[ModuleChange, ...]
+    only_before: tuple[str, ...]
+    only_after: tuple[str, ...]
+    shape_mismatch: tuple[str, ...]
+    dtype_changes: Mapping[str, int]
+    scale: float | None
+
+    @property
+    def tensors(self) -> tuple[TensorChange, ...]:
+        """Every tensor of the adapter after the run."""
+        return tuple(tensor for module in self.modules for tensor in module.tensors)
+
+    @property
+    def compared(self) -> tuple[TensorChange, ...]:
+        """The tensors that could be compared."""
+        return tuple(tensor for tensor in self.tensors if tensor.changed is not None)
+
+    @property
+    def moved(self) -> int:
+        """Number of tensors that changed."""
+        return sum(tensor.moved for tensor in self.tensors)
+
+    @property
+    def max_abs_delta(self) -> float:
+        """The largest change of any element of any tensor."""
+        return max((t.max_abs_delta or 0.0 for t in self.compared), default=0.0)
+
+    @property
+    def matters(self) -> bool:
+        """Whether what changed can change the model: a moved lora_A times a lora_B of zeros cannot.
+
+        AdamW's weight decay alone moves lora_A, so that its moving is no sign of training.
+        """
+        for module in self.modules:
+            b = [t for t in module.tensors if t.place.part.endswith("B")]
+            if module.moved and not (b and all(t.zero_after and not t.moved for t in b)):
+                return True
+        return False
+
+
+def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
+    """Compare two adapters, or describe the finished one alone.
+
+    Memory is bounded by a few blocks of 2^22 elements and by one module's LoRA matrices. Against a fresh
+    `before` (a config without weights) lora_B is compared with zeros and lora_A is not compared.
+    """
+    compared = before if before is not None and not before.fresh else None
+    shared = [k for k in after.tensors if compared and k in compared.tensors]
+    mismatch = tuple(k for k in shared if compared and compared.tensors[k].shape != after.tensors[k].shape)
+    dtype_changes: dict[str, int] = {}
+    for key in shared:
+        assert compared is not None
+        old, new = compared.tensors[key].dtype, after.tensors[key].dtype
+        if old != new:
+            dtype_changes[f"{old} to {new}"] = dtype_changes.get(f"{old} to {new}", 0) + 1
+    by_module: dict[str, list[str]] = {}
+    for key in after.tensors:
+        by_module.setdefault(place_of(key).module, []).append(key)
+    scale = after.scale
+    new_reader = TensorReader(after)
+    old_reader = TensorReader(compared) if compared else None
+    try:
+        modules = tuple(
+            _module(keys, before, after, old_reader, new_reader, set(mismatch), 1.0 if scale is None else scale)
+            for keys in by_module.values()
+        )
+    finally:
+        new_reader.close()
+        if old_reader:
+            old_reader.close()
+    return AdapterChange(
+        before=before,
+        after=after,
+        modules=tuple(sorted(modules, key=lambda m: (m.place.stack, m.place.layer or 0, m.place.kind))),
+        only_before=tuple(k for k in compared.tensors if k not in after.tensors) if compared else (),
+        only_after=tuple(k for k in after.tensors if k not in compared.tensors) if compared else (),
+        shape_mismatch=mismatch,
+        dtype_changes=dtype_changes,
+        scale=scale,
+    )
+
+
+def _module(
+    keys: list[str],
+    before: Adapter | None,
+    after: Adapter,
+    old: TensorReader | None,
+    new: TensorReader,
+    mismatch: set[str],
+    scale: float,
+) -> ModuleChange:
+    tensors = []
+    for key in keys:
+        place = place_of(key)
+        compare_with = None
+        from_zero = before is not None and before.fresh and place.part.endswith("B")
+        if old is not None and before is not None and key in before.tensors and key not in mismatch:
+            compare_with = old
+        tensors.append(_tensor(key, place, after, compare_with, new, from_zero))
+    place = place_of(keys[0])
+    return ModuleChange(place, tuple(tensors), _update_norm(keys, tensors, before, after, old, new, scale))
+
+
+def _tensor(
+    key: str, place: TensorPlace, after: Adapter, old: TensorReader | None, new: TensorReader, from_zero: bool
+) -> TensorChange:
+    import torch
+
+    compare = old is not None or from_zero
+    changed, largest, largest_after = 0, 0.0, 0.0
+    squares = {"before": 0.0, "after": 0.0, "delta": 0.0}
+    broken = {"before": 0, "after": 0}
+    entry = after.tensors[key]
+    for where in blocks(entry.shape):
+        now = new.block(key, where).to(torch.float64)
+        finite = torch.isfinite(now)
+        broken["after"] += int((~finite).sum())
+        squares["after"] += _square(now[finite])
+        largest_after = max(largest_after, float(now[finite].abs().max()) if finite.any() else 0.0)
+        if not compare:
+            continue
+        was = old.block(key, where).to(torch.float64) if old is not None else torch.zeros_like(now)
+        was_finite = torch.isfinite(was)
+        broken["before"] += int((~was_finite).sum())
+        squares["before"] += _square(was[was_finite])
+        changed += int(((now != was) & ~(torch.isnan(now) & torch.isnan(was))).sum())
+        delta = (now - was)[finite & was_finite]
+        if delta.numel():
+            largest = max(largest, float(delta.abs().max()))
+            squares["delta"] += _square(delta)
+    return TensorChange(
+        key=key,
+        place=place,
+        numel=entry.numel,
+        changed=changed if compare else None,
+        max_abs_delta=largest if compare else None,
+        max_abs_after=largest_after,
+        norm_before=math.sqrt(squares["before"]) if compare else None,
+        norm_after=math.sqrt(squares["after"]),
+        norm_delta=math.sqrt(squares["delta"]) if compare else None,
+        nonfinite_before=broken["before"],
+        nonfinite_after=broken["after"],
+    )
+
+
+def _square(values: torch.Tensor) -> float:
+    return float((values * values).sum())
+
+
+def _update_norm(
+    keys: list[str],
+    tensors: list[TensorChange],
+    before: Adapter | None,
+    after: Adapter,
+    old: TensorReader | None,
+    new: TensorReader,
+    scale: float,
+) -> float | None:
+    """|scale (B' A' - B A)|_F through the r x r Gram matrices: the out x in product is never formed."""
+    import torch
+
+    by_part = {tensor.place.part: tensor.key for tensor in tensors}
+    if before is None or "A" not in by_part or "B" not in by_part:
+        return None
+    a_key, b_key = by_part["A"], by_part["B"]
+    a_shape, b_shape = after.tensors[a_key].shape, after.tensors[b_key].shape
+    if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[0] != b_shape[1] or a_shape[0] > _LARGEST_RANK:
+        return None
+    if max(after.tensors[a_key].numel, after.tensors[b_key].numel) > _LARGEST_FACTOR:
+        return None
+    if any(t.nonfinite_after or t.nonfinite_before for t in tensors):
+        return None
+    left, right = [new.whole(b_key).double()], [new.whole(a_key).double()]
+    if old is not None:
+        assert not before.fresh
+        if any(k not in before.tensors or before.tensors[k].shape != after.tensors[k].shape for k in (a_key, b_key)):
+            return None
+        left.append(-old.whole(b_key).double())
+        right.append(old.whole(a_key).double())
+    b, a = torch.cat(left, dim=1), torch.cat(right, dim=0)
+    square = float(((b.T @ b) * (a @ a.T)).sum())
+    return scale * math.sqrt(max(square, 0.0))

@@ -1,0 +1,27 @@
+"""Every check of the audit, and the loop that makes them."""
+
+from __future__ import annotations
+
+from sdpo_conformance.audit.findings import behaviour, losses, optimizer, ratio, staleness, weights
+from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity
+
+CHECKS: tuple[Check, ...] = (
+    *staleness.CHECKS,
+    *ratio.CHECKS,
+    *losses.CHECKS,
+    *weights.CHECKS,
+    *optimizer.CHECKS,
+    *behaviour.CHECKS,
+)
+_ORDER = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
+
+
+def judge(evidence: Evidence) -> tuple[tuple[Finding, ...], tuple[NotJudged, ...]]:
+    """Make every check: the findings, gravest first, and what could not be judged."""
+    verdicts = [verdict for check in CHECKS for verdict in check.judge(evidence)]
+    findings = [verdict for verdict in verdicts if isinstance(verdict, Finding)]
+    findings.sort(key=lambda finding: _ORDER[finding.severity])
+    return tuple(findings), tuple(verdict for verdict in verdicts if isinstance(verdict, NotJudged))
+
+
+__all__ = ["CHECKS", "Check", "Evidence", "Finding", "NotJudged", "Severity", "judge"]

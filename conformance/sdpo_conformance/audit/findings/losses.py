@@ -1,0 +1,287 @@
+"""The losses themselves: what their numbers cannot be in a run of this algorithm."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+
+from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
+from sdpo_conformance.audit.findings.resolution import resolution
+from sdpo_conformance.audit.metrics import FIELDS, RunMetrics, Step
+
+_RELATIVE = 1e-5
+#: A bfloat16 exp near 1 is off by up to 2^-9 per token; a mean over tokens by less than this.
+_HALF_KL_ROUNDING = 1e-3
+_LARGE_KL = 1.0
+_SHOWN = 5
+
+
+def metrics_nonfinite(evidence: Evidence) -> Verdicts:
+    """NaN or infinity in the metrics, however the file spells it (null counts)."""
+    if evidence.metrics is None:
+        return
+    broken = [
+        (name, f"{label}: {name} is {step.values[name]}")
+        for label, step in _steps(evidence.metrics)
+        for name in FIELDS
+        if name in step.values and not math.isfinite(step.values[name])
+    ]
+    broken += [
+        (name, f"{label}, sample {sample}: {name} is {values[name]}")
+        for label, step in _steps(evidence.metrics)
+        for sample, values in step.samples.items()
+        for name in FIELDS
+        if name in values and not math.isfinite(values[name]) and math.isfinite(step.values.get(name, 0.0))
+    ]
+    if not broken:
+        return
+    names = sorted({name for name, _ in broken}, key=FIELDS.index)
+    overflow_only = set(names) <= {"grad_norm", "learning_rate"}
+    yield Finding(
+        id="metrics-nonfinite",
+        severity=Severity.WARNING if overflow_only else Severity.ERROR,
+        statement=f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at {len(broken)} place(s)",
+        evidence=tuple(text for _, text in broken[:_SHOWN]),
+        cause=(
+            "a gradient overflow, which a loss scaler skips" if overflow_only
+            else "0 log 0 where a probability underflows, a -inf logit inside the support, or a NaN at a masked position"
+        ),
+        next_step="find the first step concerned and run the suite's NUM-3, NUM-4 and NUM-5 against the loss",
+        data={"fields": names, "count": len(broken)},
+    )  # fmt: skip
+
+
+def metrics_incomplete(evidence: Evidence) -> Verdicts:
+    """Faults of the record: lists of different length, missing fields, totals that contradict the steps."""
+    metrics = evidence.metrics
+    if metrics is None:
+        return
+    problems = list(dict.fromkeys(metrics.problems))
+    declared = evidence.request.training.steps_per_batch
+    if declared is not None and metrics.batching != "unknown":
+        odd = [len(batch.steps) for batch in metrics.batches if len(batch.steps) not in (1, declared)]
+        if odd:
+            problems.append(f"the settings say {declared} steps per batch and the metrics have {odd[0]}")
+    if problems:
+        yield Finding(
+            id="metrics-incomplete",
+            severity=Severity.WARNING,
+            statement="the metrics contradict themselves or have gaps",
+            evidence=tuple(problems[:_SHOWN]),
+            cause="a run that was cut short, files of different runs, or metrics collected in more than one place",
+            next_step="take the metrics from the trainer's own response, whole",
+        )
+
+
+def loss_not_sum(evidence: Evidence) -> Verdicts:
+    """total_loss that is not distill_loss + weight * kl_reg, with the weight from the settings or fitted."""
+    metrics = evidence.metrics
+    if metrics is None:
+        return
+    rows = [
+        (label, step.values["total_loss"], step.values["distill_loss"], step.values["kl_reg"])
+        for label, step in _steps(metrics)
+        if all(math.isfinite(step.values.get(n, math.nan)) for n in ("total_loss", "distill_loss", "kl_reg"))
+    ]
+    if not rows:
+        yield NotJudged("loss-not-sum", "total_loss, distill_loss and kl_reg are not all reported")
+        return
+    # Each number may be off by half of what its column resolves: a rounded log is no contradiction.
+    finest = [resolution([row[i] for row in rows]) / 2 for i in (1, 2, 3)]
+    fitted = _fit(rows)
+    stated = evidence.request.training.kl_reg_weight
+    weight = stated if stated is not None else max(fitted, 0.0)
+    wrong = [
+        (abs(total - distill - weight * kl), label, total, distill + weight * kl)
+        for label, total, distill, kl in rows
+        if abs(total - distill - weight * kl)
+        > _RELATIVE * (abs(total) + abs(distill) + abs(weight * kl)) + finest[0] + finest[1] + abs(weight) * finest[2]
+    ]
+    if not wrong:
+        if stated is None and len(rows) == 1 and rows[0][3]:
+            yield NotJudged("loss-not-sum", f"one step fits any weight ({fitted:.3g} here); --config can name the real one")
+        return
+    wrong.sort(reverse=True)
+    how = f"kl_reg_weight {weight:g} from the settings" if stated is not None else f"the best weight, {weight:.3g}"
+    flipped = stated is not None and stated > 0 and math.isclose(fitted, -stated, rel_tol=1e-2)
+    dropped = stated is not None and stated > 0 and abs(fitted) < 1e-3 * stated
+    # A transformers log averages its loss since the last entry; the parts beside it may not be averaged.
+    averaged = metrics.batching == "unknown"
+    yield Finding(
+        id="loss-not-sum",
+        severity=Severity.NOTE if averaged else Severity.ERROR,
+        statement=f"total_loss is not distill_loss + weight * kl_reg, with {how}",
+        evidence=(
+            *(f"{label}: total_loss {total:.8g}, expected {expected:.8g}" for _, label, total, expected in wrong[:_SHOWN]),
+            f"the steps' own best fit is a weight of {fitted:.4g}",
+        ),
+        cause=(
+            "the anchor is subtracted where it should be added" if flipped or (stated is None and fitted < 0)
+            else "the anchor is left out of the loss" if dropped
+            else "another weight than the configured one, a term that is not reported, or parts of different steps"
+        ),
+        next_step="check the loss with KL-5, and that its parts are reported from the same forward as the total",
+        data={"weight": weight, "fitted_weight": fitted, "stated": stated is not None},
+    )  # fmt: skip
+
+
+def kl_negative(evidence: Evidence) -> Verdicts:
+    """kl_reg below 0, which the k3 estimator cannot be."""
+    metrics = evidence.metrics
+    if metrics is None:
+        return
+    negative = [
+        (value, label)
+        for label, step in _steps(metrics)
+        if math.isfinite(value := step.values.get("kl_reg", 0.0)) and value < -1e-6
+    ]
+    if not negative:
+        return
+    negative.sort()
+    least = negative[0][0]
+    rounding = least >= -_HALF_KL_ROUNDING
+    yield Finding(
+        id="kl-negative",
+        severity=Severity.NOTE if rounding else Severity.ERROR,
+        statement=f"kl_reg is negative ({least:.3g} at {negative[0][1]}); k3 = exp(d) - 1 - d never is",
+        evidence=tuple(f"{label}: kl_reg {value:.6g}" for value, label in negative[:_SHOWN]),
+        cause="rounding in half precision" if rounding else "another estimator: k1 (-d, or d) is negative as often as not",
+        next_step="compute k3 in float32" if rounding else "use exp(d) - 1 - d with d = clamp(l[y] - base, -20, 20) (KL-1, KL-2)",
+        data={"least": least},
+    )
+
+
+def kl_growing(evidence: Evidence) -> Verdicts:
+    """kl_reg large and growing, or growing against an anchor that has weight."""
+    metrics = evidence.metrics
+    if metrics is None:
+        return
+    series = [(label, step.values["kl_reg"]) for label, step in _steps(metrics) if "kl_reg" in step.values]
+    series = [(label, value) for label, value in series if math.isfinite(value)]
+    if len(series) < 2:
+        return
+    values = [value for _, value in series]
+    weight = evidence.request.training.kl_reg_weight
+    last, start = values[-1], values[0]
+    first_positive = next((value for value in values if value > 0), 0.0)
+    far = last >= _LARGE_KL and last >= 2 * start
+    monotone = len(values) >= 3 and all(a <= b for a, b in zip(values, values[1:], strict=False))
+    unheld = bool(weight) and monotone and last >= 0.5 and last >= 5 * first_positive
+    if not far and not unheld:
+        return
+    yield Finding(
+        id="kl-growing",
+        severity=Severity.WARNING,
+        statement=f"kl_reg grows from {start:.3g} to {last:.3g}: the adapter leaves the base policy",
+        evidence=(
+            f"kl_reg from {series[0][0]} to {series[-1][0]}: " + ", ".join(f"{value:.4g}" for value in values[:12]),
+            f"kl_reg_weight {weight:g}" if weight is not None else "kl_reg_weight unknown",
+        ),
+        cause=(
+            "an anchor with the wrong sign or the wrong reference pushes away from the base" if weight
+            else "nothing holds the adapter (kl_reg_weight 0), the learning rate is too high, or the steps are off-policy"
+        ),
+        next_step="check KL-1, KL-4 and KL-6; lower the learning rate or give the anchor weight",
+        data={"start": start, "last": last},
+    )  # fmt: skip
+
+
+def distill_range(evidence: Evidence) -> Verdicts:
+    """distill_loss outside what a generalised Jensen-Shannon divergence can be, or 0 throughout."""
+    metrics = evidence.metrics
+    if metrics is None:
+        return
+    rows = [(label, step.values) for label, step in _steps(metrics) if "distill_loss" in step.values]
+    rows = [(label, values) for label, values in rows if math.isfinite(values["distill_loss"])]
+    if rows and all(values["distill_loss"] == 0 for _, values in rows):
+        yield Finding(
+            id="distill-range",
+            severity=Severity.WARNING,
+            statement="distill_loss is exactly 0 at every step: nothing was distilled",
+            evidence=(f"{len(rows)} step(s)",),
+            cause="alpha = 0, a support of one token, an all-zero mask, or a teacher that is the student",
+            next_step="check alpha, teacher_top_k, the response mask and the teacher's prompt",
+        )
+        return
+    alpha = evidence.request.training.alpha
+    if alpha is None:
+        if rows:
+            yield NotJudged("distill-range", "alpha is unknown; name the settings with --config")
+        return
+    if not 0 <= alpha < 1:
+        return  # the reverse-KL surrogate has no such range
+    entropy = -sum(p * math.log(p) for p in (alpha, 1 - alpha) if p > 0)
+    outside = []
+    for label, values in rows:
+        value, ratio = values["distill_loss"], values.get("mean_is_ratio", math.nan)
+        if value < -1e-6:
+            outside.append(f"{label}: distill_loss {value:.6g} is negative")
+        elif math.isfinite(ratio) and value > entropy * ratio * (1 + 1e-3) + 1e-6:
+            outside.append(f"{label}: distill_loss {value:.6g} > {entropy:.4g} * mean_is_ratio {ratio:.4g}")
+    if outside:
+        yield Finding(
+            id="distill-range",
+            severity=Severity.ERROR,
+            statement=f"distill_loss lies outside [0, H(alpha) * mean_is_ratio] for alpha = {alpha:g}",
+            evidence=tuple(outside[:_SHOWN]),
+            cause="not the divergence of two distributions: no renormalisation over the support, or another objective",
+            next_step="check the divergence with GJS-1, GJS-2 and GJS-6",
+        )
+
+
+def grad_norm(evidence: Evidence) -> Verdicts:
+    """A gradient norm that explodes, or is 0 while the loss is not."""
+    metrics = evidence.metrics
+    if metrics is None:
+        return
+    series = [(step.values.get("grad_norm", math.nan), label) for label, step in _steps(metrics)]
+    series = [(value, label) for value, label in series if math.isfinite(value)]
+    if not series:
+        return
+    values = sorted(value for value, _ in series)
+    largest, label = max(series)
+    median = values[(len(values) - 1) // 2]
+    if largest > 1e4 or (len(values) >= 3 and largest > 10 and largest >= 100 * median):
+        yield Finding(
+            id="grad-norm",
+            severity=Severity.WARNING,
+            statement=f"grad_norm explodes: {largest:.3g} at {label}",
+            evidence=(f"median {median:.3g} over {len(values)} step(s)",),
+            cause="stale behaviour log-probs amplify the gradient up to is_clip-fold; k3 grows with exp(d)",
+            next_step="look at that step's mean_is_ratio and kl_reg; check KL-3 and IS-5",
+            data={"largest": largest, "median": median},
+        )
+    if values[-1] == 0:
+        yield Finding(
+            id="grad-norm",
+            severity=Severity.WARNING,
+            statement="grad_norm is 0 at every step: no gradient reached the adapter",
+            evidence=(f"{len(values)} step(s)",),
+            cause="a loss computed on detached tensors, alpha = 0, or an all-zero mask",
+            next_step="check the loss with GJS-9 and GRAD-1, and that the adapter requires gradients",
+        )
+
+
+def _fit(rows: list[tuple[str, float, float, float]]) -> float:
+    """The weight that total - distill = w * kl asks for: the median over steps, so that one odd step stands out."""
+    largest = max(abs(kl) for *_, kl in rows)
+    weights = [(total - distill) / kl for _, total, distill, kl in rows if abs(kl) > 1e-3 * largest]
+    return statistics.median(weights) if weights else 0.0
+
+
+def _steps(metrics: RunMetrics) -> Iterator[tuple[str, Step]]:
+    for index, batch in enumerate(metrics.batches):
+        for step in batch.steps:
+            yield metrics.label(index, step), step
+
+
+CHECKS = (
+    Check("metrics-nonfinite", "NaN, infinity or null in the metrics", metrics_nonfinite),
+    Check("metrics-incomplete", "metrics with gaps or contradictions", metrics_incomplete),
+    Check("loss-not-sum", "total_loss is not distill_loss + weight * kl_reg", loss_not_sum),
+    Check("kl-negative", "kl_reg below 0", kl_negative),
+    Check("kl-growing", "kl_reg large and growing", kl_growing),
+    Check("distill-range", "distill_loss outside the divergence's range, or 0 throughout", distill_range),
+    Check("grad-norm", "an exploding or vanished gradient norm", grad_norm),
+)

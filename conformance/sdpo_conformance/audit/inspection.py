@@ -1,0 +1,135 @@
+"""The audit itself: read what a run left behind, make every check, hand back one value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdpo_conformance.audit.adapter import Adapter, open_adapter
+from sdpo_conformance.audit.compare import compare_adapters
+from sdpo_conformance.audit.config import NO_REQUEST, Sample, read_request
+from sdpo_conformance.audit.discovery import RunFiles, discover
+from sdpo_conformance.audit.errors import AuditError, shown
+from sdpo_conformance.audit.findings import Evidence, Finding, NotJudged, Severity, judge
+from sdpo_conformance.audit.findings.model import SamplerKnowledge
+from sdpo_conformance.audit.generation import GenerationResult, generate
+from sdpo_conformance.audit.metrics import read_metrics
+from sdpo_conformance.audit.models import load_adapted_model
+from sdpo_conformance.audit.optimizer import OptimizerState, find_optimizer_state, read_optimizer_state
+from sdpo_conformance.audit.prompts import Prompt, read_prompts
+from sdpo_conformance.audit.replay import SAMPLER_DIFFERS, ReplayResult, replay_first_step
+
+#: CLaaS's default (claas/core/types.py, TrainingConfig), for the replay alone, where the settings name none.
+_DEFAULT_IS_CLIP = 5.0
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What was looked at, what was found, and what could not be judged."""
+
+    files: RunFiles
+    evidence: Evidence
+    findings: tuple[Finding, ...]
+    not_judged: tuple[NotJudged, ...]
+
+    @property
+    def alarms(self) -> tuple[Finding, ...]:
+        """The findings that make the exit status 1: errors and warnings."""
+        return tuple(f for f in self.findings if f.severity is not Severity.NOTE)
+
+    @property
+    def verdict(self) -> str:
+        """One line for a person in a hurry."""
+        errors = sum(f.severity is Severity.ERROR for f in self.findings)
+        if errors:
+            return f"DO NOT TRUST THIS RUN: {_count(errors, 'error')}, {_count(len(self.alarms) - errors, 'warning')}"
+        if self.alarms:
+            return f"LOOK CLOSER: {_count(len(self.alarms), 'warning')}"
+        return "nothing found"
+
+    @property
+    def exit_status(self) -> int:
+        """0 nothing found, 1 findings."""
+        return 1 if self.alarms else 0
+
+
+def audit_run(
+    run: Path | None = None,
+    *,
+    metrics: Path | None = None,
+    before: Path | None = None,
+    after: Path | None = None,
+    config: Path | None = None,
+    sampler: SamplerKnowledge = "unknown",
+    model: Path | None = None,
+    prompts: Path | None = None,
+    max_new_tokens: int = 256,
+    device: str = "auto",
+) -> AuditReport:
+    """Audit a run's folder, or the parts named. Reads only; raises AuditError when it cannot look."""
+    files = discover(run, metrics=metrics, before=before, after=after, request=config, prompts=prompts)
+    request = read_request(files.request) if files.request else NO_REQUEST
+    run_metrics = read_metrics(files.metrics) if files.metrics else None
+    if run_metrics is not None and request.training.steps_per_batch is not None:
+        run_metrics = run_metrics.split(request.training.steps_per_batch)
+    old = open_adapter(files.before) if files.before else None
+    new = open_adapter(files.after) if files.after else None
+    if new is not None and new.fresh:
+        raise AuditError(f"{shown(new.path)}: has adapter_config.json but no weights: not a finished adapter")
+    asked = read_prompts(files.prompts) if files.prompts and (model or prompts) else ()
+    generation, replay = None, None
+    if model is not None:
+        asked = asked or tuple(Prompt(ids=sample.prompt_token_ids) for sample in request.samples)
+        generation, replay = _with_model(
+            model, old, new, asked, request.samples, request.training.is_clip, max_new_tokens, device
+        )
+    elif prompts is not None:
+        raise AuditError("--prompts without --model: name the model to generate with")
+    if sampler == "unknown" and replay is not None and replay.sampler_gap is not None:
+        sampler = "differs" if replay.sampler_gap > SAMPLER_DIFFERS else "same"
+    evidence = Evidence(
+        metrics=run_metrics,
+        change=compare_adapters(old, new) if new is not None else None,
+        request=request,
+        sampler=sampler,
+        optimizer_before=_optimizer(old),
+        optimizer_after=_optimizer(new),
+        generation=generation,
+        replay=replay,
+    )
+    findings, not_judged = judge(evidence)
+    return AuditReport(files, evidence, findings, not_judged)
+
+
+def _with_model(
+    path: Path,
+    before: Adapter | None,
+    after: Adapter | None,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sample],
+    is_clip: float | None,
+    max_new_tokens: int,
+    device: str,
+) -> tuple[GenerationResult | None, ReplayResult | None]:
+    if after is None:
+        raise AuditError("--model needs a finished adapter: name it with --after")
+    if not prompts and not samples:
+        raise AuditError("--model needs prompts: name a file with --prompts")
+    adapted = load_adapted_model(path, before, after, device)
+    generation = generate(adapted, prompts, max_new_tokens) if prompts else None
+    # Without the adapter from before the run there is no step 1 to repeat.
+    replay = None
+    if samples and before is not None:
+        replay = replay_first_step(adapted, samples, _DEFAULT_IS_CLIP if is_clip is None else is_clip)
+    return generation, replay
+
+
+def _optimizer(adapter: Adapter | None) -> OptimizerState | None:
+    """The state in the adapter's folder; a bare file's neighbours may belong to any other adapter."""
+    path = find_optimizer_state(adapter.path) if adapter is not None and adapter.path.is_dir() else None
+    return read_optimizer_state(path) if path else None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

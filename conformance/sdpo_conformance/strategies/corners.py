@@ -1,0 +1,60 @@
+"""Which corners of the input space a requirement visits: one field per dimension, each a set of kinds.
+
+The first kind of each field is the one that examples shrink to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Corner:
+    """A product of kinds. The defaults are neutral: on-policy, no anchor, full mask, tame probabilities.
+
+    alpha: half, inside, near_zero, near_one, zero, one · ratio: on_policy, mild, below, above_cap,
+    clamp_high, clamp_low, infinite · is_clip: default, low, one, high, huge (beyond e^20) · anchor: off, on ·
+    drift of the policy from the base: equal, mild, strong, clamp_high, clamp_low · mask: full, ragged, random,
+    fractional, tiny (sums to less than 1), empty · support: few, one, many (> 64), whole · response: inside,
+    outside, either · mass of the support: normal, shifted, teacher_floor, student_floor, deep (entries below
+    -20) · logits: normal, flat, peaked, large, equal (student and teacher agree) · size: small, tall, wide ·
+    layout: see ``cases.Layout`` · head: frozen, trainable (fused only) · incoming: gradients into the loss.
+    """
+
+    alpha: tuple[str, ...] = ("half", "inside")
+    ratio: tuple[str, ...] = ("on_policy",)
+    is_clip: tuple[str, ...] = ("default",)
+    anchor: tuple[str, ...] = ("off",)
+    drift: tuple[str, ...] = ("equal", "mild")
+    mask: tuple[str, ...] = ("full",)
+    support: tuple[str, ...] = ("few", "few", "one", "many", "whole")
+    response: tuple[str, ...] = ("either", "inside", "outside")
+    mass: tuple[str, ...] = ("normal", "normal", "shifted")
+    logits: tuple[str, ...] = ("normal", "flat", "peaked")
+    size: tuple[str, ...] = ("small", "small", "small", "tall", "wide")
+    layout: tuple[str, ...] = ("contiguous",)
+    head: tuple[str, ...] = ("frozen", "trainable")
+    incoming: tuple[float, ...] = (1.0,)
+
+    def but(self, **changes: Any) -> Corner:
+        """This corner with fields replaced; a single kind may be given bare."""
+        return replace(
+            self, **{key: value if isinstance(value, tuple) else (value,) for key, value in changes.items()}
+        )
+
+
+NEUTRAL = Corner()
+
+EVERYTHING = Corner(
+    alpha=("half", "inside", "near_zero", "near_one", "zero", "one"),
+    ratio=("on_policy", "mild", "below", "above_cap", "clamp_high", "clamp_low"),
+    is_clip=("default", "low", "one", "high", "huge"),
+    anchor=("off", "on"),
+    drift=("mild", "equal", "strong", "clamp_high", "clamp_low"),
+    mask=("full", "ragged", "random", "fractional", "tiny"),
+    mass=("normal", "normal", "shifted", "teacher_floor", "student_floor", "deep"),
+    layout=("contiguous", "contiguous", "transposed", "strided", "offset"),
+    incoming=(1.0, 1.0, -0.5, 3.0),
+)
+"""Every kind that a MUST may ask for at once."""

@@ -1,0 +1,256 @@
+"""The implementation under test, one entry of it, and the engine that runs a requirement's check on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.strategies import SearchStrategy
+
+from sdpo_conformance.cases import LossCase, recorded_cases
+from sdpo_conformance.execution import ImplementationError, Outcome, evaluate, is_fused_entry
+from sdpo_conformance.judgement import Disagreement, compare
+from sdpo_conformance.profiles import Profile
+from sdpo_conformance.protocol import DTYPES, Capability, Claims
+from sdpo_conformance.requirements import Requirement
+from sdpo_conformance.strategies import Corner, loss_cases
+from sdpo_conformance.tolerances import Expectations, expectations
+
+
+class Enough(BaseException):
+    """Stops Hypothesis from outside: the time for this requirement, or for shrinking, is spent.
+
+    A BaseException because Hypothesis treats an Exception as one more failing example.
+    """
+
+
+@dataclass
+class Tally:
+    """What one requirement's run did: examples judged, examples that had to be rejected, and whether time
+    ended it early."""
+
+    examples: int = 0
+    rejected: int = 0
+    recorded: int = 0
+    seconds: float = 0.0
+    out_of_time: bool = False
+
+
+@dataclass
+class Subject:
+    """``function`` is the implementation's attribute for ``entry``; ``dtypes`` those this run judges it in.
+
+    ``scratch``: where the case about to be run is kept, so that a crash can be reproduced; None: nowhere.
+    """
+
+    implementation: Any
+    entry: Capability
+    claims: Claims
+    profile: Profile
+    seed: int = 0
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = ("float32",)
+    scratch: Path | None = None
+    tally: Tally = field(default_factory=Tally)
+    _smallest: tuple[tuple[int, ...], Exception] | None = None
+    _first_failure: float = 0.0
+    _started: float = 0.0
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The implementation's attribute for the entry."""
+        found: Callable[..., Any] = getattr(self.implementation, self.entry.value)
+        return found
+
+    @property
+    def torch_dtypes(self) -> list[torch.dtype]:
+        """The dtypes this run judges."""
+        return [DTYPES[name] for name in self.dtypes]
+
+    def narrowed(self, dtypes: tuple[str, ...]) -> Subject:
+        """This subject with fewer dtypes, counting into the same tally."""
+        return replace(self, dtypes=dtypes)
+
+    def run(self, requirement: Requirement) -> None:
+        """Run one requirement's check; what it raises is the verdict."""
+        self._started = time.monotonic()
+        self.tally = Tally()
+        try:
+            requirement.check(self)
+        finally:
+            self.tally.seconds = time.monotonic() - self._started
+
+    # --- running examples ---
+
+    def for_all(self, corner: Corner, check: Callable[[LossCase], None], share: float = 1.0) -> None:
+        """Run ``check`` on every recorded case within ``corner`` and on drawn ones; ``share`` of the profile's
+        examples. Raises the failure on the smallest example found."""
+        dtypes = self.torch_dtypes
+        for case in recorded_within(corner, self.entry, tuple(dtypes)):
+            self.tally.recorded += 1
+            self._attempt(check, case)
+        self.given(loss_cases(corner, self.entry, dtypes), check, share)
+
+    def given(
+        self, strategy: SearchStrategy[Any], check: Callable[[Any], None], share: float = 1.0
+    ) -> None:
+        """Run ``check`` on drawn examples and raise the failure on the smallest."""
+        self._smallest = None
+
+        def attempt(case: Any) -> None:
+            self._attempt(check, case)
+
+        engine = settings(
+            max_examples=max(5, int(self.profile.examples * share)),
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate, Phase.shrink),
+            report_multiple_bugs=False,
+            print_blob=False,
+        )(given(strategy)(attempt))
+        try:
+            seed(self.seed)(engine)()
+        except Enough:
+            pass
+        except (Disagreement, ImplementationError) as failure:
+            if self._smallest is None:
+                raise failure
+        if self._smallest is not None:
+            raise self._smallest[1]
+
+    def _attempt(self, check: Callable[[Any], None], case: Any) -> None:
+        now = time.monotonic()
+        if self._smallest is not None and now - self._first_failure > self.profile.shrink_seconds:
+            raise Enough
+        if self._smallest is None and now - self._started > self.profile.requirement_seconds:
+            self.tally.out_of_time = True
+            raise Enough
+        self.tally.examples += 1
+        try:
+            check(case)
+        except (Disagreement, ImplementationError) as failure:
+            if isinstance(failure, ImplementationError):
+                failure.case = failure.case or case
+            if self._smallest is None:
+                self._first_failure = now
+            size = size_of(case)
+            if self._smallest is None or size <= self._smallest[0]:
+                self._smallest = (size, failure)
+            if isinstance(failure, ImplementationError) and failure.device_lost:
+                raise Enough from None
+            raise
+
+    # --- judging one case ---
+
+    def evaluate(self, case: LossCase, gradient: bool = True) -> Outcome:
+        """Call the entry on ``case``, having put the case where a crash leaves it."""
+        self.keep(case)
+        return evaluate(self.function, self.entry, case, self.device, gradient)
+
+    def keep(self, case: LossCase) -> None:
+        """Write the case to ``scratch``."""
+        if self.scratch is not None:
+            case.save(self.scratch)
+
+    def expectations(self, case: LossCase) -> Expectations | None:
+        """Truth and bounds, or None where plain PyTorch is not finite either: no MUST may ask for it."""
+        expected = expectations(case, self.entry)
+        if not expected.attainable:
+            self.tally.rejected += 1
+            return None
+        return expected
+
+    def agrees(self, case: LossCase, aspects: Sequence[str], control: LossCase | None = None) -> Outcome | None:
+        """Judge ``aspects`` of the entry on ``case`` against the truth; raises Disagreement.
+
+        ``control`` is the same input with the rule under test made idle: where the entry is wrong there too,
+        the failure is marked secondary, for the cause lies elsewhere.
+        """
+        expected = self.expectations(case)
+        if expected is None:
+            return None
+        outcome = self.evaluate(case, gradient="gradient" in aspects)
+        found = compare(case, self.entry, outcome, aspects, expected)
+        if found is None:
+            return outcome
+        if control is not None:
+            found.secondary = self._wrong_on(control, aspects)
+        raise found
+
+    def _wrong_on(self, control: LossCase, aspects: Sequence[str]) -> bool:
+        expected = expectations(control, self.entry)
+        if not expected.attainable:
+            return False
+        try:
+            outcome = evaluate(self.function, self.entry, control, self.device, "gradient" in aspects)
+            return compare(control, self.entry, outcome, aspects, expected) is not None
+        except ImplementationError:
+            return True
+
+
+def size_of(case: Any) -> tuple[int, ...]:
+    """What makes one failing example easier to read than another."""
+    if not isinstance(case, LossCase):
+        return (0,)
+    ids = case.loss_input.response_ids
+    return (
+        int(case.layout != "contiguous"),
+        ids.numel(),
+        case.loss_input.teacher_indices.shape[-1],
+        case.vocabulary,
+    )
+
+
+@lru_cache(maxsize=1)
+def _recorded() -> tuple[LossCase, ...]:
+    return tuple(case for case, _ in recorded_cases())
+
+
+def recorded_within(
+    corner: Corner, entry: Capability, dtypes: Iterable[torch.dtype]
+) -> Iterator[LossCase]:
+    """The recorded cases that lie within ``corner``, in the widest of ``dtypes``, for ``entry``."""
+    widest = max(dtypes, key=lambda dtype: -torch.finfo(dtype).eps)
+    for case in _recorded():
+        if not admits(corner, case):
+            continue
+        floats = {key: value.to(widest) for key, value in case.tensors().items() if value.is_floating_point()}
+        named = case.with_fields(**floats)
+        converted = LossCase(named.loss_input, name=case.name)
+        yield converted.to_fused() if is_fused_entry(entry) else converted
+
+
+def admits(corner: Corner, case: LossCase) -> bool:
+    """Whether a recorded case visits no dimension that ``corner`` keeps neutral."""
+    training, loss_input, truth = case.training, case.loss_input, case.truth
+    off_policy = bool(((truth.chosen - loss_input.old_student_logprobs).abs() > 1e-6).any())
+    if off_policy and set(corner.ratio) <= {"on_policy"}:
+        return False
+    if bool(torch.isinf(loss_input.old_student_logprobs).any()) and "infinite" not in corner.ratio:
+        return False
+    if training.is_clip <= 1 and not set(corner.is_clip) & {"low", "one"}:
+        return False
+    if training.is_clip > 1e5 and "huge" not in corner.is_clip:
+        return False
+    if training.kl_reg_weight != 0 and "on" not in corner.anchor:
+        return False
+    alpha_kind = {0.0: "zero", 1.0: "one"}.get(training.alpha, "inside")
+    if alpha_kind not in corner.alpha and not (alpha_kind == "inside" and set(corner.alpha) - {"zero", "one"}):
+        return False
+    mask = loss_input.response_mask.double()
+    if not bool((mask == 1).all()) and set(corner.mask) <= {"full"}:
+        return False
+    if not bool(mask.any()) and "empty" not in corner.mask:
+        return False
+    if training.alpha < 1 and truth.divergence is not None:
+        floored = truth.divergence.on_floor.any() or (loss_input.teacher_logprobs.logsumexp(-1) < -18.4).any()
+        if bool(floored) and not {"teacher_floor", "student_floor"} & set(corner.mass):
+            return False
+    return True

@@ -1,0 +1,254 @@
+"""GRAD: being a good citizen of autograd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.cases import LossCase
+from sdpo_conformance.execution import (
+    Outcome,
+    call_entry,
+    differentiable_output,
+    gradients_of,
+    implementation_errors,
+    incoming_gradient,
+    materialise,
+)
+from sdpo_conformance.judgement import GRADIENT, Disagreement, compare
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.requirements import UPSTREAM, Level, requirement
+from sdpo_conformance.strategies import NEUTRAL
+from sdpo_conformance.subject import Subject
+from sdpo_conformance.suite.entries import ALL, DIVERGENCES
+
+SOURCE = f"{UPSTREAM} compute_sdpo_loss, and the contract of torch.autograd"
+BROAD = NEUTRAL.but(
+    alpha=("half", "inside", "one"),
+    ratio=("mild", "below", "above_cap"),
+    anchor=("off", "on"),
+    drift=("mild", "strong"),
+    mask=("full", "ragged"),
+    mass=("normal", "student_floor"),
+)
+DIVERGENCE_ONLY = NEUTRAL.but(mass=("normal", "student_floor"))
+
+
+def corner_of(subject: Subject) -> Any:
+    """The broad corner; for a bare divergence its part below alpha = 1."""
+    return DIVERGENCE_ONLY if subject.entry is Capability.DIVERGENCE else BROAD
+
+
+@requirement(
+    "GRAD-1",
+    Level.MUST,
+    "the gradient scales with the gradient that arrives at the result",
+    source=SOURCE,
+    why="gradient accumulation and loss scaling divide or multiply the loss: a kernel that computes its "
+    "gradient in forward and ignores what arrives trains at the wrong rate",
+    capabilities=DIVERGENCES,
+)
+def test_grad_1(subject: Subject) -> None:
+    corner = corner_of(subject).but(incoming=(0.25, -1.0, 3.0, 1000.0, 0.0))
+    subject.for_all(
+        corner, lambda case: subject.agrees(case, (GRADIENT,), control=replace(case, incoming=1.0))
+    )
+
+
+@requirement(
+    "GRAD-2",
+    Level.MUST,
+    "the loss reaches no input but the student's: teacher, base, old and mask, given without requires_grad, "
+    "get no gradient",
+    source="claas/training/distillation.py: all four are computed under no_grad",
+    why="a graph into the teacher keeps it alive and trains it",
+    capabilities=DIVERGENCES,
+)
+def test_grad_2(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        loss_input = materialise(case, subject.device)
+        output = output_of(subject, loss_input)
+        with implementation_errors("backward"):
+            output.backward(incoming_gradient(case, subject.entry, output))
+        for key in case.tensors():
+            if key in case.differentiable:
+                continue
+            tensor = getattr(loss_input, key)
+            if tensor.requires_grad or tensor.grad is not None:
+                raise Disagreement(
+                    f"{key} after backward",
+                    "no gradient, requires_grad False",
+                    f"requires_grad {tensor.requires_grad}, gradient {'set' if tensor.grad is not None else 'None'}",
+                    case=case,
+                    probe="frozen_inputs",
+                )
+
+    subject.for_all(corner_of(subject), check, share=0.3)
+
+
+@requirement(
+    "GRAD-3",
+    Level.MUST,
+    "no input is modified, by forward or by backward",
+    source=SOURCE,
+    why="a kernel that writes its gradient over the logits breaks whoever reads them next",
+    capabilities=DIVERGENCES,
+)
+def test_grad_3(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        outcome = subject.evaluate(case)
+        if outcome.touched:
+            raise Disagreement(
+                f"{', '.join(outcome.touched)} after the call",
+                "the values passed in",
+                "other values",
+                case=case,
+                outcome=outcome,
+                probe="unmodified",
+            )
+
+    corner = corner_of(subject).but(
+        mask=("ragged", "full", "fractional"), layout=("contiguous", "transposed", "offset"), incoming=(1.0, 3.0)
+    )
+    subject.for_all(corner, check)
+
+
+@requirement(
+    "GRAD-4",
+    Level.MUST,
+    "inputs may be non-contiguous, expanded, or views that start inside their storage",
+    source="claas/training/distillation.py passes slices of logits; torch semantics",
+    why="a kernel that assumes strides reads the wrong tokens",
+    capabilities=DIVERGENCES,
+)
+def test_grad_4(subject: Subject) -> None:
+    corner = corner_of(subject).but(layout=("transposed", "strided", "offset", "expanded"))
+    subject.for_all(
+        corner, lambda case: subject.agrees(case, ALL, control=replace(case, layout="contiguous"))
+    )
+
+
+@requirement(
+    "GRAD-5",
+    Level.MUST,
+    "gradients accumulate, and two live graphs do not share buffers",
+    source=SOURCE,
+    why="CLaaS sums the losses of several samples before one backward: a reused buffer mixes them up",
+    capabilities=DIVERGENCES,
+)
+def test_grad_5(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        other = replace(case.rows(torch.arange(case.loss_input.response_ids.shape[0]).flip(0)), incoming=2.0)
+        other = other.with_training(is_clip=case.training.is_clip * 0.5)
+        if subject.expectations(case) is None or subject.expectations(other) is None:
+            return
+        inputs = [materialise(one, subject.device) for one in (case, other)]
+        results = [call_entry(subject.function, subject.entry, one) for one in inputs]
+        outputs = [differentiable_output(result, subject.entry) for result in results]
+        for index, one in enumerate((case, other)):
+            gradients = gradients_of(inputs[index], one, subject.entry, outputs[index])
+            outcome = Outcome(results[index], gradients)
+            found = compare(one, subject.entry, outcome, ALL)
+            if found is not None:
+                found.probe, found.detail = "two_graphs", found.detail or "with a second graph alive"
+                found.secondary = alone_is_wrong(subject, one)
+                found.extra["other"] = other if one is case else case
+                raise found
+        leaf_input = materialise(case, subject.device)
+        for _ in range(2):
+            output = output_of(subject, leaf_input)
+            with implementation_errors("backward"):
+                output.backward(incoming_gradient(case, subject.entry, output))
+        doubled = replace(case, incoming=2 * case.incoming)
+        accumulated = {
+            key: None if (grad := getattr(leaf_input, key).grad) is None else grad.detach().to("cpu", torch.float64)
+            for key in case.differentiable
+        }
+        found = compare(doubled, subject.entry, Outcome({}, accumulated), (GRADIENT,))
+        if found is not None:
+            found.probe, found.detail = "accumulate", found.detail or "after two backward passes"
+            found.case = case
+            found.secondary = alone_is_wrong(subject, case)
+            raise found
+
+    subject.for_all(corner_of(subject).but(layout="contiguous"), check, share=0.4)
+
+
+@requirement(
+    "GRAD-6",
+    Level.MUST,
+    "under no_grad and inference_mode the values are the same and carry no graph",
+    source=SOURCE,
+    why="evaluation loops call the loss without gradients",
+    capabilities=DIVERGENCES,
+)
+def test_grad_6(subject: Subject) -> None:
+    aspects = tuple(aspect for aspect in ALL if aspect != GRADIENT)
+
+    def check(case: LossCase) -> None:
+        if subject.expectations(case) is None:
+            return
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                result = call_entry(subject.function, subject.entry, materialise(case, subject.device))
+                key = "divergence" if subject.entry is Capability.DIVERGENCE else "loss"
+                output = result.get(key)
+                if isinstance(output, Tensor) and output.requires_grad:
+                    raise Disagreement(
+                        f"{key} under {mode.__name__}", "no graph", "requires_grad", case=case, probe=mode.__name__
+                    )
+                found = compare(case, subject.entry, Outcome(result, {}), aspects)
+            if found is not None:
+                found.probe = mode.__name__
+                found.secondary = alone_is_wrong(subject, case)
+                raise found
+
+    subject.for_all(corner_of(subject), check, share=0.3)
+
+
+@requirement(
+    "GRAD-7",
+    Level.SHOULD,
+    "the same input gives bitwise the same result and gradient",
+    source=SOURCE,
+    why="a run that cannot be repeated cannot be debugged",
+    capabilities=DIVERGENCES,
+)
+def test_grad_7(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        first, second = subject.evaluate(case), subject.evaluate(case)
+        for key in first.result:
+            if not same(first.number(key), second.number(key)):
+                raise Disagreement(
+                    key, repr(float(first.number(key).reshape(-1)[0])), "another value", case=case, probe="repeat"
+                )
+        for key, gradient in first.gradients.items():
+            again = second.gradients[key]
+            if (gradient is None) != (again is None) or (
+                gradient is not None and again is not None and not same(gradient, again)
+            ):
+                raise Disagreement(
+                    f"gradient to {key}", "bitwise the same twice", "different", case=case, probe="repeat"
+                )
+
+    subject.for_all(corner_of(subject), check, share=0.3)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bitwise equality, NaN equal to NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def output_of(subject: Subject, loss_input: Any) -> Tensor:
+    """The differentiable output of one call."""
+    return differentiable_output(call_entry(subject.function, subject.entry, loss_input), subject.entry)
+
+
+def alone_is_wrong(subject: Subject, case: LossCase) -> bool:
+    """The control of rules about several graphs or modes: one plain call."""
+    return compare(case, subject.entry, subject.evaluate(case), ALL) is not None
+
+

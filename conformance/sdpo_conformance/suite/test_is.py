@@ -1,0 +1,194 @@
+"""IS: the clipped importance ratio, the part that fused rewrites lose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sdpo_conformance.cases import LossCase
+from sdpo_conformance.execution import call_entry, differentiable_output, implementation_errors, materialise
+from sdpo_conformance.judgement import GRADIENT, Disagreement, number
+from sdpo_conformance.requirements import UPSTREAM, Level, requirement
+from sdpo_conformance.strategies import NEUTRAL, Corner
+from sdpo_conformance.subject import Subject
+from sdpo_conformance.suite.entries import LOSSES, VALUE
+
+SOURCE = f"{UPSTREAM} compute_sdpo_loss, step 3"
+METRICS = ("mean_is_ratio", "clip_fraction")
+ANY_ALPHA = ("half", "inside", "one")
+
+
+def on_policy(case: LossCase) -> LossCase:
+    """The control of every rule here: the behaviour policy is the current one, so the ratio is 1."""
+    old = case.loss_input.old_student_logprobs
+    return case.with_fields(old_student_logprobs=case.truth.chosen.to(old.dtype))
+
+
+def judged(subject: Subject, corner: Corner, *aspects: str) -> None:
+    """Judge ``aspects`` within ``corner`` with the on-policy control."""
+    subject.for_all(corner, lambda case: subject.agrees(case, aspects, control=on_policy(case)))
+
+
+@requirement(
+    "IS-1",
+    Level.MUST,
+    "on-policy (old = current log-probs) the ratio is 1",
+    source=SOURCE,
+    why="otherwise even steps_per_batch = 1 trains on the wrong scale",
+    capabilities=LOSSES,
+)
+def test_is_1(subject: Subject) -> None:
+    subject.for_all(NEUTRAL.but(alpha=ANY_ALPHA), lambda case: subject.agrees(case, ("mean_is_ratio", *VALUE)))
+
+
+@requirement(
+    "IS-2",
+    Level.MUST,
+    "the loss must depend on old_student_logprobs",
+    source=SOURCE,
+    why="a kernel fed hidden states only cannot correct for stale behaviour log-probs: training drifts",
+    capabilities=LOSSES,
+)
+def test_is_2(subject: Subject) -> None:
+    judged(subject, NEUTRAL.but(ratio=("mild", "below", "above_cap")), *VALUE, GRADIENT)
+
+
+@requirement(
+    "IS-3",
+    Level.MUST,
+    "the ratio is exp(new - old): larger where the current policy likes the token more than the behaviour "
+    "policy did",
+    source=f"{SOURCE}: student_logprob_chosen - old_student_logprobs",
+    why="inverted, the correction amplifies what it should damp",
+    capabilities=LOSSES,
+)
+def test_is_3(subject: Subject) -> None:
+    judged(subject, NEUTRAL.but(ratio=("below", "mild"), is_clip=("default", "high")), *VALUE, "mean_is_ratio")
+
+
+@requirement(
+    "IS-4",
+    Level.MUST,
+    "the log-ratio is clamped to [-20, 20] before exp",
+    source=f"{SOURCE}: torch.clamp(negative_approx_kl, min=-20, max=20)",
+    why="without it a token of probability 0 under the old policy gives an infinite ratio",
+    capabilities=LOSSES,
+)
+def test_is_4(subject: Subject) -> None:
+    corner = NEUTRAL.but(
+        ratio=("clamp_high", "clamp_low", "mild"), is_clip=("huge", "default"), alpha=ANY_ALPHA, mass="normal"
+    )
+    judged(subject, corner, *VALUE, "mean_is_ratio", GRADIENT)
+
+
+@requirement(
+    "IS-5",
+    Level.MUST,
+    "the ratio is capped above at is_clip of the config, and not below",
+    source=f"{SOURCE}: .clamp(max=is_clip)",
+    why="PPO's symmetric clip, or a hard-coded cap, changes tokens the spec leaves alone",
+    capabilities=LOSSES,
+)
+def test_is_5(subject: Subject) -> None:
+    corner = NEUTRAL.but(
+        ratio=("above_cap", "below", "mild", "clamp_low"),
+        is_clip=("default", "low", "one", "high", "huge"),
+        alpha=ANY_ALPHA,
+    )
+    judged(subject, corner, *VALUE, "mean_is_ratio")
+
+
+@requirement(
+    "IS-6",
+    Level.MUST,
+    "the ratio multiplies each token's divergence before the mean",
+    source=f"{SOURCE}: per_token_loss * ratio",
+    why="a sequence-level or mean ratio gives every token another token's weight",
+    capabilities=LOSSES,
+)
+def test_is_6(subject: Subject) -> None:
+    corner = NEUTRAL.but(
+        ratio=("mild", "below", "above_cap", "clamp_low"),
+        is_clip=("default", "high"),
+        mask=("full", "ragged", "random"),
+        size=("small", "tall", "tall"),
+        alpha=ANY_ALPHA,
+    )
+    judged(subject, corner, *VALUE, GRADIENT)
+
+
+@requirement(
+    "IS-7",
+    Level.MUST,
+    "no gradient flows through the ratio, neither to the student nor to old_student_logprobs",
+    source=f"{SOURCE}: .detach()",
+    why="an undetached ratio adds D * r * d l[y] to every uncapped token",
+    capabilities=LOSSES,
+)
+def test_is_7(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        subject.agrees(case, (GRADIENT,), control=replace(case, trainable_head=False).with_training(is_clip=1e-9))
+        loss_input = materialise(case, subject.device)
+        old = loss_input.old_student_logprobs.detach().requires_grad_()
+        result = call_entry(subject.function, subject.entry, replace(loss_input, old_student_logprobs=old))
+        with implementation_errors("backward"):
+            loss = differentiable_output(result, subject.entry)
+            (found,) = torch.autograd.grad(loss, [old], allow_unused=True)
+        if found is not None and bool(found.any()):
+            raise Disagreement(
+                "gradient to old_student_logprobs",
+                "none",
+                f"entries up to {number(float(found.abs().max()))}",
+                case=case,
+                probe="old_gradient",
+            )
+
+    corner = NEUTRAL.but(ratio=("mild", "below", "on_policy"), is_clip=("high", "default"), alpha=ANY_ALPHA)
+    subject.for_all(corner, check)
+
+
+@requirement(
+    "IS-8",
+    Level.MUST,
+    "the ratio does not multiply the anchor",
+    source=f"{UPSTREAM} compute_sdpo_loss, step 4: kl_to_base_per_token is not touched by ratio",
+    why="where the old policy differs most, the anchor would vanish or explode",
+    capabilities=LOSSES,
+)
+def test_is_8(subject: Subject) -> None:
+    corner = NEUTRAL.but(
+        ratio=("mild", "below", "above_cap"), anchor="on", drift=("mild", "strong"), alpha=("half", "one", "zero")
+    )
+    judged(subject, corner, "kl_reg", "loss", GRADIENT)
+
+
+@requirement(
+    "IS-9",
+    Level.MUST,
+    "the ratio applies at alpha = 1 too",
+    source=f"{SOURCE}: after both branches of step 2",
+    why="two branches in a kernel, one of them without the ratio",
+    capabilities=LOSSES,
+)
+def test_is_9(subject: Subject) -> None:
+    corner = NEUTRAL.but(alpha="one", ratio=("mild", "below", "above_cap"), is_clip=("default", "high"))
+    judged(subject, corner, *VALUE, GRADIENT)
+
+
+@requirement(
+    "IS-10",
+    Level.MUST,
+    "mean_is_ratio is the masked mean of the capped ratio, clip_fraction that of [r >= is_clip]",
+    source=f"{UPSTREAM} compute_sdpo_loss, diagnostics",
+    why="these two numbers are how a run is watched",
+    capabilities=LOSSES,
+)
+def test_is_10(subject: Subject) -> None:
+    corner = NEUTRAL.but(
+        ratio=("mild", "above_cap", "below", "clamp_high", "clamp_low", "on_policy"),
+        is_clip=("default", "low", "one", "high", "huge"),
+        mask=("full", "ragged", "random", "fractional", "tiny"),
+        alpha=ANY_ALPHA,
+    )
+    judged(subject, corner, *METRICS)

@@ -1,0 +1,115 @@
+"""KL: the k3 anchor to the base policy."""
+
+from __future__ import annotations
+
+from sdpo_conformance.cases import LossCase
+from sdpo_conformance.judgement import GRADIENT, Disagreement, number
+from sdpo_conformance.requirements import UPSTREAM, Level, requirement
+from sdpo_conformance.strategies import NEUTRAL
+from sdpo_conformance.subject import Subject
+from sdpo_conformance.suite.entries import LOSSES
+
+SOURCE = f"{UPSTREAM} compute_sdpo_loss, step 4"
+ANCHORED = NEUTRAL.but(anchor="on", drift=("mild", "strong"))
+
+
+def at_base(case: LossCase) -> LossCase:
+    """The control: the policy is the base policy, so the anchor is 0."""
+    base = case.loss_input.base_logprobs
+    return case.with_fields(base_logprobs=case.truth.chosen.to(base.dtype))
+
+
+@requirement(
+    "KL-1",
+    Level.MUST,
+    "k3 = exp(d) - 1 - d with d = l[y] - base, in this direction",
+    source=SOURCE,
+    why="veRL's k3 takes base - l[y]; k1 and k2 are other estimators",
+    capabilities=LOSSES,
+)
+def test_kl_1(subject: Subject) -> None:
+    corner = ANCHORED.but(anchor=("on", "off"))
+    subject.for_all(corner, lambda case: subject.agrees(case, ("kl_reg",), control=at_base(case)))
+
+
+@requirement(
+    "KL-2",
+    Level.MUST,
+    "the anchor is never negative and is 0 where the policy equals the base",
+    source=f"{SOURCE}: 'always >= 0'",
+    why="a negative anchor rewards drifting from the base",
+    capabilities=LOSSES,
+)
+def test_kl_2(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        outcome = subject.agrees(case, ("kl_reg",))
+        if outcome is None:
+            return
+        got = float(outcome.number("kl_reg"))
+        expected = subject.expectations(case)
+        assert expected is not None
+        if not got >= -float(expected.results["kl_reg"].bound):
+            raise Disagreement("kl_reg", "at least 0", number(got), case=case, outcome=outcome)
+
+    subject.for_all(NEUTRAL.but(anchor=("on", "off"), drift=("equal", "mild"), mask=("full", "ragged")), check)
+
+
+@requirement(
+    "KL-3",
+    Level.MUST,
+    "the anchor's log-ratio is clamped to [-20, 20] before exp; k3 itself is not clamped",
+    source=f"{SOURCE}: torch.clamp(log_ratio, min=-20, max=20)",
+    why="veRL clamps k3 to [-10, 10] instead: other numbers from d = 2.6 on",
+    capabilities=LOSSES,
+)
+def test_kl_3(subject: Subject) -> None:
+    corner = NEUTRAL.but(anchor=("on", "off"), drift=("clamp_high", "clamp_low", "strong"))
+    subject.for_all(corner, lambda case: subject.agrees(case, ("kl_reg", "loss"), control=at_base(case)))
+
+
+@requirement(
+    "KL-4",
+    Level.MUST,
+    "the anchor's gradient is (exp(d) - 1) (onehot(y) - softmax), and none outside the clamp",
+    source=f"{SOURCE}, differentiated",
+    why="a detached anchor reports drift and does nothing against it",
+    capabilities=LOSSES,
+)
+def test_kl_4(subject: Subject) -> None:
+    corner = ANCHORED.but(drift=("mild", "strong", "clamp_high", "clamp_low"), alpha=("zero", "half", "inside", "one"))
+    subject.for_all(
+        corner, lambda case: subject.agrees(case, (GRADIENT,), control=case.with_training(kl_reg_weight=0.0))
+    )
+
+
+@requirement(
+    "KL-5",
+    Level.MUST,
+    "loss = distill_loss + kl_reg_weight * kl_reg, with the weight of the config, and kl_reg reported unweighted",
+    source=f"{UPSTREAM} compute_sdpo_loss: total_loss",
+    why="a hard-coded or doubly applied weight is invisible in the other metrics",
+    capabilities=LOSSES,
+)
+def test_kl_5(subject: Subject) -> None:
+    corner = ANCHORED.but(anchor=("on", "off"), alpha=("half", "zero", "one"))
+
+    def check(case: LossCase) -> None:
+        control = case.with_training(kl_reg_weight=0.0)
+        subject.agrees(case, ("kl_reg", "distill_loss", "loss"), control=control)
+        if case.training.kl_reg_weight == 0:
+            subject.agrees(case, (GRADIENT,))
+
+    subject.for_all(corner, check)
+
+
+@requirement(
+    "KL-6",
+    Level.MUST,
+    "the anchor is the base policy's log-prob, not the behaviour policy's or the teacher's",
+    source=f"{SOURCE}: base_logprobs",
+    why="anchored to the old policy it follows the drift that it should hold back",
+    capabilities=LOSSES,
+)
+def test_kl_6(subject: Subject) -> None:
+    corner = ANCHORED.but(ratio=("mild", "below", "above_cap"), response=("inside", "outside"))
+    subject.for_all(corner, lambda case: subject.agrees(case, ("kl_reg", "loss", GRADIENT), control=at_base(case)))

@@ -1,0 +1,183 @@
+"""Running a trainer on a scenario and taking down everything it did; once per trainer and scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.execution import ImplementationError, implementation_errors
+from sdpo_conformance.protocol import Sample, StepMetrics, TrainingConfig
+from sdpo_conformance.trainer.models import adapter_weights, build, frozen_weights
+from sdpo_conformance.trainer.recording import RecordedStep, StepRecorder
+from sdpo_conformance.trainer.scenarios import Scenario, samples_of
+
+METRICS = ("total_loss", "distill_loss", "kl_reg", "mean_is_ratio", "clip_fraction", "grad_norm")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One run. ``metrics``: per step, a number per key that was there. ``steps``: what the recording optimizer
+    saw, empty where the trainer made its own. ``start`` and ``final``: the adapter before and after.
+    ``changed``: what else of the model changed, in words."""
+
+    scenario: Scenario
+    metrics: tuple[Mapping[str, float], ...]
+    steps: tuple[RecordedStep, ...]
+    start: Mapping[str, Tensor]
+    final: Mapping[str, Tensor]
+    changed: tuple[str, ...]
+
+    @property
+    def observed(self) -> bool:
+        """Whether each step's gradient and weights are known."""
+        return len(self.steps) > 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The trainer raised. ``changed``: what the attempt changed in the model all the same, in words."""
+
+    error: BaseException
+    changed: tuple[str, ...]
+
+
+class ModelState:
+    """What a trainer owes back: frozen weights, trainable flags, the adapter enabled and active."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.frozen = frozen_weights(model)
+        self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.adapter = adapter_weights(model)
+        self.active = list(model.active_adapters)
+
+    def changed_frozen(self) -> tuple[str, ...]:
+        """What differs now, the adapter's own weights apart."""
+        found: list[str] = []
+        now = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, before in self.frozen.items():
+            if name not in now:
+                found.append(f"{name} is gone")
+            elif not same(before, now[name].detach().cpu()):
+                found.append(f"frozen weight {name} changed")
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and name not in self.trainable:
+                found.append(f"{name} now asks for a gradient")
+        status = self.model.get_model_status()
+        if status.enabled is not True:
+            found.append("the adapter is left disabled")
+        if list(self.model.active_adapters) != self.active:
+            found.append(f"the active adapter is {self.model.active_adapters}, was {self.active}")
+        if status.merged_adapters:
+            found.append("the adapter is left merged into the base")
+        return tuple(found)
+
+    def changed(self) -> tuple[str, ...]:
+        """What differs now, the adapter's weights included."""
+        now = dict(self.model.named_parameters())
+        moved = [f"adapter weight {name} changed" for name, w in self.adapter.items() if not same(w, now[name].cpu())]
+        return (*self.changed_frozen(), *moved)
+
+
+def same(before: Tensor, after: Tensor) -> bool:
+    """Bit for bit, NaN equal to NaN."""
+    return before.shape == after.shape and bool(torch.equal(torch.nan_to_num(before), torch.nan_to_num(after)))
+
+
+_KEPT: dict[tuple[int, Scenario, str], tuple[Any, Observation | ImplementationError]] = {}
+
+
+def observe(distill: Callable[..., Any], scenario: Scenario, device: str = "cpu") -> Observation:
+    """Run the trainer on the scenario, or recall that it was; raises ImplementationError if it did not
+    deliver. The trainer itself is kept with the run, so that its id stays its own."""
+    key = (id(distill), scenario, device)
+    if key not in _KEPT:
+        try:
+            _KEPT[key] = (distill, run(distill, scenario, device))
+        except ImplementationError as error:
+            _KEPT[key] = (distill, error)
+    found = _KEPT[key][1]
+    if isinstance(found, ImplementationError):
+        raise found
+    return found
+
+
+def run(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation:
+    """One run, without the memory."""
+    model = build(scenario.model, device)
+    state, recorder = ModelState(model), StepRecorder(model)
+    samples = samples_of(scenario)
+    with implementation_errors("distill"), seeded(scenario.seed):
+        returned = distill(model, list(samples), scenario.training, recorder.optimizer_cls)
+    with implementation_errors("reading the model after distill"):
+        changed, now = state.changed_frozen(), dict(model.named_parameters())
+        final = {name: now[name].detach().to("cpu", copy=True) for name in state.adapter if name in now}
+    return Observation(
+        scenario=scenario,
+        metrics=read_metrics(returned),
+        steps=tuple(recorder.steps),
+        start=state.adapter,
+        final=final,
+        changed=changed,
+    )
+
+
+def attempt(
+    distill: Callable[..., Any],
+    scenario: Scenario,
+    samples: Sequence[Sample],
+    training: TrainingConfig,
+    device: str = "cpu",
+) -> Refusal | None:
+    """Run the trainer on input it may refuse: what it raised and changed, or None if it raised nothing."""
+    model = build(scenario.model, device)
+    state, recorder = ModelState(model), StepRecorder(model)
+    try:
+        with implementation_errors("distill"), seeded(scenario.seed):
+            try:
+                distill(model, list(samples), training, recorder.optimizer_cls)
+            except Exception as error:
+                return Refusal(error, state.changed())
+    except ImplementationError as error:
+        return Refusal(error, ())
+    return None
+
+
+class seeded:  # noqa: N801  (a context manager)
+    """The global random state fixed inside and as found afterwards."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.state = torch.random.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.random.set_rng_state(self.state)
+
+
+def read_metrics(returned: Any) -> tuple[Mapping[str, float], ...]:
+    """``per_step_metrics`` as plain numbers; raises ImplementationError where there is none."""
+    wanted = '{"per_step_metrics": [...]}'
+    if not isinstance(returned, Mapping) or "per_step_metrics" not in returned:
+        raise ImplementationError(f"distill returned a {type(returned).__name__}, expected a mapping {wanted}")
+    entries = returned["per_step_metrics"]
+    if not isinstance(entries, Sequence) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ImplementationError("per_step_metrics is no list of mappings")
+    found = []
+    for entry in entries:
+        numbers: dict[str, float] = {}
+        for key in StepMetrics.__annotations__:
+            if key in entry:
+                try:
+                    numbers[key] = float(entry[key])
+                except (TypeError, ValueError, RuntimeError):
+                    kind = type(entry[key]).__name__
+                    raise ImplementationError(f"per_step_metrics has {key} as a {kind}, no number") from None
+        found.append(numbers)
+    return tuple(found)

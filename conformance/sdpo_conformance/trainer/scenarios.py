@@ -1,0 +1,167 @@
+"""What trainers are run on: a model, a batch, hyperparameters, and how the sampler's log-probs relate to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+
+from sdpo_conformance.oracle.policy import response_logits, student_logprobs
+from sdpo_conformance.oracle.step_loop import float64_copy
+from sdpo_conformance.protocol import Claims, Sample, TrainingConfig
+from sdpo_conformance.trainer.models import VOCABULARY, ModelSpec, build
+
+Sampler = Literal["exact", "mismatched", "first only"]
+
+MISMATCH = 0.6
+"""Standard deviation, in nats, of what a mismatched sampler recorded around the trainer's own log-probs."""
+
+CAP_MARGIN = 0.1
+"""No recorded log-prob puts a ratio within this many nats of the cap: clip_fraction counts, it cannot round."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``lengths``: (prompt, teacher prompt, response) tokens per sample. ``sampler``: "exact" recorded the
+    starting policy's log-probs, "mismatched" others, "first only" mismatched ones for the first sample and
+    none for the rest. ``shows``: what it is there for."""
+
+    name: str
+    shows: str
+    model: ModelSpec
+    training: TrainingConfig
+    lengths: tuple[tuple[int, int, int], ...]
+    sampler: Sampler
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return self.training.steps_per_batch
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario(
+        name="three_samples",
+        shows="every rule at once: three samples, two of them as long as each other, anchor, four steps",
+        model=ModelSpec("qwen3", tied=False, seed=11),
+        training=TrainingConfig(
+            learning_rate=1e-2, kl_reg_weight=0.2, teacher_top_k=20, max_grad_norm=0.25, steps_per_batch=4
+        ),
+        lengths=((5, 8, 9), (4, 9, 13), (6, 7, 9)),
+        sampler="mismatched",
+        seed=1,
+    ),
+    Scenario(
+        name="on_policy_start",
+        shows="exact sampler: wrong from step 2 on if the refresh is missing; gradients too small to clip",
+        model=ModelSpec("llama", tied=True, seed=12),
+        training=TrainingConfig(
+            learning_rate=1e-2, alpha=0.3, teacher_top_k=12, max_grad_norm=100.0, steps_per_batch=3
+        ),
+        lengths=((3, 6, 6), (5, 5, 11)),
+        sampler="exact",
+        seed=2,
+    ),
+    Scenario(
+        name="reverse_kl",
+        shows="alpha = 1 on another architecture, and a cap that most ratios reach",
+        model=ModelSpec("gpt2", tied=True, seed=13),
+        training=TrainingConfig(
+            learning_rate=5e-3, alpha=1.0, is_clip=1.3, teacher_top_k=20, max_grad_norm=1.0, steps_per_batch=2
+        ),
+        lengths=((4, 7, 8), (6, 9, 5)),
+        sampler="mismatched",
+        seed=3,
+    ),
+    Scenario(
+        name="one_step",
+        shows="one sample, one step, a sampler that disagrees with the trainer",
+        model=ModelSpec("qwen3", tied=True, seed=14),
+        training=TrainingConfig(learning_rate=1e-2, teacher_top_k=VOCABULARY + 10, max_grad_norm=100.0),
+        lengths=((6, 9, 12),),
+        sampler="mismatched",
+        seed=4,
+    ),
+)
+"""The scenarios of float32 models that every trainer is judged on."""
+
+BFLOAT16 = Scenario(
+    name="bfloat16",
+    shows="a bfloat16 base with its float32 adapter; the whole vocabulary as support, so no rounding picks it",
+    model=ModelSpec("qwen3", tied=False, seed=15, dtype="bfloat16"),
+    training=TrainingConfig(
+        learning_rate=1e-2, kl_reg_weight=0.1, teacher_top_k=VOCABULARY, max_grad_norm=1.0, steps_per_batch=2
+    ),
+    lengths=((5, 8, 24), (4, 6, 17)),
+    sampler="mismatched",
+    seed=5,
+)
+
+UNRECORDED = Scenario(
+    name="unrecorded",
+    shows="a batch of which the sampler recorded only the first sample's log-probs",
+    model=ModelSpec("llama", tied=False, seed=16),
+    training=TrainingConfig(learning_rate=1e-2, teacher_top_k=20, max_grad_norm=100.0, steps_per_batch=2),
+    lengths=((4, 6, 7), (5, 6, 10)),
+    sampler="first only",
+    seed=6,
+)
+
+
+def within_claims(scenario: Scenario, claims: Claims) -> Scenario:
+    """The scenario as far as the implementation claims to go: one that takes a single step per batch is
+    judged on-policy only."""
+    most = claims.max_steps_per_batch
+    if most is None:
+        return scenario
+    steps = min(scenario.steps, most)
+    training = replace(scenario.training, steps_per_batch=steps)
+    return replace(scenario, training=training, sampler="exact" if most == 1 else scenario.sampler)
+
+
+@lru_cache(maxsize=32)
+def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
+    """The batch. Responses are sampled from the starting policy, so no token is absurdly unlikely."""
+    model = float64_copy(build(scenario.model))
+    generator = torch.Generator().manual_seed(scenario.seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, VOCABULARY, (count,), generator=generator).tolist()
+
+    samples = []
+    for index, (prompt_length, teacher_length, response_length) in enumerate(scenario.lengths):
+        prompt, teacher_prompt = tokens(prompt_length), tokens(teacher_length)
+        response = respond(model, prompt, response_length, generator)
+        sample = Sample(prompt, response, teacher_prompt, None)
+        recorded = [] if scenario.sampler == "first only" and index else recording(model, sample, scenario, generator)
+        samples.append(replace(sample, response_logprobs=recorded or None))
+    return tuple(samples)
+
+
+@torch.no_grad()
+def respond(model: Any, prompt: Sequence[int], length: int, generator: torch.Generator) -> list[int]:
+    """Sample a response from the policy."""
+    response: list[int] = []
+    while len(response) < length:
+        # response_logits drops the last position, hence the placeholder token
+        logits = response_logits(model, [*prompt, *response], [0])
+        probabilities = torch.softmax(logits[0, -1], dim=-1)
+        response.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    return response
+
+
+def recording(model: Any, sample: Sample, scenario: Scenario, generator: torch.Generator) -> list[float]:
+    """What the sampler recorded, exactly representable in float32."""
+    own = student_logprobs(model, sample)[0]
+    if scenario.sampler == "exact":
+        return own.float().tolist()
+    log_cap = math.log(scenario.training.is_clip)
+    log_ratio = MISMATCH * torch.randn(own.shape, generator=generator, dtype=torch.float64)
+    log_ratio[0] = log_cap + 0.7  # one token of every sample is beyond the cap
+    near = (log_ratio - log_cap).abs() < CAP_MARGIN
+    log_ratio = torch.where(near, log_cap - 2 * CAP_MARGIN, log_ratio)
+    return (own - log_ratio).float().tolist()
