@@ -29,7 +29,7 @@ LOGIT_SCALE = 2.5
 
 LORA_RANK = 4
 LORA_ALPHA = 8
-LORA_B_SCALE = 0.15
+LORA_B_SCALE = 0.02
 """The adapter starts away from zero: at B = 0 the student is the base and A has no gradient."""
 
 

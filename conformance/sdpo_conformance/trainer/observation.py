@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,9 @@ METRICS = ("total_loss", "distill_loss", "kl_reg", "mean_is_ratio", "clip_fracti
 
 @dataclass(frozen=True)
 class Observation:
-    """One run. ``metrics``: per step, a number per key that was there. ``steps``: what the recording optimizer
-    saw, empty where the trainer made its own. ``start`` and ``final``: the adapter before and after.
-    ``changed``: what else of the model changed, in words."""
+    """One run. ``metrics``: per step, a number per key that was there. ``steps``: what the recording
+    optimizer saw, empty where the trainer made its own. ``start`` and ``final``: the adapter before and
+    after. ``changed``: what else of the model changed, in words."""
 
     scenario: Scenario
     metrics: tuple[Mapping[str, float], ...]
@@ -79,13 +80,15 @@ class ModelState:
     def changed(self) -> tuple[str, ...]:
         """What differs now, the adapter's weights included."""
         now = dict(self.model.named_parameters())
-        moved = [f"adapter weight {name} changed" for name, w in self.adapter.items() if not same(w, now[name].cpu())]
-        return (*self.changed_frozen(), *moved)
+        moved = [name for name, weight in self.adapter.items() if not same(weight, now[name].detach().cpu())]
+        return (*self.changed_frozen(), *(f"adapter weight {name} changed" for name in moved))
 
 
 def same(before: Tensor, after: Tensor) -> bool:
     """Bit for bit, NaN equal to NaN."""
-    return before.shape == after.shape and bool(torch.equal(torch.nan_to_num(before), torch.nan_to_num(after)))
+    if before.shape != after.shape:
+        return False
+    return bool(torch.equal(torch.nan_to_num(before), torch.nan_to_num(after)))
 
 
 _KEPT: dict[tuple[int, Scenario, str], tuple[Any, Observation | ImplementationError]] = {}
@@ -147,25 +150,22 @@ def attempt(
     return None
 
 
-class seeded:  # noqa: N801  (a context manager)
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
     """The global random state fixed inside and as found afterwards."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.state = torch.random.get_rng_state()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *_: Any) -> None:
-        torch.random.set_rng_state(self.state)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
 
 
 def read_metrics(returned: Any) -> tuple[Mapping[str, float], ...]:
     """``per_step_metrics`` as plain numbers; raises ImplementationError where there is none."""
-    wanted = '{"per_step_metrics": [...]}'
     if not isinstance(returned, Mapping) or "per_step_metrics" not in returned:
-        raise ImplementationError(f"distill returned a {type(returned).__name__}, expected a mapping {wanted}")
+        kind = type(returned).__name__
+        raise ImplementationError(f"distill returned a {kind} without per_step_metrics, expected a mapping")
     entries = returned["per_step_metrics"]
     if not isinstance(entries, Sequence) or not all(isinstance(entry, Mapping) for entry in entries):
         raise ImplementationError("per_step_metrics is no list of mappings")
