@@ -396,4 +396,4 @@ def enter_divergence(
     )
     w = parts.accept(everything)
     evaluate_divergence(parts, w)
-    return w.divergence
+    return hooked(w.divergence, parts.incoming)
