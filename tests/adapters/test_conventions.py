@@ -7,6 +7,7 @@ comparison: there student's and teacher's top-k are the same set, and nothing is
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def forward_kl(loss_input: SDPOLossInput) -> float:
     teacher = loss_input.teacher_logprobs
     per_token = (teacher.exp() * (teacher - student)).sum(-1)
     truth = sdpo_loss(loss_input)
-    return float((per_token * truth.ratio * truth.weight).sum())
+    return (per_token * truth.ratio * truth.weight).sum().item()
 
 
 def close(got: Tensor, want: float, tolerance: float = 1e-9) -> bool:
@@ -110,6 +111,15 @@ class TestLasgroup:
     def test_reports_no_anchor_and_no_ratio(self, loss: Any) -> None:
         assert set(loss(plain())) == {"loss", "distill_loss"}
 
+    def test_verls_k3_is_another_number(self, loss: Any) -> None:
+        from verl.trainer.ppo.core_algos import kl_penalty_forward
+
+        policy, base = torch.tensor([0.0, 2.0, -9.0]), torch.zeros(3)
+        away = policy - base
+        verls = kl_penalty_forward(policy, base, "low_var_kl")
+        torch.testing.assert_close(verls, ((-away).exp() - 1 + away).clamp(-10, 10))
+        assert not torch.allclose(verls, away.exp() - 1 - away)
+
 
 class TestTRL:
     @pytest.fixture
@@ -136,6 +146,22 @@ class TestTRL:
         assert close(result["loss"], mean_of_rows(loss_input))
         with pytest.raises(ValueError, match=r"alpha=1\.0"):
             trl.sampled_token.compute_sdpo_loss(plain(alpha=0.5))
+
+    def test_no_ratio_with_the_default_schedule(self, trl: Any) -> None:
+        from trl.experimental.sdpo.sdpo_trainer import SDPOTrainer
+
+        def old_logprobs(num_iterations: int) -> Any:
+            trainer = SimpleNamespace(
+                args=SimpleNamespace(steps_per_generation=4, gradient_accumulation_steps=4),
+                num_iterations=num_iterations,
+                model=None,
+                _forward_logits=lambda *_: torch.zeros(1, 2, 3),
+            )
+            ids, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2)
+            return SDPOTrainer._compute_rollout_logps(trainer, ids, mask, ids, mask)
+
+        assert old_logprobs(num_iterations=1) is None
+        assert old_logprobs(num_iterations=2) is not None
 
     def test_gradient_arrives(self, trl: Any) -> None:
         loss_input = plain(k=6)
