@@ -28,7 +28,7 @@ from sdpo_conformance.oracle.policy import (
     response_logits,
     student_logprobs,
 )
-from sdpo_conformance.protocol import Sample, SDPOLossInput, StepMetrics, TrainingConfig
+from sdpo_conformance.protocol import Sample, SDPOLossInput, TrainingConfig
 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.01
@@ -44,9 +44,10 @@ Gradient = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepTruth:
-    """One step before its update: the ``metrics``, the ``gradient`` before clipping, each sample's loss."""
+    """One step before its update: the ``metrics`` (keys of ``StepMetrics``), the ``gradient`` before clipping,
+    each sample's loss."""
 
-    metrics: StepMetrics
+    metrics: Mapping[str, float]
     gradient: Gradient
     losses: tuple[LossTruth, ...]
 
@@ -59,7 +60,7 @@ class StepLoopTruth:
     weights: Gradient
 
     @property
-    def per_step_metrics(self) -> list[StepMetrics]:
+    def per_step_metrics(self) -> list[Mapping[str, float]]:
         return [step.metrics for step in self.steps]
 
 
@@ -146,15 +147,15 @@ def mean_step(
         for name in outcomes[0][1]
     }
     distill_loss, kl_reg = mean("distill_loss"), mean("kl_reg")
-    metrics = StepMetrics(
-        step=step,
-        total_loss=distill_loss + training.kl_reg_weight * kl_reg,
-        distill_loss=distill_loss,
-        kl_reg=kl_reg,
-        mean_is_ratio=mean("mean_is_ratio"),
-        clip_fraction=mean("clip_fraction"),
-        grad_norm=float(norm(gradient)),
-    )
+    metrics = {
+        "step": float(step),
+        "total_loss": distill_loss + training.kl_reg_weight * kl_reg,
+        "distill_loss": distill_loss,
+        "kl_reg": kl_reg,
+        "mean_is_ratio": mean("mean_is_ratio"),
+        "clip_fraction": mean("clip_fraction"),
+        "grad_norm": float(norm(gradient)),
+    }
     return StepTruth(metrics=metrics, gradient=gradient, losses=losses)
 
 

@@ -23,11 +23,11 @@ Outcome = tuple[StepTruth, Gradient]
 
 @dataclass(frozen=True)
 class Mistake:
-    """``requirement``: the id it breaks first; ``words``: completes "the gradient is the one ...";
-    ``take``: the step so taken, or None where the mistake cannot show at that moment."""
+    """``requirements``: the ids it breaks, the first names it; ``words``: completes "the gradient
+    is the one ..."; ``take``: the step so taken, or None where the mistake cannot show at that moment."""
 
     name: str
-    requirement: str
+    requirements: tuple[str, ...]
     words: str
     take: Callable[[Moment], Outcome | None]
 
@@ -109,7 +109,7 @@ def swapped(order: Callable[[int, int], int]) -> Callable[[Moment], Outcome | No
 
 
 def teacher_of(moment: Moment, weights: Weights, prompts: str) -> list[PreparedSample]:
-    """The teacher's top-k with the adapter on at these weights, from the teacher's or the student's prompt."""
+    """The teacher's top-k with the adapter on at these weights, after the teacher's or student's prompt."""
     model = moment.ground.at(weights)
     found = []
     for one in moment.ground.prepared:
@@ -225,101 +225,132 @@ def always_scaled(moment: Moment) -> Outcome | None:
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "ratio-of-one",
-        "STEP-1",
+        ("STEP-1",),
         "without the importance ratio: the log-probs that the sampler recorded do not enter it",
         ratio_of_one,
     ),
     Mistake(
         "sampler-kept",
-        "STEP-3",
+        ("STEP-3", "STEP-2"),
         "with the sampler's log-probs of step 1 still in the ratio: they were never refreshed",
         sampler_kept,
     ),
     Mistake(
         "start-kept",
-        "STEP-3",
+        ("STEP-3", "STEP-2"),
         "with the starting policy's log-probs in the ratio: they were never refreshed",
         start_kept,
     ),
     Mistake(
         "one-step-late",
-        "STEP-3",
+        ("STEP-2",),
         "with log-probs from one step earlier in the ratio: refreshed before the update, not after it",
         one_step_late,
     ),
     Mistake(
         "adapter-off",
-        "STEP-2",
+        ("STEP-2", "STEP-3"),
         "with log-probs taken with the adapter disabled in the ratio",
         adapter_off,
     ),
-    Mistake("zero-behaviour", "STEP-2", "with zeros in place of behaviour log-probs", zero_behaviour),
-    Mistake("inverted-ratio", "STEP-1", "with the ratio upside down: old minus new", inverted),
-    Mistake("uncapped-ratio", "STEP-1", "without the cap is_clip on the ratio", uncapped),
+    Mistake("zero-behaviour", ("STEP-2",), "with zeros in place of behaviour log-probs", zero_behaviour),
+    Mistake("inverted-ratio", ("STEP-1",), "with the ratio upside down: old minus new", inverted),
+    Mistake("uncapped-ratio", ("STEP-1",), "without the cap is_clip on the ratio", uncapped),
     Mistake(
-        "next-sample", "STEP-4", "with the next sample's log-probs in the ratio", swapped(lambda i, n: (i + 1) % n)
+        "next-sample",
+        ("STEP-4",),
+        "with the next sample's log-probs in the ratio",
+        swapped(lambda i, n: (i + 1) % n),
     ),
     Mistake(
         "previous-sample",
-        "STEP-4",
+        ("STEP-4",),
         "with the previous sample's log-probs in the ratio",
         swapped(lambda i, n: (i - 1) % n),
     ),
-    Mistake("last-sample", "STEP-4", "with the last sample's log-probs in every ratio", swapped(lambda i, n: n - 1)),
-    Mistake("first-sample", "STEP-4", "with the first sample's log-probs in every ratio", swapped(lambda i, n: 0)),
     Mistake(
-        "teacher-with-adapter", "STEP-5", "with a teacher whose adapter is left enabled", teacher_with_adapter
+        "last-sample",
+        ("STEP-4",),
+        "with the last sample's log-probs in every ratio",
+        swapped(lambda i, n: n - 1),
     ),
     Mistake(
-        "teacher-that-moves", "STEP-5", "with a teacher that follows the adapter's updates", teacher_that_moves
+        "first-sample",
+        ("STEP-4",),
+        "with the first sample's log-probs in every ratio",
+        swapped(lambda i, n: 0),
+    ),
+    Mistake(
+        "teacher-with-adapter",
+        ("STEP-5",),
+        "with a teacher whose adapter is left enabled",
+        teacher_with_adapter,
+    ),
+    Mistake(
+        "teacher-that-moves",
+        ("STEP-5",),
+        "with a teacher that follows the adapter's updates",
+        teacher_that_moves,
     ),
     Mistake(
         "teacher-without-feedback",
-        "STEP-5",
+        ("STEP-5",),
         "with a teacher that reads the student's prompt in place of its own",
         teacher_without_feedback,
     ),
     Mistake(
         "anchor-to-start",
-        "STEP-5",
+        ("STEP-5",),
         "with the anchor at the starting policy: base log-probs taken with the adapter enabled",
         anchor_to_start,
     ),
     Mistake(
         "anchor-to-itself",
-        "STEP-5",
+        ("STEP-5",),
         "with the anchor at the current policy: base log-probs recomputed with the adapter enabled",
         anchor_to_itself,
     ),
     Mistake(
-        "anchor-to-behaviour", "STEP-5", "with the anchor at the sampler's log-probs", anchor_to_behaviour
+        "anchor-to-behaviour", ("STEP-5",), "with the anchor at the sampler's log-probs", anchor_to_behaviour
     ),
-    Mistake("anchor-to-teacher", "STEP-5", "with the anchor at the teacher", anchor_to_teacher),
+    Mistake("anchor-to-teacher", ("STEP-5",), "with the anchor at the teacher", anchor_to_teacher),
     Mistake(
         "pooled-tokens",
-        "STEP-7",
+        ("STEP-7",),
         "of one mean over all tokens of the batch, not the mean of per-sample means",
         shared_out(lambda lengths: [length / sum(lengths) for length in lengths]),
     ),
-    Mistake("summed-samples", "STEP-7", "of the sum over samples, not their mean", shared_out(lambda n: [1.0] * len(n))),
+    Mistake(
+        "summed-samples",
+        ("STEP-7",),
+        "of the sum over samples, not their mean",
+        shared_out(lambda n: [1.0] * len(n)),
+    ),
     Mistake(
         "summed-tokens",
-        "STEP-7",
+        ("STEP-7",),
         "of a sum over tokens, averaged over samples",
         shared_out(lambda lengths: [length / len(lengths) for length in lengths]),
     ),
-    Mistake("last-sample-only", "STEP-7", "of the last sample alone", shared_out(only(-1))),
-    Mistake("first-sample-only", "STEP-7", "of the first sample alone", shared_out(only(0))),
+    Mistake("last-sample-only", ("STEP-7",), "of the last sample alone", shared_out(only(-1))),
+    Mistake("first-sample-only", ("STEP-7",), "of the first sample alone", shared_out(only(0))),
     Mistake(
         "gradient-kept",
-        "STEP-8",
+        ("STEP-8",),
         "of this step plus the one the previous step left behind: it was not zeroed",
         gradient_kept,
     ),
-    Mistake("not-clipped", "STEP-8", "without clipping to max_grad_norm", not_clipped),
-    Mistake("clipped-per-sample", "STEP-8", "clipped sample by sample before the mean", clipped_per_sample),
-    Mistake("clipped-per-tensor", "STEP-8", "clipped tensor by tensor, not by the norm over all", clipped_per_tensor),
-    Mistake("clipped-by-value", "STEP-8", "clipped by value, not by norm", clipped_by_value),
-    Mistake("always-scaled", "STEP-8", "scaled up to max_grad_norm too, not only down", always_scaled),
+    Mistake("not-clipped", ("STEP-8",), "without clipping to max_grad_norm", not_clipped),
+    Mistake(
+        "clipped-per-sample", ("STEP-8",), "clipped sample by sample before the mean", clipped_per_sample
+    ),
+    Mistake(
+        "clipped-per-tensor",
+        ("STEP-8",),
+        "clipped tensor by tensor, not by the norm over all",
+        clipped_per_tensor,
+    ),
+    Mistake("clipped-by-value", ("STEP-8",), "clipped by value, not by norm", clipped_by_value),
+    Mistake("always-scaled", ("STEP-8",), "scaled up to max_grad_norm too, not only down", always_scaled),
 )
 """In the order in which they are tried; the closest wins."""

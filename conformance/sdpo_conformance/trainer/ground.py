@@ -27,7 +27,7 @@ from sdpo_conformance.oracle.step_loop import (
     sample_loss,
     step_loop,
 )
-from sdpo_conformance.protocol import Sample, StepMetrics, TrainingConfig
+from sdpo_conformance.protocol import Sample, TrainingConfig
 from sdpo_conformance.trainer.models import build
 from sdpo_conformance.trainer.scenarios import Scenario, samples_of
 
@@ -60,7 +60,7 @@ class Ground:
         return [student_logprobs(model, sample) for sample in self.samples]
 
     @cached_property
-    def run(self) -> tuple[list[StepMetrics], Weights]:
+    def run(self) -> tuple[list[Mapping[str, float]], Weights]:
         """The whole loop from the start: metrics per step and the final adapter."""
         truth = step_loop(self.at(self.start), self.samples, self.scenario.training)
         return truth.per_step_metrics, truth.weights

@@ -19,7 +19,7 @@ from sdpo_conformance.trainer.scenarios import Scenario, samples_of
 METRICS = ("total_loss", "distill_loss", "kl_reg", "mean_is_ratio", "clip_fraction", "grad_norm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Observation:
     """One run. ``metrics``: per step, a number per key that was there. ``steps``: what the recording
     optimizer saw, empty where the trainer made its own. ``start`` and ``final``: the adapter before and

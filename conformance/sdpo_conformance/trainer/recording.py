@@ -71,7 +71,7 @@ class StepRecorder:
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor, Mapping[str, Any]]]:
         """Every named tensor of an optimizer with its group."""
-        found = []
+        found: list[tuple[str, Tensor, Mapping[str, Any]]] = []
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = self.name_of(parameter)
