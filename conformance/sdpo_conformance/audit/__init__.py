@@ -1,8 +1,8 @@
 """Can this finished run be trusted? Reads what a run left behind: metrics, adapters, and a model where given.
 
-    from sdpo_conformance.audit import audit_run
-    report = audit_run(Path("runs/2026-01-31"))
-    report.verdict, report.findings, report.exit_status
+from sdpo_conformance.audit import audit_run
+report = audit_run(Path("runs/2026-01-31"))
+report.verdict, report.findings, report.exit_status
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ BLOCK_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class Adapter:
-    """`tensors` by canonical name. A fresh adapter (a config without weights) has none: its lora_B are zero."""
+    """`tensors` by canonical name. A fresh adapter (a config without weights) has none: its lora_B are
+    zero.
+    """
 
     path: Path
     weights: Path | None
@@ -70,7 +72,9 @@ def open_adapter(path: Path) -> Adapter:
             elif config:
                 return Adapter(path, None, {}, config)
             else:
-                raise AuditError(f"{shown(path)}: holds neither {WEIGHTS_FILE} nor {CONFIG_FILE}: not a PEFT folder")
+                raise AuditError(
+                    f"{shown(path)}: holds neither {WEIGHTS_FILE} nor {CONFIG_FILE}: not a PEFT folder"
+                )
     else:
         if path.suffix.lower() in _PICKLE_SUFFIXES:
             raise AuditError(_refusal(path))
@@ -91,10 +95,10 @@ def open_adapter(path: Path) -> Adapter:
 
 def _refusal(path: Path) -> str:
     return (
-        f"{shown(path)}: is a pickle, which can run code when read, so it is not read. Where you trust it, convert "
-        'it: python -c "import sys, torch; from safetensors.torch import save_file; save_file({k: v.contiguous() '
-        'for k, v in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])" '
-        f"{shown(path.name)} {WEIGHTS_FILE}"
+        f"{shown(path)}: is a pickle, which can run code when read, so it is not read. Where you trust it,"
+        ' convert it: python -c "import sys, torch; from safetensors.torch import save_file; save_file({k:'
+        ' v.contiguous() for k, v in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"'
+        f" {shown(path.name)} {WEIGHTS_FILE}"
     )
 
 
@@ -140,7 +144,9 @@ class TensorReader:
 
 
 def blocks(shape: tuple[int, ...], limit: int = BLOCK_ELEMENTS) -> Iterator[tuple[slice, ...]]:
-    """Slices that cover a tensor of this shape in blocks of at most `limit` elements, none for an empty one."""
+    """Slices that cover a tensor of this shape in blocks of at most `limit` elements, none for an empty
+    one.
+    """
     if 0 in shape:
         return
     extents = list(shape)

@@ -24,20 +24,42 @@ class Sampler(StrEnum):
 def audit(
     run: Annotated[
         Path | None,
-        typer.Argument(help="The folder that a run left behind; its parts are found by name (docs/audit.md).", show_default=False),
+        typer.Argument(
+            help="The folder that a run left behind; its parts are found by name (docs/audit.md).",
+            show_default=False,
+        ),
     ] = None,
-    metrics: Annotated[Path | None, typer.Option(help="Per-step metrics: CLaaS response, JSON array, JSON lines, trainer_state.json.")] = None,
-    before: Annotated[Path | None, typer.Option(help="Adapter before the run: PEFT folder or .safetensors.")] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(help="Per-step metrics: CLaaS response, JSON array, JSON lines, trainer_state.json."),
+    ] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="Adapter before the run: PEFT folder or .safetensors.")
+    ] = None,
     after: Annotated[Path | None, typer.Option(help="Adapter after the run.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Training settings, or the distill request with its samples.")] = None,
-    sampler: Annotated[Sampler, typer.Option(help="Do the recorded log-probs come from another engine than the trainer?")] = Sampler.UNKNOWN,
-    model: Annotated[Path | None, typer.Option(help="Base model's folder: generate before and after, and replay step 1.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts: .txt, .json or .jsonl; else the samples' own.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Training settings, or the distill request with its samples.")
+    ] = None,
+    sampler: Annotated[
+        Sampler, typer.Option(help="Do the recorded log-probs come from another engine than the trainer?")
+    ] = Sampler.UNKNOWN,
+    model: Annotated[
+        Path | None, typer.Option(help="Base model's folder: generate before and after, and replay step 1.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts: .txt, .json or .jsonl; else the samples' own.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of each generation.")] = 256,
-    device: Annotated[str, typer.Option(help="cpu, cuda, … for --model; auto takes a GPU if there is one.")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - for stdout.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")] = None,
-) -> None:  # fmt: skip
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, … for --model; auto takes a GPU if there is one.")
+    ] = "auto",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - for stdout.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")
+    ] = None,
+) -> None:
     """Say whether a finished run can be trusted, from what it left behind.
 
     Exit status: 0 nothing found, 1 findings, 2 could not look.
@@ -48,9 +70,17 @@ def audit(
 
     try:
         report = audit_run(
-            run, metrics=metrics, before=before, after=after, config=config, sampler=sampler.value, model=model,
-            prompts=prompts, max_new_tokens=max_new_tokens, device=device,
-        )  # fmt: skip
+            run,
+            metrics=metrics,
+            before=before,
+            after=after,
+            config=config,
+            sampler=sampler.value,
+            model=model,
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            device=device,
+        )
         to_stdout = json_file is not None and str(json_file) == "-"
         text = json.dumps(document(report), indent=2, allow_nan=False) + "\n"
         if json_file is not None and not to_stdout:

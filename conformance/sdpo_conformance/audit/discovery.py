@@ -11,8 +11,9 @@ from sdpo_conformance.audit.adapter import WEIGHTS_FILE
 from sdpo_conformance.audit.errors import AuditError, shown
 
 METRICS_NAMES = (
-    "metrics.json", "metrics.jsonl", "per_step_metrics.json", "per_step_metrics.jsonl", "distill_response.json",
-    "distill_response.jsonl", "response.json", "responses.jsonl", "trainer_state.json", "metrics",
+    "metrics.json", "metrics.jsonl", "per_step_metrics.json", "per_step_metrics.jsonl",
+    "distill_response.json", "distill_response.jsonl", "response.json", "responses.jsonl",
+    "trainer_state.json", "metrics",
 )  # fmt: skip
 BEFORE_NAMES = ("before", "adapter_before", "lora_before", "adapter_in", "lora_in", "initial", "input")
 AFTER_NAMES = ("after", "adapter_after", "lora_after", "adapter_out", "lora_out", "final", "output")
@@ -63,9 +64,9 @@ def discover(
     if metrics is None and after is None:
         place = shown(run) if run is not None else "no RUN given"
         raise AuditError(
-            f"{place}: nothing to look at: no metrics ({METRICS_NAMES[0]}, {METRICS_NAMES[4]}, trainer_state.json) and "
-            f"no finished adapter ({AFTER_NAMES[0]}/, {AFTER_NAMES[3]}/, {WEIGHTS_FILE}); "
-            "name them with --metrics, --before, --after"
+            f"{place}: nothing to look at: no metrics ({METRICS_NAMES[0]}, {METRICS_NAMES[4]},"
+            f" trainer_state.json) and no finished adapter ({AFTER_NAMES[0]}/, {AFTER_NAMES[3]}/,"
+            f" {WEIGHTS_FILE}); name them with --metrics, --before, --after"
         )
     return RunFiles(run, metrics, before, after, request, prompts, tuple(ignored))
 
@@ -95,7 +96,9 @@ def _in_checkpoint(run: Path, name: str) -> Path | None:
 
 
 def _last_checkpoint(run: Path) -> Path | None:
-    numbered = [(int(m[1]), path) for path in run.iterdir() if (m := re.fullmatch(r"checkpoint-(\d{1,12})", path.name))]
+    numbered = [
+        (int(m[1]), path)
+        for path in run.iterdir()
+        if (m := re.fullmatch(r"checkpoint-(\d{1,12})", path.name))
+    ]
     return max(numbered)[1] if numbered else None
-
-

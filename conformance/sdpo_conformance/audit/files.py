@@ -25,7 +25,9 @@ def open_regular(path: Path) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise AuditError(f"{shown(path)}: is a folder where a file was expected; name the file inside it")
         if not stat.S_ISREG(mode):
-            raise AuditError(f"{shown(path)}: is a pipe, socket or device, not a regular file; copy its content")
+            raise AuditError(
+                f"{shown(path)}: is a pipe, socket or device, not a regular file; copy its content"
+            )
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
         raise AuditError(f"{shown(path)}: cannot be opened: {_reason(error)}") from None

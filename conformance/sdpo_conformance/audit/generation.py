@@ -23,7 +23,8 @@ _LOOP_TURNS = 4
 class Output:
     """One prompt's continuation.
 
-    `repetition` is the share of 4-grams that occurred before in the same output; `loop` the period of the cycle
+    `repetition` is the share of 4-grams that occurred before in the same output; `loop` the period of the
+    cycle
     that the output ends in, if it does.
     """
 
@@ -37,7 +38,8 @@ class Output:
 class PromptResult:
     """Both outputs, and mean log-probs (nats per token) of the output *before*, under both adapters.
 
-    `end_before` and `end_after` are the log-probs of the end token where the output before ended, None where it
+    `end_before` and `end_after` are the log-probs of the end token where the output before ended, None where
+    it
     did not end.
     """
 
@@ -80,7 +82,9 @@ class GenerationResult:
 
 
 def generate(adapted: AdaptedModel, prompts: Sequence[Prompt], max_new_tokens: int) -> GenerationResult:
-    """Generate greedily from every prompt, before and after. Never more than max_new_tokens per prompt and adapter."""
+    """Generate greedily from every prompt, before and after. Never more than max_new_tokens per prompt and
+    adapter.
+    """
     if max_new_tokens < 1:
         raise AuditError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if not adapted.end_tokens:
@@ -136,10 +140,14 @@ def _encode(adapted: AdaptedModel, prompt: Prompt, number: int) -> tuple[int, ..
     if prompt.ids is not None:
         size = int(adapted.model.get_input_embeddings().weight.shape[0])
         if max(prompt.ids) >= size:
-            raise AuditError(f"prompt {number}: token id {max(prompt.ids)} is outside the model's vocabulary of {size}")
+            raise AuditError(
+                f"prompt {number}: token id {max(prompt.ids)} is outside the model's vocabulary of {size}"
+            )
         return prompt.ids
     if adapted.tokenizer is None:
-        raise AuditError(f"prompt {number} is text but the model's folder has no tokenizer; give prompt_token_ids")
+        raise AuditError(
+            f"prompt {number} is text but the model's folder has no tokenizer; give prompt_token_ids"
+        )
     try:
         if prompt.messages is not None:
             encoded = adapted.tokenizer.apply_chat_template(

@@ -45,7 +45,9 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the file by name. Raises AuditError, in one line, for any file that breaks the format."""
+    """Every tensor of the file by name. Raises AuditError, in one line, for any file that breaks the
+    format.
+    """
     where = shown(path)
     with open_regular(path) as file:
         try:
@@ -62,16 +64,16 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                     f"and the file has {size - 8} left; copy it again or check that it is safetensors"
                 )
             if length > HEADER_LIMIT_BYTES:
-                raise AuditError(f"{where}: its header claims {length} bytes, over the limit of {HEADER_LIMIT_BYTES}")
+                raise AuditError(
+                    f"{where}: its header claims {length} bytes, over the limit of {HEADER_LIMIT_BYTES}"
+                )
             header = file.read(length)
         except OSError as error:
             raise AuditError(f"{where}: cannot be read: {shown(error)}") from None
     document = parse_json(header, f"{where}: safetensors header")
     if not isinstance(document, Mapping):
         raise AuditError(f"{where}: its safetensors header is not a JSON object")
-    entries = {
-        name: _entry(name, value, where) for name, value in document.items() if name != "__metadata__"
-    }
+    entries = {name: _entry(name, value, where) for name, value in document.items() if name != "__metadata__"}
     _check_layout(entries, size - 8 - length, where)
     return entries
 
@@ -106,9 +108,13 @@ def _check_layout(entries: Mapping[str, TensorEntry], data_bytes: int, where: st
         if entry.start < position:
             raise AuditError(f"{where}: tensor {shown(entry.name)} overlaps {shown(previous)} in the data")
         if entry.start > position:
-            raise AuditError(f"{where}: {entry.start - position} bytes before tensor {shown(entry.name)} belong to none")
+            raise AuditError(
+                f"{where}: {entry.start - position} bytes before tensor {shown(entry.name)} belong to none"
+            )
         position, previous = entry.end, entry.name
     if position > data_bytes:
-        raise AuditError(f"{where}: is truncated: its tensors need {position} bytes of data and it has {data_bytes}")
+        raise AuditError(
+            f"{where}: is truncated: its tensors need {position} bytes of data and it has {data_bytes}"
+        )
     if position < data_bytes:
         raise AuditError(f"{where}: {data_bytes - position} bytes after the last tensor belong to none")

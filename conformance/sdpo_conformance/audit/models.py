@@ -1,4 +1,6 @@
-"""A local model with the run's adapters on it. Needs transformers and peft; fetches nothing, unpickles nothing."""
+"""A local model with the run's adapters on it. Needs transformers and peft; fetches nothing, unpickles
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ BEFORE, AFTER = "before", "after"
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """`model` is a PEFT model whose adapters are named "before" and "after"; `tokenizer` is None without files."""
+    """`model` is a PEFT model whose adapters are named "before" and "after"; `tokenizer` is None without
+    files.
+    """
 
     model: Any
     tokenizer: Any | None
@@ -27,7 +31,8 @@ class AdaptedModel:
 def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, device: str) -> AdaptedModel:
     """Load a model folder and put both adapters on it. Without a `before`, the bare model stands in for it.
 
-    Raises AuditError when a package is missing, the folder holds no safetensors model, or an adapter does not fit.
+    Raises AuditError when a package is missing, the folder holds no safetensors model, or an adapter does not
+    fit.
     """
     try:
         import torch
@@ -41,11 +46,14 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
         raise AuditError(f"{shown(path)}: is not a folder; --model takes a model that is on this machine")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="auto"
-        ).to(device)
+        )
+        base = loaded.to(device)
     except Exception as error:
-        raise AuditError(f"{shown(path)}: cannot be loaded as a causal language model: {_first_line(error)}") from None
+        raise AuditError(
+            f"{shown(path)}: cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from None
     end_tokens = _end_tokens(base)
     tokenizer = _tokenizer(path)
     if not end_tokens and tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -58,11 +66,17 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
         settings = adapter.config or donor
         if not settings:
             raise AuditError(
-                f"{shown(adapter.path)}: --model needs adapter_config.json beside the weights, for rank and target modules"
+                f"{shown(adapter.path)}: --model needs adapter_config.json beside the weights, for rank and"
+                " target modules"
             )
         if settings.get("peft_type", "LORA") != "LORA":
-            raise AuditError(f"{shown(adapter.path)}: is a {shown(settings['peft_type'])} adapter; --model reads LoRA alone")
-        known = {k: v for k, v in settings.items() if k in fields and k not in ("auto_mapping", "inference_mode")}
+            raise AuditError(
+                f"{shown(adapter.path)}: is a {shown(settings['peft_type'])} adapter; --model reads LoRA"
+                " alone"
+            )
+        known = {
+            k: v for k, v in settings.items() if k in fields and k not in ("auto_mapping", "inference_mode")
+        }
         try:
             config = LoraConfig(**{**known, "inference_mode": True, "task_type": "CAUSAL_LM"})
             if model is None:
@@ -73,7 +87,9 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
         except AuditError:
             raise
         except Exception as error:
-            raise AuditError(f"{shown(adapter.path)}: does not fit {shown(path)}: {_first_line(error)}") from None
+            raise AuditError(
+                f"{shown(adapter.path)}: does not fit {shown(path)}: {_first_line(error)}"
+            ) from None
     model.to(device).eval()
     return AdaptedModel(model, tokenizer, device, end_tokens, tuple(name for name, _ in present))
 
@@ -84,12 +100,13 @@ def _fill(model: Any, name: str, adapter: Adapter) -> None:
 
     if adapter.weights is None:
         return  # a fresh adapter: PEFT has just initialised lora_B to zero
-    state = {key: value for key, value in load_file(adapter.weights).items()}
+    state = load_file(adapter.weights)
     renamed = {key: state[entry.name] for key, entry in adapter.tensors.items()}
-    result = set_peft_model_state_dict(model, renamed, adapter_name=name)
+    result: Any = set_peft_model_state_dict(model, renamed, adapter_name=name)
     if result.unexpected_keys:
         raise AuditError(
-            f"{shown(adapter.path)}: does not fit the model: it has no place for {shown(result.unexpected_keys[0])}"
+            f"{shown(adapter.path)}: does not fit the model: it has no place for"
+            f" {shown(result.unexpected_keys[0])}"
         )
 
 

@@ -41,9 +41,12 @@ def place_of(key: str) -> TensorPlace:
     match = _LORA_PART.search(key)
     if match:
         module = key[: match.start()]
-        part = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "embedding A", "lora_embedding_B": "embedding B"}.get(
-            match.group(1), "magnitude"
-        )
+        part = {
+            "lora_A": "A",
+            "lora_B": "B",
+            "lora_embedding_A": "embedding A",
+            "lora_embedding_B": "embedding B",
+        }.get(match.group(1), "magnitude")
     else:
         module, _, part = key.rpartition(".")
         module = module or key

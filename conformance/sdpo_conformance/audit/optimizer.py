@@ -43,14 +43,21 @@ def read_optimizer_state(path: Path) -> OptimizerState | None:
         try:
             if file.read(4) != b"PK\x03\x04":
                 return None
-            with zipfile.ZipFile(_Bounded(file)) as archive:  # type: ignore[arg-type]
+            with zipfile.ZipFile(_Bounded(file)) as archive:
                 storages = [i for i in archive.infolist() if "/data/" in i.filename and i.file_size > 0]
                 counters = [i for i in storages if i.file_size == _STEP_BYTES]
                 steps = []
                 for info in counters:
                     if info.compress_type == zipfile.ZIP_STORED and info.compress_size == _STEP_BYTES:
                         steps.append(struct.unpack("<f", archive.read(info))[0])
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, RuntimeError) as error:
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            ValueError,
+            NotImplementedError,
+            struct.error,
+            RuntimeError,
+        ) as error:
             raise AuditError(f"{shown(path)}: is not a whole torch archive: {shown(error)}") from None
     return OptimizerState(
         path=path,

@@ -22,12 +22,18 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """A .json array, .jsonl lines ({"prompt"}, {"messages"} or {"prompt_token_ids"}), or text, a prompt per line."""
+    """A .json array, .jsonl lines ({"prompt"}, {"messages"} or {"prompt_token_ids"}), or text, a prompt per
+    line.
+    """
     where, text = shown(path), read_text(path)
     if path.suffix == ".json":
         rows = parse_json(text, where)
     elif path.suffix == ".jsonl":
-        rows = [parse_json(line, f"{where}: line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [
+            parse_json(line, f"{where}: line {n}")
+            for n, line in enumerate(text.splitlines(), 1)
+            if line.strip()
+        ]
     else:
         rows = [line for line in text.splitlines() if line.strip()]
     if not isinstance(rows, list) or not rows:

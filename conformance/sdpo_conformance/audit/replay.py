@@ -1,6 +1,7 @@
 """Step 1 again: the ratio and the anchor that the run should have reported, from its samples and its start.
 
-What the settings leave open (alpha, the teacher) is not needed: mean_is_ratio and kl_reg of a batch's first step
+What the settings leave open (alpha, the teacher) is not needed: mean_is_ratio and kl_reg of a batch's first
+step
 follow from the adapter before, the base model and the recorded log-probs alone.
 """
 
@@ -24,7 +25,8 @@ SAMPLER_DIFFERS = 0.02
 class ReplayResult:
     """Means over samples of token means, as step 1 reports them.
 
-    `sampler_gap` is the mean |recorded - recomputed| log-prob in nats; it and `mean_is_ratio` are None where the
+    `sampler_gap` is the mean |recorded - recomputed| log-prob in nats; it and `mean_is_ratio` are None where
+    the
     samples carry no recorded log-probs.
     """
 

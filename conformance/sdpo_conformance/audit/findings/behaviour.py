@@ -1,4 +1,4 @@
-"""What the finished model does, and what its first step should have reported: findings that need the model."""
+"""Findings that need the model: what it does now, and what its first step should have reported."""
 
 from __future__ import annotations
 
@@ -18,25 +18,34 @@ def stopping_lost(evidence: Evidence) -> Verdicts:
     """Fewer prompts reach an end token after the run than before it."""
     result = evidence.generation
     if result is None:
-        yield NotJudged("stopping-lost", "no generation: it needs --model and prompts (--prompts, or the run's samples)")
+        yield NotJudged(
+            "stopping-lost", "no generation: it needs --model and prompts (--prompts, or the run's samples)"
+        )
         return
     total = len(result.prompts)
     before, after = result.stopped(BEFORE), result.stopped(AFTER)
     if before == 0:
         yield NotJudged(
-            "stopping-lost", f"nothing stopped before the run within {result.max_new_tokens} tokens; raise --max-new-tokens"
+            "stopping-lost",
+            f"nothing stopped before the run within {result.max_new_tokens} tokens; raise --max-new-tokens",
         )
         return
     lost = before - after
     if lost <= 0:
         return
-    ends = [(r.end_before, r.end_after) for r in result.prompts if r.end_before is not None and r.end_after is not None]
+    ends = [
+        (r.end_before, r.end_after)
+        for r in result.prompts
+        if r.end_before is not None and r.end_after is not None
+    ]
     start = "the base model" if result.before_is_base else "before"
     told = [f"{start} {before}/{total} stopped within {result.max_new_tokens} tokens, after {after}/{total}"]
     if ends:
         was = math.fsum(b for b, _ in ends) / len(ends)
         now = math.fsum(a for _, a in ends) / len(ends)
-        told.append(f"log-prob of the end token where the output ended before: {was:.3g}, after {now:.3g} (mean)")
+        told.append(
+            f"log-prob of the end token where the output ended before: {was:.3g}, after {now:.3g} (mean)"
+        )
     if result.loops(AFTER) > result.loops(BEFORE):
         told.append(f"{result.loops(AFTER)} of {total} outputs end in a cycle, before {result.loops(BEFORE)}")
     severity = Severity.ERROR if lost * 2 >= before and total > 1 else Severity.WARNING
@@ -45,10 +54,17 @@ def stopping_lost(evidence: Evidence) -> Verdicts:
     yield Finding(
         id="stopping-lost",
         severity=severity,
-        statement=f"{start} {before}/{total} stopped, after {after}/{total}: the model forgets to end its answer",
+        statement=(
+            f"{start} {before}/{total} stopped, after {after}/{total}: the model forgets to end its answer"
+        ),
         evidence=tuple(told),
-        cause="the update moved probability away from the end token: off-policy steps without the ratio push in one direction",
-        next_step="do not serve this adapter; go back to the one before and train with the ratio and the refresh",
+        cause=(
+            "the update moved probability away from the end token: off-policy steps without the ratio push in"
+            " one direction"
+        ),
+        next_step=(
+            "do not serve this adapter; go back to the one before and train with the ratio and the refresh"
+        ),
         data={"before": before, "after": after, "prompts": total, "max_new_tokens": result.max_new_tokens},
     )
 
@@ -64,7 +80,12 @@ def repetitive(evidence: Evidence) -> Verdicts:
             id="repetitive",
             severity=Severity.WARNING,
             statement=f"{after:.0%} of the output's 4-grams are repeats, before {before:.0%}",
-            evidence=(f"{result.loops(AFTER)} of {len(result.prompts)} outputs end in a cycle, before {result.loops(BEFORE)}",),
+            evidence=(
+                (
+                    f"{result.loops(AFTER)} of {len(result.prompts)} outputs end in a cycle, before"
+                    f" {result.loops(BEFORE)}"
+                ),
+            ),
             cause="the policy has collapsed onto few continuations",
             next_step="read a few outputs; lower the learning rate or give the anchor weight",
             data={"before": before, "after": after},
@@ -80,7 +101,12 @@ def logprob_drift(evidence: Evidence) -> Verdicts:
         id="logprob-drift",
         severity=Severity.WARNING,
         statement=f"the model's own earlier outputs moved by {result.drift:.3g} nats per token",
-        evidence=(f"mean |change| of the mean log-prob over {len(result.prompts)} output(s); the alarm is at {_LARGE_DRIFT:g}",),
+        evidence=(
+            (
+                f"mean |change| of the mean log-prob over {len(result.prompts)} output(s); the alarm is at"
+                f" {_LARGE_DRIFT:g}"
+            ),
+        ),
         cause="the adapter moved the policy much further than a batch of feedback should",
         next_step="lower the learning rate, give the anchor weight, or stop earlier",
         data={"drift": result.drift},
@@ -92,7 +118,9 @@ def replay_ratio(evidence: Evidence) -> Verdicts:
     replay, reported = evidence.replay, _first(evidence, "mean_is_ratio")
     if replay is None or replay.mean_is_ratio is None or reported is None:
         if evidence.replay is not None:
-            yield NotJudged("replay-ratio", "the samples carry no recorded log-probs, or mean_is_ratio is not reported")
+            yield NotJudged(
+                "replay-ratio", "the samples carry no recorded log-probs, or mean_is_ratio is not reported"
+            )
         return
     expected = replay.mean_is_ratio
     if abs(reported - expected) <= _RATIO_TOLERANCE * max(1.0, expected):
@@ -100,13 +128,16 @@ def replay_ratio(evidence: Evidence) -> Verdicts:
     yield Finding(
         id="replay-ratio",
         severity=Severity.ERROR,
-        statement=f"step 1 reports mean_is_ratio {reported:.5g}; its samples and starting adapter give {expected:.5g}",
+        statement=(
+            f"step 1 reports mean_is_ratio {reported:.5g}; its samples and starting adapter give"
+            f" {expected:.5g}"
+        ),
         evidence=(
             f"{replay.samples} sample(s), sampler and trainer {replay.sampler_gap:.3g} nats per token apart",
         ),
         cause=(
-            "the recorded log-probs are not what the loss used: overwritten, dropped, shifted, or of another sample; or "
-            "'before' is not the start"
+            "the recorded log-probs are not what the loss used: overwritten, dropped, shifted, or of another"
+            " sample; or 'before' is not the start"
         ),
         next_step="check STEP-1 and IS-2; name the right start with --before",
         data={"reported": reported, "recomputed": expected, "sampler_gap": replay.sampler_gap},
@@ -126,7 +157,10 @@ def replay_kl(evidence: Evidence) -> Verdicts:
         severity=Severity.ERROR,
         statement=f"step 1 reports kl_reg {reported:.5g}; k3 against the base model gives {expected:.5g}",
         evidence=(f"{replay.samples} sample(s), adapter before the run against the same model without it",),
-        cause="anchored to something else than the base policy, another sign or estimator, or a weight already multiplied in",
+        cause=(
+            "anchored to something else than the base policy, another sign or estimator, or a weight already"
+            " multiplied in"
+        ),
         next_step="check KL-1, KL-5 and KL-6",
         data={"reported": reported, "recomputed": expected},
     )

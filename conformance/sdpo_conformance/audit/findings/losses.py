@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
+from itertools import pairwise
 
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.findings.resolution import resolution
@@ -41,15 +42,21 @@ def metrics_nonfinite(evidence: Evidence) -> Verdicts:
     yield Finding(
         id="metrics-nonfinite",
         severity=Severity.WARNING if overflow_only else Severity.ERROR,
-        statement=f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at {len(broken)} place(s)",
+        statement=(
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at {len(broken)} place(s)"
+        ),
         evidence=tuple(text for _, text in broken[:_SHOWN]),
         cause=(
-            "a gradient overflow, which a loss scaler skips" if overflow_only
-            else "0 log 0 where a probability underflows, a -inf logit inside the support, or a NaN at a masked position"
+            "a gradient overflow, which a loss scaler skips"
+            if overflow_only
+            else (
+                "0 log 0 where a probability underflows, a -inf logit inside the support, or a NaN at a"
+                " masked position"
+            )
         ),
         next_step="find the first step concerned and run the suite's NUM-3, NUM-4 and NUM-5 against the loss",
         data={"fields": names, "count": len(broken)},
-    )  # fmt: skip
+    )
 
 
 def metrics_incomplete(evidence: Evidence) -> Verdicts:
@@ -69,7 +76,10 @@ def metrics_incomplete(evidence: Evidence) -> Verdicts:
             severity=Severity.WARNING,
             statement="the metrics contradict themselves or have gaps",
             evidence=tuple(problems[:_SHOWN]),
-            cause="a run that was cut short, files of different runs, or metrics collected in more than one place",
+            cause=(
+                "a run that was cut short, files of different runs, or metrics collected in more than one"
+                " place"
+            ),
             next_step="take the metrics from the trainer's own response, whole",
         )
 
@@ -88,7 +98,8 @@ def loss_not_sum(evidence: Evidence) -> Verdicts:
         yield NotJudged("loss-not-sum", "total_loss, distill_loss and kl_reg are not all reported")
         return
     # Each number may be off by half of what its column resolves: a rounded log is no contradiction.
-    finest = [resolution([row[i] for row in rows]) / 2 for i in (1, 2, 3)]
+    columns = ([t for _, t, _, _ in rows], [d for _, _, d, _ in rows], [k for *_, k in rows])
+    finest = [resolution(column) / 2 for column in columns]
     fitted = _fit(rows)
     stated = evidence.request.training.kl_reg_weight
     weight = stated if stated is not None else max(fitted, 0.0)
@@ -96,14 +107,24 @@ def loss_not_sum(evidence: Evidence) -> Verdicts:
         (abs(total - distill - weight * kl), label, total, distill + weight * kl)
         for label, total, distill, kl in rows
         if abs(total - distill - weight * kl)
-        > _RELATIVE * (abs(total) + abs(distill) + abs(weight * kl)) + finest[0] + finest[1] + abs(weight) * finest[2]
+        > _RELATIVE * (abs(total) + abs(distill) + abs(weight * kl))
+        + finest[0]
+        + finest[1]
+        + abs(weight) * finest[2]
     ]
     if not wrong:
         if stated is None and len(rows) == 1 and rows[0][3]:
-            yield NotJudged("loss-not-sum", f"one step fits any weight ({fitted:.3g} here); --config can name the real one")
+            yield NotJudged(
+                "loss-not-sum",
+                f"one step fits any weight ({fitted:.3g} here); --config can name the real one",
+            )
         return
     wrong.sort(reverse=True)
-    how = f"kl_reg_weight {weight:g} from the settings" if stated is not None else f"the best weight, {weight:.3g}"
+    how = (
+        f"kl_reg_weight {weight:g} from the settings"
+        if stated is not None
+        else f"the best weight, {weight:.3g}"
+    )
     flipped = stated is not None and stated > 0 and math.isclose(fitted, -stated, rel_tol=1e-2)
     dropped = stated is not None and stated > 0 and abs(fitted) < 1e-3 * stated
     # A transformers log averages its loss since the last entry; the parts beside it may not be averaged.
@@ -113,17 +134,29 @@ def loss_not_sum(evidence: Evidence) -> Verdicts:
         severity=Severity.NOTE if averaged else Severity.ERROR,
         statement=f"total_loss is not distill_loss + weight * kl_reg, with {how}",
         evidence=(
-            *(f"{label}: total_loss {total:.8g}, expected {expected:.8g}" for _, label, total, expected in wrong[:_SHOWN]),
+            *(
+                f"{label}: total_loss {total:.8g}, expected {expected:.8g}"
+                for _, label, total, expected in wrong[:_SHOWN]
+            ),
             f"the steps' own best fit is a weight of {fitted:.4g}",
         ),
         cause=(
-            "the anchor is subtracted where it should be added" if flipped or (stated is None and fitted < 0)
-            else "the anchor is left out of the loss" if dropped
-            else "another weight than the configured one, a term that is not reported, or parts of different steps"
+            "the anchor is subtracted where it should be added"
+            if flipped or (stated is None and fitted < 0)
+            else (
+                "the anchor is left out of the loss"
+                if dropped
+                else (
+                    "another weight than the configured one, a term that is not reported, or parts of"
+                    " different steps"
+                )
+            )
         ),
-        next_step="check the loss with KL-5, and that its parts are reported from the same forward as the total",
+        next_step=(
+            "check the loss with KL-5, and that its parts are reported from the same forward as the total"
+        ),
         data={"weight": weight, "fitted_weight": fitted, "stated": stated is not None},
-    )  # fmt: skip
+    )
 
 
 def kl_negative(evidence: Evidence) -> Verdicts:
@@ -146,8 +179,16 @@ def kl_negative(evidence: Evidence) -> Verdicts:
         severity=Severity.NOTE if rounding else Severity.ERROR,
         statement=f"kl_reg is negative ({least:.3g} at {negative[0][1]}); k3 = exp(d) - 1 - d never is",
         evidence=tuple(f"{label}: kl_reg {value:.6g}" for value, label in negative[:_SHOWN]),
-        cause="rounding in half precision" if rounding else "another estimator: k1 (-d, or d) is negative as often as not",
-        next_step="compute k3 in float32" if rounding else "use exp(d) - 1 - d with d = clamp(l[y] - base, -20, 20) (KL-1, KL-2)",
+        cause=(
+            "rounding in half precision"
+            if rounding
+            else "another estimator: k1 (-d, or d) is negative as often as not"
+        ),
+        next_step=(
+            "compute k3 in float32"
+            if rounding
+            else "use exp(d) - 1 - d with d = clamp(l[y] - base, -20, 20) (KL-1, KL-2)"
+        ),
         data={"least": least},
     )
 
@@ -166,7 +207,7 @@ def kl_growing(evidence: Evidence) -> Verdicts:
     last, start = values[-1], values[0]
     first_positive = next((value for value in values if value > 0), 0.0)
     far = last >= _LARGE_KL and last >= 2 * start
-    monotone = len(values) >= 3 and all(a <= b for a, b in zip(values, values[1:], strict=False))
+    monotone = len(values) >= 3 and all(a <= b for a, b in pairwise(values))
     unheld = bool(weight) and monotone and last >= 0.5 and last >= 5 * first_positive
     if not far and not unheld:
         return
@@ -175,16 +216,21 @@ def kl_growing(evidence: Evidence) -> Verdicts:
         severity=Severity.WARNING,
         statement=f"kl_reg grows from {start:.3g} to {last:.3g}: the adapter leaves the base policy",
         evidence=(
-            f"kl_reg from {series[0][0]} to {series[-1][0]}: " + ", ".join(f"{value:.4g}" for value in values[:12]),
+            f"kl_reg from {series[0][0]} to {series[-1][0]}: "
+            + ", ".join(f"{value:.4g}" for value in values[:12]),
             f"kl_reg_weight {weight:g}" if weight is not None else "kl_reg_weight unknown",
         ),
         cause=(
-            "an anchor with the wrong sign or the wrong reference pushes away from the base" if weight
-            else "nothing holds the adapter (kl_reg_weight 0), the learning rate is too high, or the steps are off-policy"
+            "an anchor with the wrong sign or the wrong reference pushes away from the base"
+            if weight
+            else (
+                "nothing holds the adapter (kl_reg_weight 0), the learning rate is too high, or the steps are"
+                " off-policy"
+            )
         ),
         next_step="check KL-1, KL-4 and KL-6; lower the learning rate or give the anchor weight",
         data={"start": start, "last": last},
-    )  # fmt: skip
+    )
 
 
 def distill_range(evidence: Evidence) -> Verdicts:
@@ -225,7 +271,10 @@ def distill_range(evidence: Evidence) -> Verdicts:
             severity=Severity.ERROR,
             statement=f"distill_loss lies outside [0, H(alpha) * mean_is_ratio] for alpha = {alpha:g}",
             evidence=tuple(outside[:_SHOWN]),
-            cause="not the divergence of two distributions: no renormalisation over the support, or another objective",
+            cause=(
+                "not the divergence of two distributions: no renormalisation over the support, or another"
+                " objective"
+            ),
             next_step="check the divergence with GJS-1, GJS-2 and GJS-6",
         )
 
@@ -264,7 +313,9 @@ def grad_norm(evidence: Evidence) -> Verdicts:
 
 
 def _fit(rows: list[tuple[str, float, float, float]]) -> float:
-    """The weight that total - distill = w * kl asks for: the median over steps, so that one odd step stands out."""
+    """The weight that total - distill = w * kl asks for: the median over steps, so that one odd step stands
+    out.
+    """
     largest = max(abs(kl) for *_, kl in rows)
     weights = [(total - distill) / kl for _, total, distill, kl in rows if abs(kl) > 1e-3 * largest]
     return statistics.median(weights) if weights else 0.0

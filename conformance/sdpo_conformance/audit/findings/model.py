@@ -20,7 +20,9 @@ SamplerKnowledge = Literal["unknown", "differs", "same"]
 
 
 class Severity(StrEnum):
-    """error: the run did not do what it says. warning: look before trusting it. note: worth knowing, no alarm."""
+    """error: the run did not do what it says. warning: look before trusting it. note: worth knowing, no
+    alarm.
+    """
 
     ERROR = "error"
     WARNING = "warning"
@@ -29,7 +31,9 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with the run. `evidence` is numbers in sentences; `data` the same for programs."""
+    """One thing that is wrong with the run. `evidence` is numbers in sentences; `data` the same for
+    programs.
+    """
 
     id: str
     severity: Severity

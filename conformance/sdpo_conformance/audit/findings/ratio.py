@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.metrics import Batch, RunMetrics
@@ -42,7 +43,9 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
     target = min(1.0, _cap(evidence) or math.inf)
     later = _later_steps(metrics, target)
     if not later:
-        yield NotJudged("behaviour-not-refreshed", "mean_is_ratio is not reported as a number after the first step")
+        yield NotJudged(
+            "behaviour-not-refreshed", "mean_is_ratio is not reported as a number after the first step"
+        )
         return
     dropout = evidence.change.after.dropout if evidence.change else 0.0
     limit = _WITH_DROPOUT if dropout else _HALF_ROUNDING
@@ -57,9 +60,15 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
         yield Finding(
             id="behaviour-not-refreshed",
             severity=Severity.NOTE,
-            statement=f"after the first step the ratio is off {target:g} by up to {abs(worst.deviation):.2g}, without a trend",
+            statement=(
+                f"after the first step the ratio is off {target:g} by up to {abs(worst.deviation):.2g},"
+                " without a trend"
+            ),
             evidence=(_trace(metrics),),
-            cause="half-precision log-probs, or dropout in the forward, explain this much; a stale policy could too",
+            cause=(
+                "half-precision log-probs, or dropout in the forward, explain this much; a stale policy"
+                " could too"
+            ),
             next_step="recompute the log-probs in float32 to tell the two apart",
             data={"worst": worst.deviation},
         )
@@ -79,16 +88,20 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
         statement=(
             "the importance ratio drifts from step to step: the behaviour log-probs are not refreshed"
             if not mismatched
-            else "the importance ratio does not come back to 1 after the first step: the behaviour log-probs are not refreshed"
+            else (
+                "the importance ratio does not come back to 1 after the first step: the behaviour log-probs"
+                " are not refreshed"
+            )
         ),
         evidence=tuple(told),
         cause=(
-            "old_student_logprobs stays at the policy that sampled the response, so steps 2 and later are off-policy"
+            "old_student_logprobs stays at the policy that sampled the response, so steps 2 and later are"
+            " off-policy"
             + ("; or each of these rows is the first step of a batch of its own" if ambiguous else "")
         ),
         next_step=(
-            "recompute each sample's behaviour log-probs under the updated adapter, without gradient, after every step "
-            "but the last (STEP-2, STEP-3), or train with steps_per_batch = 1"
+            "recompute each sample's behaviour log-probs under the updated adapter, without gradient, after"
+            " every step but the last (STEP-2, STEP-3), or train with steps_per_batch = 1"
             + ("; if every row is a batch, say steps_per_batch = 1 in training.json" if ambiguous else "")
         ),
         data={"worst": worst.deviation, "target": target, "ratios": [step.ratio for step in later[:1000]]},
@@ -96,7 +109,9 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
 
 
 def ratio_dropped(evidence: Evidence) -> Verdicts:
-    """mean_is_ratio exactly 1 at every first step although the sampler's log-probs differ from the trainer's."""
+    """mean_is_ratio exactly 1 at every first step although the sampler's log-probs differ from the
+    trainer's.
+    """
     metrics = evidence.metrics
     if metrics is None or not metrics.has("mean_is_ratio"):
         return
@@ -119,12 +134,12 @@ def ratio_dropped(evidence: Evidence) -> Verdicts:
         statement="mean_is_ratio is exactly 1 although the sampler's log-probs differ from the trainer's",
         evidence=(_trace(metrics),),
         cause=(
-            "the importance ratio is not computed from the recorded log-probs: dropped in a fused kernel, or old_student_"
-            "logprobs overwritten with the trainer's own before step 1"
+            "the importance ratio is not computed from the recorded log-probs: dropped in a fused kernel, or"
+            " old_student_logprobs overwritten with the trainer's own before step 1"
         ),
         next_step=(
-            "multiply each token's divergence by min(exp(clamp(new - old, -20, 20)), is_clip) with old as the sampler "
-            "recorded it (IS-2, STEP-1)"
+            "multiply each token's divergence by min(exp(clamp(new - old, -20, 20)), is_clip) with old as the"
+            " sampler recorded it (IS-2, STEP-1)"
         ),
         data={"first_step_ratios": [ratio for ratio in firsts if ratio is not None][:1000]},
     )
@@ -144,8 +159,13 @@ def ratio_not_reported(evidence: Evidence) -> Verdicts:
         id="ratio-not-reported",
         severity=Severity.WARNING if alarming else Severity.NOTE,
         statement="mean_is_ratio is not reported: nothing shows that the importance ratio was applied",
-        evidence=(f"fields reported: {', '.join(sorted({n for step in metrics.steps for n in step.values}))}",),
-        cause="a loss that never sees old_student_logprobs (a kernel fed with hidden states alone) has no ratio to report",
+        evidence=(
+            f"fields reported: {', '.join(sorted({n for step in metrics.steps for n in step.values}))}",
+        ),
+        cause=(
+            "a loss that never sees old_student_logprobs (a kernel fed with hidden states alone) has no ratio"
+            " to report"
+        ),
         next_step="report mean_is_ratio and clip_fraction (IS-10), and run the suite against the loss",
     )
 
@@ -177,10 +197,12 @@ def clip_saturated(evidence: Evidence) -> Verdicts:
         statement=f"clip_fraction reaches {worst[0][0]:.3g}: that part of the tokens sits at the ratio's cap",
         evidence=tuple(text for _, text in worst[:5]),
         cause=(
-            "the behaviour log-probs do not belong to these tokens (shifted by one, another sample's, another model's), "
-            "or they are far out of date"
+            "the behaviour log-probs do not belong to these tokens (shifted by one, another sample's, another"
+            " model's), or they are far out of date"
         ),
-        next_step="compare the recorded response_logprobs with the starting policy's own (LP-2, STEP-1, STEP-4)",
+        next_step=(
+            "compare the recorded response_logprobs with the starting policy's own (LP-2, STEP-1, STEP-4)"
+        ),
         data={"clip_fraction": worst[0][0]},
     )
 
@@ -241,15 +263,18 @@ def _drifts(later: Sequence[_Later]) -> bool:
 def _steady(run: Sequence[_Later]) -> bool:
     sizes = [abs(step.deviation) for step in run]
     one_sided = len({step.deviation > 0 for step in run}) == 1
-    growing = all(a < b for a, b in zip(sizes, sizes[1:], strict=False))
+    growing = all(a < b for a, b in pairwise(sizes))
     start_below = not abs(run[0].first_deviation) > sizes[0] or abs(run[0].first_deviation) > _HALF_ROUNDING
     return one_sided and growing and start_below and 1.5 * sizes[0] <= sizes[-1] <= 4 * len(run) * sizes[0]
 
 
 def _leaves_exact_start(later: Sequence[_Later]) -> bool:
-    """On-policy to float32 rounding at the first step, and clearly not after it: rounding cannot be the reason."""
+    """On-policy to float32 rounding at the first step, and clearly not after it: rounding cannot be the
+    reason.
+    """
     return any(
-        abs(s.first_deviation) <= _ROUNDING and abs(s.deviation) > max(1e-4, 20 * abs(s.first_deviation)) for s in later
+        abs(s.first_deviation) <= _ROUNDING and abs(s.deviation) > max(1e-4, 20 * abs(s.first_deviation))
+        for s in later
     )
 
 
@@ -270,7 +295,9 @@ def _trace(metrics: RunMetrics) -> str:
     for b, batch in enumerate(metrics.batches[:3]):
         ratios = ", ".join(_ratio(batch, i) for i in range(min(len(batch.steps), 12)))
         more = ", …" if len(batch.steps) > 12 else ""
-        told.append((f"batch {b + 1}: " if len(metrics.batches) > 1 else "") + f"mean_is_ratio {ratios}{more}")
+        told.append(
+            (f"batch {b + 1}: " if len(metrics.batches) > 1 else "") + f"mean_is_ratio {ratios}{more}"
+        )
     return "; ".join(told) + ("; …" if len(metrics.batches) > 3 else "")
 
 

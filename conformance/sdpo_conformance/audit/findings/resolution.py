@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from decimal import Decimal
+from itertools import pairwise
 
 _FLOAT32_ROUNDING = 2.0**-22
 #: Without any other step to compare with, a step is taken to move a metric by one percent.
@@ -34,10 +35,11 @@ def same(a: float, b: float) -> bool:
 def usual_moves(values: Sequence[float], finest: float) -> list[float]:
     """For each pair of neighbours, the smallest visible move of any *other* pair.
 
-    The smallest rather than the mean is the cautious choice: moves shrink while a run converges. With no other
+    The smallest rather than the mean is the cautious choice: moves shrink while a run converges. With no
+    other
     pair that moved visibly, a step is taken to move a metric by one percent.
     """
-    moves = [_visible_move(a, b, finest) for a, b in zip(values, values[1:], strict=False)]
+    moves = [_visible_move(a, b, finest) for a, b in pairwise(values)]
     least = sorted(moves)[:2]
     fallback = _USUAL_RELATIVE_MOVE * max((abs(v) for v in values if math.isfinite(v)), default=0.0)
     others = [least[1] if len(least) > 1 and move == least[0] else least[0] for move in moves]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.findings.resolution import resolution, same, surprise, usual_moves
 from sdpo_conformance.audit.metrics import CONTINUOUS_FIELDS, RunMetrics, Step
 
-#: Decades of evidence that make coincidence a bad explanation; one more for every tenfold number of comparisons.
+#: Decades of evidence that make coincidence a bad explanation; one more for every tenfold number of
+#: comparisons.
 _ENOUGH = 3.0
 _ENOUGH_FOR_NEAR = 6.0
 _NEAR_EACH = 2.5
@@ -64,7 +66,7 @@ def _standstills(metrics: RunMetrics) -> Iterator[_Standstill]:
 def _in_series(column: Column, sample: str | None) -> Iterator[_Standstill]:
     enough = math.log10(max(1, len(column) - 1))
     scales = _scales(column)
-    for index, (a, b) in enumerate(zip(column, column[1:], strict=False)):
+    for index, (a, b) in enumerate(pairwise(column)):
         if not _stepped(a, b):
             continue
         shares = _shared(a, b)
@@ -137,7 +139,9 @@ def _independent(names: Sequence[str]) -> list[str]:
 
 
 def _stepped(a: Values, b: Values) -> bool:
-    """Whether the earlier step can have moved the weights: not at learning rate 0, nor without a finite gradient."""
+    """Whether the earlier step can have moved the weights: not at learning rate 0, nor without a finite
+    gradient.
+    """
     gradient = a.get("grad_norm")
     if gradient is not None and (gradient == 0 or not math.isfinite(gradient)):
         return False
@@ -163,34 +167,45 @@ def _finding(evidence: Evidence, metrics: RunMetrics, found: list[_Standstill]) 
     change = evidence.change
     if moved and change is not None:
         told.append(
-            f"{change.moved} of {len(change.compared)} tensors changed over the run, max |delta| {change.max_abs_delta:.3g}"
+            f"{change.moved} of {len(change.compared)} tensors changed over the run, max |delta|"
+            f" {change.max_abs_delta:.3g}"
         )
     partly = bool(first.moved)
     return Finding(
         id="stale-metrics",
         severity=severity,
-        statement=f"{fields}{who} {'are' if len(first.fields) > 1 else 'is'} {how} between {between} while {weights}",
+        statement=(
+            f"{fields}{who} {'are' if len(first.fields) > 1 else 'is'} {how} between {between} while"
+            f" {weights}"
+        ),
         evidence=tuple(told),
         cause=(
             "one part of the loss is computed from state cached before the earlier step"
             if partly
-            else "the loss, or the collection of its metrics, reads state cached before the earlier step: student hidden "
-            "states or logits, or behaviour log-probs that are never refreshed. The optimizer steps, the loss does not see it"
+            else (
+                "the loss, or the collection of its metrics, reads state cached before the earlier step:"
+                " student hidden states or logits, or behaviour log-probs that are never refreshed. The"
+                " optimizer steps, the loss does not see it"
+            )
         ),
         next_step=(
-            "recompute the student's forward inside the step loop and the behaviour log-probs after every step but the "
-            "last; check the trainer with STEP-2, STEP-3 and STEP-6. Until then train with steps_per_batch = 1"
+            "recompute the student's forward inside the step loop and the behaviour log-probs after every"
+            " step but the last; check the trainer with STEP-2, STEP-3 and STEP-6. Until then train with"
+            " steps_per_batch = 1"
         ),
         data={
             "pairs": [
                 {
-                    "steps": [names[s.earlier], names[s.later]], "fields": list(s.fields), "exact": s.exact,
-                    "near": s.near, "sample": s.sample,
+                    "steps": [names[s.earlier], names[s.later]],
+                    "fields": list(s.fields),
+                    "exact": s.exact,
+                    "near": s.near,
+                    "sample": s.sample,
                 }
                 for s in found[:100]
             ]
         },
-    )  # fmt: skip
+    )
 
 
 def _describe(s: _Standstill, steps: Sequence[Step], names: Sequence[str]) -> str:
@@ -215,5 +230,9 @@ def _listing(names: Sequence[str]) -> str:
 
 
 CHECKS = (
-    Check("stale-metrics", "step metrics identical, or nearly, between steps while the weights moved", stale_metrics),
+    Check(
+        "stale-metrics",
+        "step metrics identical, or nearly, between steps while the weights moved",
+        stale_metrics,
+    ),
 )

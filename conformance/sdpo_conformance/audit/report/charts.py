@@ -14,7 +14,8 @@ from sdpo_conformance.audit.metrics import FIELDS, RunMetrics
 
 _WIDTH, _HEIGHT = 300, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 22
-_CELL, _GAP = 18, 2
+_LARGEST_CELL, _SMALLEST_CELL, _GAP = 18, 9, 2
+_MAP_WIDTH = 930
 _CHARACTER = 6.7
 _MOST_MARKERS = 60
 
@@ -28,7 +29,9 @@ class Chart:
 
 
 def metric_charts(metrics: RunMetrics, standstills: Mapping[str, frozenset[int]]) -> list[Chart]:
-    """A line chart per reported field. `standstills` names, per field, the steps (indices) to mark as identical."""
+    """A line chart per reported field. `standstills` names, per field, the steps (indices) to mark as
+    identical.
+    """
     steps = metrics.steps
     labels = [str(step.number) for step in steps]
     starts, index = [], 0
@@ -63,7 +66,7 @@ def _line_chart(
         return _LEFT + (inner_w * index / last if len(values) > 1 else inner_w / 2)
 
     def y(value: float) -> float:
-        return _TOP + inner_h * (high - value) / (high - low)
+        return _TOP + inner_h * (0.06 + 0.88 * (high - value) / (high - low))
 
     parts = [
         f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
@@ -83,7 +86,8 @@ def _line_chart(
     ]
     if reference is not None:
         parts.append(
-            f'<line class="reference" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(reference):.1f}" y2="{y(reference):.1f}"/>'
+            f'<line class="reference" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(reference):.1f}"'
+            f' y2="{y(reference):.1f}"/>'
         )
     for run in _runs(values):
         points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in run)
@@ -95,11 +99,15 @@ def _line_chart(
             kind, radius = ("still", 5) if i in marked else ("dot", 2.6)
             told = f"step {labels[i]}: {value:.8g}" + (", identical to another step" if i in marked else "")
             parts.append(
-                f'<circle class="{kind}" cx="{x(i):.1f}" cy="{y(value):.1f}" r="{radius}"><title>{escape(told)}</title></circle>'
+                f'<circle class="{kind}" cx="{x(i):.1f}" cy="{y(value):.1f}"'
+                f' r="{radius}"><title>{escape(told)}</title></circle>'
             )
-    words = f"{name} over {len(values)} steps" + (f", from {_short(finite[0])} to {_short(finite[-1])}" if finite else "")
+    words = f"{name} over {len(values)} steps" + (
+        f", from {_short(finite[0])} to {_short(finite[-1])}" if finite else ""
+    )
     return Markup(
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(words)}">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
+        f' aria-label="{escape(words)}">{"".join(parts)}</svg>'
     )
 
 
@@ -116,12 +124,11 @@ def _runs(values: Sequence[float | None]) -> list[list[tuple[int, float]]]:
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    spread = high - low
     # Rounding must not be blown up to the full height: 1 and 1 + 1e-8 are drawn as the flat line they are.
     least = max(abs(low), abs(high)) * 1e-3 or 1.0
-    if spread < least:
-        low, high, spread = low - least, high + least, spread + 2 * least
-    return low - 0.06 * spread, high + 0.06 * spread
+    if high - low < least:
+        low, high = low - least, high + least
+    return low, high
 
 
 def heat_maps(change: AdapterChange) -> list[Chart]:
@@ -129,14 +136,19 @@ def heat_maps(change: AdapterChange) -> list[Chart]:
     if not change.compared:
         return []
     stacks: dict[str, list[ModuleChange]] = {}
-    for module in change.modules:
+    for module in sorted(change.modules, key=lambda m: m.place.stack == ""):  # the layers first
         stacks.setdefault(module.place.stack, []).append(module)
     deltas = [m.max_abs_delta for m in change.modules if m.max_abs_delta]
-    scale = (min(deltas), max(deltas)) if deltas else (1.0, 1.0)
+    scale = shade_range(deltas)
     return [
         Chart(shown(stack) if stack else "outside the layers", _heat_map(modules, scale))
         for stack, modules in stacks.items()
     ]
+
+
+def shade_range(deltas: Sequence[float]) -> tuple[float, float]:
+    """What the palest and the fullest shade stand for: at least a decade, so that even changes look even."""
+    return (min(min(deltas), max(deltas) / 10), max(deltas)) if deltas else (1.0, 1.0)
 
 
 def _heat_map(modules: Sequence[ModuleChange], scale: tuple[float, float]) -> Markup:
@@ -146,22 +158,26 @@ def _heat_map(modules: Sequence[ModuleChange], scale: tuple[float, float]) -> Ma
     for module in modules:
         cells.setdefault((module.place.kind, module.place.layer), []).append(module)
     left = 12 + _CHARACTER * min(40, max(len(kind) for kind in kinds))
-    width = left + len(layers) * (_CELL + _GAP) + 12
-    height = len(kinds) * (_CELL + _GAP) + 20
+    fitting = int((_MAP_WIDTH - left) / len(layers)) - _GAP
+    cell = max(_SMALLEST_CELL, min(_LARGEST_CELL, fitting))
+    width = left + len(layers) * (cell + _GAP) + 12
+    height = len(kinds) * (_LARGEST_CELL + _GAP) + (20 if layers != [None] else 0)
     parts = []
     for row, kind in enumerate(kinds):
-        top = row * (_CELL + _GAP)
+        top = row * (_LARGEST_CELL + _GAP)
         label = kind if len(kind) <= 40 else "…" + kind[-39:]
         parts.append(
-            f'<text class="tick" x="{left - 8:.0f}" y="{top + 13}" text-anchor="end">{escape(shown(label))}</text>'
+            f'<text class="tick" x="{left - 8:.0f}" y="{top + 13}"'
+            f' text-anchor="end">{escape(shown(label))}</text>'
         )
         for column, layer in enumerate(layers):
             group = cells.get((kind, layer))
             if group:
-                parts.append(_cell(left + column * (_CELL + _GAP), top, group, scale))
+                parts.append(_cell(left + column * (cell + _GAP), top, cell, group, scale))
     every = 1 if len(layers) <= 12 else 4
     parts += [
-        f'<text class="tick" x="{left + i * (_CELL + _GAP) + _CELL / 2:.0f}" y="{height - 5}" text-anchor="middle">{layer}</text>'
+        f'<text class="tick" x="{left + i * (cell + _GAP) + cell / 2:.0f}" y="{height - 5}"'
+        f' text-anchor="middle">{layer}</text>'
         for i, layer in enumerate(layers)
         if layer is not None and i % every == 0
     ]
@@ -172,7 +188,7 @@ def _heat_map(modules: Sequence[ModuleChange], scale: tuple[float, float]) -> Ma
     )
 
 
-def _cell(x: float, y: float, group: Sequence[ModuleChange], scale: tuple[float, float]) -> str:
+def _cell(x: float, y: float, width: int, group: Sequence[ModuleChange], scale: tuple[float, float]) -> str:
     tensors = [tensor for module in group for tensor in module.tensors]
     changed = sum(tensor.moved for tensor in tensors)
     largest = max((m.max_abs_delta or 0.0 for m in group), default=0.0)
@@ -183,14 +199,17 @@ def _cell(x: float, y: float, group: Sequence[ModuleChange], scale: tuple[float,
     told += f", |scale BA| moved by {max(norms):.3g}" if norms else ""
     told += f", {broken} elements not finite" if broken else ""
     title = f"<title>{escape(told)}</title>"
-    place = f'x="{x:.0f}" y="{y:.0f}" width="{_CELL}" height="{_CELL}" rx="3"'
+    place = f'x="{x:.0f}" y="{y:.0f}" width="{width}" height="{_LARGEST_CELL}" rx="3"'
     if broken:
         return f'<rect class="cell bad" {place}>{title}</rect>'
     if not changed:
         return f'<rect class="cell idle" {place}>{title}</rect>'
     low, high = scale
-    share = 1.0 if high <= low else (math.log(largest) - math.log(low)) / (math.log(high) - math.log(low))
-    return f'<rect class="cell" {place} fill-opacity="{0.15 + 0.85 * max(0.0, min(1.0, share)):.2f}">{title}</rect>'
+    share = (math.log(largest) - math.log(low)) / (math.log(high) - math.log(low)) if high > low else 1.0
+    return (
+        f'<rect class="cell" {place}'
+        f' fill-opacity="{0.15 + 0.85 * max(0.0, min(1.0, share)):.2f}">{title}</rect>'
+    )
 
 
 def _short(value: float) -> str:

@@ -19,24 +19,35 @@ FORMAT = "sdpo-conformance-audit/1"
 
 def schema() -> dict[str, Any]:
     """The JSON schema of the document (draft 2020-12)."""
-    loaded: dict[str, Any] = json.loads(resources.files(__package__).joinpath("report.schema.json").read_text("utf-8"))
+    loaded: dict[str, Any] = json.loads(
+        resources.files(__package__).joinpath("report.schema.json").read_text("utf-8")
+    )
     return loaded
 
 
 def document(report: AuditReport) -> dict[str, Any]:
-    """The report as JSON-ready data. Numbers that are not finite become null, as JSON has no word for them."""
+    """The report as JSON-ready data. Numbers that are not finite become null: JSON has no word for them."""
     evidence, files = report.evidence, report.files
     data = {
         "format": FORMAT,
         "verdict": report.verdict,
         "exit_status": report.exit_status,
-        "inputs": {
-            name: _text(getattr(files, name)) for name in ("run", "metrics", "before", "after", "request", "prompts")
-        } | {"ignored": list(files.ignored)},
+        "inputs": (
+            {
+                name: _text(getattr(files, name))
+                for name in ("run", "metrics", "before", "after", "request", "prompts")
+            }
+            | {"ignored": list(files.ignored)}
+        ),
         "findings": [
             {
-                "id": f.id, "severity": str(f.severity), "statement": f.statement, "evidence": list(f.evidence),
-                "cause": f.cause, "next_step": f.next_step, "data": dict(f.data),
+                "id": f.id,
+                "severity": str(f.severity),
+                "statement": f.statement,
+                "evidence": list(f.evidence),
+                "cause": f.cause,
+                "next_step": f.next_step,
+                "data": dict(f.data),
             }
             for f in report.findings
         ],
@@ -44,11 +55,17 @@ def document(report: AuditReport) -> dict[str, Any]:
         "metrics": _metrics(evidence.metrics) if evidence.metrics else None,
         "adapter": _adapter(evidence.change) if evidence.change else None,
         "generation": _generation(evidence.generation) if evidence.generation else None,
-        "replay": {
-            "samples": evidence.replay.samples, "mean_is_ratio": evidence.replay.mean_is_ratio,
-            "sampler_gap": evidence.replay.sampler_gap, "kl_reg": evidence.replay.kl_reg,
-        } if evidence.replay else None,
-    }  # fmt: skip
+        "replay": (
+            {
+                "samples": evidence.replay.samples,
+                "mean_is_ratio": evidence.replay.mean_is_ratio,
+                "sampler_gap": evidence.replay.sampler_gap,
+                "kl_reg": evidence.replay.kl_reg,
+            }
+            if evidence.replay
+            else None
+        ),
+    }
     cleaned: dict[str, Any] = _finite(data)
     return cleaned
 
@@ -72,13 +89,18 @@ def _adapter(change: AdapterChange) -> dict[str, Any]:
         "by_layer": _grouped(change.modules, "layer"),
         "modules": [
             {
-                "module": m.place.module, "stack": m.place.stack, "layer": m.place.layer, "kind": m.place.kind,
-                "tensors": len(m.tensors), "tensors_changed": sum(t.moved for t in m.tensors),
-                "max_abs_delta": m.max_abs_delta, "update_norm": m.update_norm,
+                "module": m.place.module,
+                "stack": m.place.stack,
+                "layer": m.place.layer,
+                "kind": m.place.kind,
+                "tensors": len(m.tensors),
+                "tensors_changed": sum(t.moved for t in m.tensors),
+                "max_abs_delta": m.max_abs_delta,
+                "update_norm": m.update_norm,
             }
             for m in change.modules
         ],
-    }  # fmt: skip
+    }
 
 
 def _grouped(modules: tuple[ModuleChange, ...], by: str) -> list[dict[str, Any]]:
@@ -91,7 +113,9 @@ def _grouped(modules: tuple[ModuleChange, ...], by: str) -> list[dict[str, Any]]
             "name": name,
             "tensors": sum(len(m.tensors) for m in group),
             "tensors_changed": sum(t.moved for m in group for t in m.tensors),
-            "max_abs_delta": max((m.max_abs_delta for m in group if m.max_abs_delta is not None), default=None),
+            "max_abs_delta": max(
+                (m.max_abs_delta for m in group if m.max_abs_delta is not None), default=None
+            ),
         }
         for name, group in groups.items()
         if name
@@ -105,8 +129,10 @@ def _generation(result: GenerationResult) -> dict[str, Any]:
         "drift": result.drift,
         **{
             name: {
-                "stopped": result.stopped(name), "prompts": len(result.prompts),
-                "repetition": result.repetition(name), "loops": result.loops(name),
+                "stopped": result.stopped(name),
+                "prompts": len(result.prompts),
+                "repetition": result.repetition(name),
+                "loops": result.loops(name),
             }
             for name in (BEFORE, AFTER)
         },
@@ -114,12 +140,14 @@ def _generation(result: GenerationResult) -> dict[str, Any]:
             {
                 "before": {"tokens": len(r.outputs[BEFORE].tokens), "stopped": r.outputs[BEFORE].stopped},
                 "after": {"tokens": len(r.outputs[AFTER].tokens), "stopped": r.outputs[AFTER].stopped},
-                "logprob_before": r.logprob_before, "logprob_after": r.logprob_after,
-                "end_before": r.end_before, "end_after": r.end_after,
+                "logprob_before": r.logprob_before,
+                "logprob_after": r.logprob_after,
+                "end_before": r.end_before,
+                "end_after": r.end_after,
             }
             for r in result.prompts
         ],
-    }  # fmt: skip
+    }
 
 
 def _text(path: Path | None) -> str | None:

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from sdpo_conformance.audit.errors import shown
-from sdpo_conformance.audit.findings import CHECKS, Severity
+from sdpo_conformance.audit.findings import Severity
 from sdpo_conformance.audit.inspection import AuditReport
 from sdpo_conformance.audit.metrics import FIELDS
-from sdpo_conformance.audit.report.charts import heat_maps, metric_charts
+from sdpo_conformance.audit.report.charts import heat_maps, metric_charts, shade_range
 from sdpo_conformance.audit.report.document import document
 
 _MOST_ROWS = 200
@@ -21,27 +21,39 @@ def page(report: AuditReport) -> str:
 
     environment = Environment(
         loader=PackageLoader("sdpo_conformance.audit.report", "."),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["shown"] = shown
     environment.filters["number"] = _number
     metrics, change = report.evidence.metrics, report.evidence.change
     rows = []
     if metrics is not None:
-        rows = [(metrics.label(b, s), s.values) for b, batch in enumerate(metrics.batches) for s in batch.steps]
+        rows = [
+            (metrics.label(b, s), s.values) for b, batch in enumerate(metrics.batches) for s in batch.steps
+        ]
+    standstills = _standstills(report)
     deltas = [m.max_abs_delta for m in change.modules if m.max_abs_delta] if change else []
     text: str = environment.get_template("page.html.jinja").render(
         report=report,
         data=document(report),
-        tone="error" if any(f.severity is Severity.ERROR for f in report.findings) else "warning" if report.alarms else "ok",
+        tone=(
+            "error"
+            if any(f.severity is Severity.ERROR for f in report.findings)
+            else "warning"
+            if report.alarms
+            else "ok"
+        ),
         fields=[name for name in FIELDS if metrics is not None and metrics.has(name)],
         rows=rows[:_MOST_ROWS],
         hidden_rows=max(0, len(rows) - _MOST_ROWS),
-        charts=metric_charts(metrics, _standstills(report)) if metrics is not None else [],
+        charts=metric_charts(metrics, standstills) if metrics is not None else [],
+        marked=bool(standstills),
         heat=heat_maps(change) if change is not None else [],
-        heat_range=(min(deltas), max(deltas)) if deltas else None,
-        titles={check.id: check.title for check in CHECKS},
-    )  # fmt: skip
+        heat_range=shade_range(deltas) if deltas else None,
+    )
     return text
 
 

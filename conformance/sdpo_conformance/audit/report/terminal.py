@@ -46,9 +46,11 @@ def render(report: AuditReport, console: Console) -> None:
         for item in report.not_judged:
             console.print(Padding(Text(f"{item.id}: {item.reason}", style="dim"), (0, 0, 0, 2)))
         console.print()
-    style = "bold red" if report.alarms and report.findings[0].severity is Severity.ERROR else (
-        "bold yellow" if report.alarms else "bold green"
-    )  # fmt: skip
+    style = (
+        "bold red"
+        if report.alarms and report.findings[0].severity is Severity.ERROR
+        else ("bold yellow" if report.alarms else "bold green")
+    )
     console.print(Text.assemble("verdict  ", (report.verdict, style)))
 
 
@@ -58,7 +60,11 @@ def _metrics(metrics: RunMetrics, console: Console) -> None:
     table.add_column("step", justify="right", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    rows = [(metrics.label(b, s).removeprefix("step "), s) for b, batch in enumerate(metrics.batches) for s in batch.steps]
+    rows = [
+        (metrics.label(b, s).removeprefix("step "), s)
+        for b, batch in enumerate(metrics.batches)
+        for s in batch.steps
+    ]
     hidden = len(rows) - _MOST_STEPS
     for label, step in rows[: _MOST_STEPS if hidden > 0 else None]:
         table.add_row(label, *(_number(step.values.get(name)) for name in names))
@@ -73,8 +79,8 @@ def _change(change: AdapterChange, console: Console) -> None:
         told = f"{len(change.tensors)} tensors; nothing from before the run to compare with"
     else:
         told = (
-            f"{change.moved} of {len(change.compared)} tensors changed, max |delta| {change.max_abs_delta:.4g}"
-            + _where(change)
+            f"{change.moved} of {len(change.compared)} tensors changed, max |delta|"
+            f" {change.max_abs_delta:.4g}" + _where(change)
         )
     console.print(Text.assemble(("  adapter  ", "dim"), told))
     console.print()
@@ -98,9 +104,7 @@ def _generation(result: GenerationResult, console: Console) -> None:
 
 
 def _finding(finding: Finding, console: Console) -> None:
-    console.print(
-        Text.assemble((f"{finding.severity:<8}", _STYLE[finding.severity]), (finding.id, "bold"))
-    )
+    console.print(Text.assemble((f"{finding.severity:<8}", _STYLE[finding.severity]), (finding.id, "bold")))
     console.print(Padding(Text(finding.statement), (0, 0, 0, 8)))
     for line in finding.evidence:
         console.print(Padding(Text(line, style="dim"), (0, 0, 0, 10)))
