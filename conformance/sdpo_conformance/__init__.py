@@ -1,1 +1,10 @@
-"""SDPO conformance: the CLaaS SDPO spec as executable property tests."""
+"""SDPO conformance: the CLaaS SDPO spec as executable property tests.
+
+    import sdpo_conformance
+    report = sdpo_conformance.run("mypkg.loss", profile="quick")
+    assert report.conforming, report
+"""
+
+from sdpo_conformance.running import Report, RunError, run
+
+__all__ = ["Report", "RunError", "run"]

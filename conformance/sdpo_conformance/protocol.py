@@ -15,6 +15,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from sdpo_conformance.protocol_names import DTYPE_NAMES
+
 RATIO_LOG_CLAMP = 20.0
 """The log of the importance ratio, and the anchor's log-ratio, are clamped to +- this before exp."""
 
@@ -149,12 +151,7 @@ SIGNATURES: Mapping[Capability, str] = {
     Capability.DISTILL: '(model, samples, training, optimizer_cls) -> {"per_step_metrics": [...]}',
 }
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 """The dtypes a run can be asked for, by the names that ``--dtype`` and ``SDPO_CLAIMS`` use."""
 
 

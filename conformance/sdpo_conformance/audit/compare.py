@@ -193,21 +193,19 @@ def _tensor(
     entry = after.tensors[key]
     for where in blocks(entry.shape):
         now = new.block(key, where).to(torch.float64)
-        finite = torch.isfinite(now)
-        broken["after"] += int((~finite).sum())
-        squares["after"] += _square(now[finite])
-        largest_after = max(largest_after, float(now[finite].abs().max()) if finite.any() else 0.0)
+        broken["after"] += _clean(now)
+        squares["after"] += _square(now)
+        largest_after = max(largest_after, float(now.abs().max()))
         if not compare:
             continue
         was = old.block(key, where).to(torch.float64) if old is not None else torch.zeros_like(now)
-        was_finite = torch.isfinite(was)
-        broken["before"] += int((~was_finite).sum())
-        squares["before"] += _square(was[was_finite])
-        changed += int(((now != was) & ~(torch.isnan(now) & torch.isnan(was))).sum())
-        delta = (now - was)[finite & was_finite]
-        if delta.numel():
-            largest = max(largest, float(delta.abs().max()))
-            squares["delta"] += _square(delta)
+        raw = new.block(key, where).to(torch.float64) if broken["after"] else now
+        changed += int(((raw != was) & ~(torch.isnan(raw) & torch.isnan(was))).sum())
+        broken["before"] += _clean(was)
+        squares["before"] += _square(was)
+        delta = now - was
+        largest = max(largest, float(delta.abs().max()))
+        squares["delta"] += _square(delta)
     return TensorChange(
         key=key,
         place=place,
@@ -223,8 +221,20 @@ def _tensor(
     )
 
 
+def _clean(values: torch.Tensor) -> int:
+    """Put 0 in place of NaN and infinity; how many there were."""
+    import torch
+
+    broken = ~torch.isfinite(values)
+    number = int(broken.sum())
+    if number:
+        values.masked_fill_(broken, 0.0)
+    return number
+
+
 def _square(values: torch.Tensor) -> float:
-    return float((values * values).sum())
+    flat = values.reshape(-1)
+    return float(flat @ flat)
 
 
 def _update_norm(

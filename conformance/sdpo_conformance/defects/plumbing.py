@@ -164,15 +164,25 @@ def leading(loss_input: Any, function: Callable[[Tensor], Tensor]) -> dict[str, 
     return {name: function(getattr(loss_input, name))}
 
 
-def leaking(field: str) -> Change:
-    """Gradient to a field that must not get any, without a change of value."""
+def leaking_to_old(before: Entry, parts: Parts, loss_input: Any) -> Result:
+    """A path from the loss to the behaviour log-probs that passes gradient and no value."""
+    result = dict(before(parts, loss_input))
+    old = loss_input.old_student_logprobs
+    if isinstance(result["loss"], Tensor) and old.requires_grad:
+        path = old.to(result["loss"].dtype).nan_to_num().sum()
+        result["loss"] = result["loss"] + path - path.detach()
+    return result
+
+
+def made_trainable(field: str) -> Change:
+    """A constant of the caller's that asks for a gradient from here on, and gets one."""
 
     def entry(before: Entry, parts: Parts, loss_input: Any) -> Result:
         result = dict(before(parts, loss_input))
         constant = getattr(loss_input, field)
-        if isinstance(result["loss"], Tensor) and constant.is_floating_point():
-            path = constant.to(result["loss"].dtype).sum()
-            result["loss"] = result["loss"] + (path - path.detach()).nan_to_num()
+        if isinstance(result["loss"], Tensor) and torch.is_grad_enabled() and constant.is_leaf:
+            path = constant.requires_grad_().to(result["loss"].dtype).nan_to_num().sum()
+            result["loss"] = result["loss"] + path - path.detach()
         return result
 
     return around("entry", entry)
@@ -262,31 +272,31 @@ DEFECTS = (
         capabilities=(Capability.DIVERGENCE,),
     ),
     Defect(
-        name="teacher-not-detached",
-        sentence="Gradient flows to the teacher's log-probs.",
+        name="teacher-made-trainable",
+        sentence="The teacher's log-probs are made to require grad, and get one.",
         violates=("GRAD-2",),
-        fix="Detach the teacher.",
-        change=leaking("teacher_logprobs"),
+        fix="Detach the teacher: it is a constant.",
+        change=made_trainable("teacher_logprobs"),
         seen=cite("radixark/miles#1966", "huggingface/trl#6526"),
-        usable_for="Teachers computed under no_grad.",
+        usable_for="Callers that drop the teacher's log-probs after the loss.",
+    ),
+    Defect(
+        name="base-made-trainable",
+        sentence="The base log-probs are made to require grad, and get one.",
+        violates=("GRAD-2",),
+        fix="Detach base_logprobs: they are constants.",
+        change=made_trainable("base_logprobs"),
+        seen=cite("radixark/miles#1966"),
+        usable_for="Callers that drop the base log-probs after the loss.",
     ),
     Defect(
         name="old-not-detached",
         sentence="Gradient flows to the behaviour log-probs.",
-        violates=("GRAD-2",),
-        fix="Detach old_student_logprobs.",
-        change=leaking("old_student_logprobs"),
+        violates=("IS-7",),
+        fix="Detach new - old before exp.",
+        change=around("entry", leaking_to_old),
         seen=cite("radixark/miles#1966"),
         usable_for="Behaviour log-probs computed under no_grad.",
-    ),
-    Defect(
-        name="base-not-detached",
-        sentence="Gradient flows to the base log-probs.",
-        violates=("GRAD-2",),
-        fix="Detach base_logprobs.",
-        change=leaking("base_logprobs"),
-        seen=cite("radixark/miles#1966"),
-        usable_for="Base log-probs computed under no_grad.",
     ),
     Defect(
         name="logits-overwritten",

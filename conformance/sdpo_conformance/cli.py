@@ -1,0 +1,128 @@
+"""The command line: one small function per command, each a call into the module that does the work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdpo_conformance.running import RunError
+
+app = typer.Typer(
+    help="Judge implementations of the CLaaS SDPO loss and training step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Implementation = Annotated[
+    str, typer.Argument(metavar="IMPL", help="module, module:object, path/to/file.py, reference, triton_fused, defect:NAME")
+]
+Profile = Annotated[str, typer.Option(help="quick, default, thorough or fuzz")]
+Seed = Annotated[int, typer.Option(help="reproduces a run")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+
+
+def fail(error: Exception | str) -> typer.Exit:
+    """One line on stderr and exit status 2."""
+    print(f"sdpo-conformance: {error}", file=sys.stderr)
+    return typer.Exit(2)
+
+
+@app.command("run")
+def run_command(
+    implementation: Implementation,
+    profile: Profile = "default",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Annotated[list[str] | None, typer.Option(help="judge only in this dtype (repeatable)")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="a requirement or family, such as IS-2 or IS (repeatable)")] = None,
+    jobs: Annotated[int, typer.Option(help="worker processes; 0: one per core, at most 8")] = 0,
+    call_timeout: Annotated[float, typer.Option(help="seconds one call of the implementation may take")] = 120.0,
+    out: Annotated[Path | None, typer.Option(help="folder for results; default .sdpo-conformance/IMPL")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write results.json here")] = None,
+    junit: Annotated[Path | None, typer.Option(help="also write JUnit XML here")] = None,
+) -> None:
+    """Judge an implementation against the spec. Exit status: 0 conforming, 1 not, 2 could not run."""
+    from rich.console import Console
+
+    from sdpo_conformance.report.terminal import print_report
+    from sdpo_conformance.running import run
+
+    try:
+        with progress_bar() as progress:
+            report = run(
+                implementation,
+                profile=profile,
+                seed=seed,
+                device=device,
+                dtypes=dtype or (),
+                only=only or (),
+                jobs=jobs,
+                out=out,
+                call_timeout=call_timeout,
+                progress=progress,
+            )
+        if json is not None:
+            write_copy(json, (report.folder / "results.json").read_text(encoding="utf-8"))
+        if junit is not None:
+            from sdpo_conformance.report.junit import junit_xml
+
+            write_copy(junit, junit_xml(report.results))
+    except (RunError, OSError) as error:
+        raise fail(error) from None
+    print_report(report.results, report.folder, Console(highlight=False, soft_wrap=False))
+    raise typer.Exit(report.exit_status)
+
+
+@app.command()
+def explain(requirement: Annotated[str, typer.Argument(metavar="ID", help="IS-6, or a family such as IS")]) -> None:
+    """Say what a requirement asks for, why, and where the rule comes from."""
+    from rich.console import Console
+
+    from sdpo_conformance.report.explaining import explanations
+
+    try:
+        texts = explanations(requirement)
+    except ValueError as error:
+        raise fail(error) from None
+    console = Console(highlight=False)
+    for text in texts:
+        console.print(text)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="the adapter to write")] = Path("sdpo_adapter.py"),
+) -> None:
+    """Write a ten-line adapter that makes your loss callable by the suite."""
+    from sdpo_conformance.adapter_template import write_adapter
+
+    try:
+        write_adapter(path)
+    except OSError as error:
+        raise fail(error) from None
+    print(f"wrote {path}; fill in the call and run: sdpo-conformance run {path}")
+
+
+def progress_bar() -> Any:
+    """A context manager giving a callback; silent where stderr is no terminal."""
+    from sdpo_conformance.report.progress import progress_on_terminal
+
+    return progress_on_terminal()
+
+
+def write_copy(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def main() -> None:
+    """Entry point of ``sdpo-conformance``."""
+    app()

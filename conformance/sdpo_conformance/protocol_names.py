@@ -1,0 +1,6 @@
+"""Names of the protocol that are needed before torch is imported."""
+
+from __future__ import annotations
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+"""What ``--dtype`` and ``SDPO_CLAIMS`` may name."""

@@ -1,0 +1,1 @@
+"""From records to what people and machines read: results.json, the terminal report, JUnit XML."""

@@ -1,0 +1,119 @@
+"""The results of a run as one JSON document (``results.schema.json``), and its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.diagnosis import diagnose_run
+from sdpo_conformance.loading import Implementation
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.records import BAD, Record, Status
+from sdpo_conformance.requirements import FAMILIES, Level, load_all
+
+FORMAT = 1
+
+ENTRY_WORDS: Mapping[str, str] = {
+    Capability.LOSS: "loss",
+    Capability.FUSED: "fused loss",
+    Capability.DIVERGENCE: "divergence",
+    Capability.RESPONSE_LOGPROBS: "response log-probs",
+    Capability.TEACHER_TOPK: "teacher top-k",
+    Capability.DISTILL: "trainer",
+}
+
+
+def results_of(
+    implementation: Implementation, records: Sequence[Record], run: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """The whole document; runs the diagnosis on the failures kept in ``folder``."""
+    failed = [record for record in records if record.status is Status.FAILED]
+    diagnosis = diagnose_run(folder, failed, implementation.offered) if failed else None
+    return {
+        "format": FORMAT,
+        "implementation": implementation.target,
+        "offered": [capability.value for capability in implementation.offered],
+        "claims": asdict(implementation.claims),
+        "run": dict(run),
+        "records": [described(record) for record in records],
+        "diagnosis": diagnosis,
+        "verdict": verdict(implementation, records, diagnosis),
+    }
+
+
+def described(record: Record) -> dict[str, Any]:
+    """A record with the requirement's own words."""
+    found = load_all()[record.requirement]
+    return {**asdict(record), "family": FAMILIES[found.family], "statement": found.statement, "source": found.source}
+
+
+def verdict(
+    implementation: Implementation, records: Sequence[Record], diagnosis: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """``conforming``: no MUST fails, expected or not. ``passed``: nothing but what was claimed to fail fails.
+    ``text``: one line for people."""
+    must = [record for record in records if record.level is Level.MUST and record.status is not Status.NOT_JUDGED]
+    met = [record for record in must if record.status in (Status.PASSED, Status.UNEXPECTED_PASS)]
+    expected = [record for record in records if record.status is Status.EXPECTED_FAILURE]
+    surprising = [record for record in records if record.status is Status.UNEXPECTED_PASS]
+    should = [record for record in records if record.level is Level.SHOULD and record.status is Status.FAILED]
+    broken = [record for record in must if record.status is Status.FAILED]
+    conforming = len(met) == len(must) and bool(must)
+    passed = not broken and not surprising and bool(must)
+
+    if not must:
+        text = "NOTHING JUDGED: no MUST was selected for what this implementation offers."
+    elif conforming:
+        text = f"CONFORMING: {tallies(must, met)}."
+    elif not broken:
+        claimed = ", ".join(sorted({record.requirement for record in expected}))
+        text = f"FAILS ONLY WHAT IT CLAIMS TO FAIL ({claimed}): {tallies(must, met)}."
+    else:
+        text = f"NOT CONFORMING: {tallies(must, met)}."
+    if surprising:
+        names = ", ".join(sorted({record.requirement for record in surprising}))
+        text += f" {names} passed although SDPO_CLAIMS expects failure: remove the claim."
+    if should:
+        text += f" SHOULD not met: {', '.join(dict.fromkeys(record.requirement for record in should))}."
+    text += remarks(implementation, diagnosis)
+    return {
+        "conforming": conforming,
+        "passed": passed,
+        "must_met": len(met),
+        "must_judged": len(must),
+        "should_not_met": sorted({record.requirement for record in should}),
+        "text": text,
+    }
+
+
+def tallies(must: Sequence[Record], met: Sequence[Record]) -> str:
+    """``loss 34/42 MUST, trainer 9/11 MUST``."""
+    parts = []
+    for entry, words in ENTRY_WORDS.items():
+        judged = [record for record in must if record.entry == entry]
+        if judged:
+            parts.append(f"{words} {sum(record in met for record in judged)}/{len(judged)} MUST")
+    return ", ".join(parts)
+
+
+def remarks(implementation: Implementation, diagnosis: Mapping[str, Any] | None) -> str:
+    """What the implementation may be used for, beyond the tally."""
+    text = ""
+    if diagnosis and diagnosis.get("usable_for"):
+        text += f" {diagnosis['usable_for']}"
+    offered = implementation.offered
+    if Capability.DIVERGENCE in offered and not {Capability.LOSS, Capability.FUSED} & set(offered):
+        text += (
+            " A divergence alone is not SDPO: the wrapper owes the importance ratio per token, and the trainer the "
+            "refresh of the behaviour log-probs."
+        )
+    if implementation.claims.max_steps_per_batch == 1:
+        text += " Claims max_steps_per_batch = 1: for on-policy single steps only."
+    return text
+
+
+def is_bad(record: Mapping[str, Any]) -> bool:
+    """Whether a record of results.json counts against the implementation."""
+    return record["status"] in BAD
