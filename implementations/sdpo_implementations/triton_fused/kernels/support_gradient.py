@@ -78,7 +78,7 @@ def hidden_gradient(
         entries, inner = min(16, next_power_of_2(k_support)), min(256, next_power_of_2(width))
         rows, warps = max(1, min(64, 2**17 // (entries * inner), next_power_of_2(n_rows))), 4
     else:
-        rows, entries, inner, warps = 1, min(8, next_power_of_2(k_support)), min(1024, next_power_of_2(width)), 4
+        rows, entries, inner, warps = 1, min(8, next_power_of_2(k_support)), min(256, next_power_of_2(width)), 1
     support_gradient_kernel[(ceil_div(n_rows, rows), ceil_div(width, inner))](
         head, support, response_ids,
         terms.support_scale if terms.support_weight is None else terms.support_weight, terms.support_scale,

@@ -61,7 +61,7 @@ def hidden_support_logits(
         entries, inner = min(64, next_power_of_2(k_support + 1)), min(128, next_power_of_2(width))
         rows, warps = max(1, min(64, 2**17 // (entries * inner), next_power_of_2(n_rows))), 4
     else:
-        rows, entries, inner, warps = 1, min(16, next_power_of_2(k_support + 1)), min(512, next_power_of_2(width)), 4
+        rows, entries, inner, warps = 1, min(16, next_power_of_2(k_support + 1)), min(256, next_power_of_2(width)), 4
     support_logits_kernel[(ceil_div(n_rows, rows), ceil_div(k_support + 1, entries))](
         hidden, head, logits if counted is None else counted,
         response_ids if support is None else support, response_ids, logits,
