@@ -53,4 +53,5 @@ def state_findings(observation: Observation) -> Iterator[Finding]:
             "the model apart from the adapter's weights",
             expected="as it was found, the adapter enabled",
             got=observation.changed[0] + more,
+            extra={"shows": "state"},
         )

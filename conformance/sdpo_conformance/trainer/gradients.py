@@ -111,5 +111,10 @@ def gradient_finding(judgement: StepJudgement, observation: Observation) -> Find
         step=step,
         detail=detail,
         excess=judgement.excess,
-        extra={"mistake": mistake.name if mistake else None},
+        extra={
+            "shows": "gradient",
+            "mistake": mistake.name if mistake else None,
+            "gradient": dict(truth),
+            "bounds": dict(judgement.bounds.gradient),
+        },
     )

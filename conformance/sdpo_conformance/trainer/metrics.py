@@ -21,7 +21,8 @@ def shape_findings(observation: Observation) -> Iterator[Finding]:
     if len(entries) != steps:
         yield finding(observation, "STEP-6", "per_step_metrics", f"{steps} entries", f"{len(entries)}")
     if observation.observed and len(observation.steps) != steps:
-        yield finding(observation, "STEP-10", "optimizer steps", f"{steps}", f"{len(observation.steps)}")
+        taken, extra = f"{len(observation.steps)}", {"shows": "update"}
+        yield finding(observation, "STEP-10", "optimizer steps", f"{steps}", taken, extra=extra)
     for index, entry in enumerate(entries, start=1):
         if missing := [key for key in ("step", *METRICS) if key not in entry]:
             expected, got = f"the keys step, {', '.join(METRICS)}", f"no {', '.join(missing)}"
@@ -60,6 +61,7 @@ def metric_findings(observation: Observation, judgements: Sequence[StepJudgement
                     step=step,
                     detail=metric_words(key, entry[key], judgements, index),
                     excess=abs(entry[key] - truth) / bound,
+                    extra={"shows": "metric", "metric": key, "truth": truth, "bound": bound},
                 )
 
 

@@ -94,15 +94,19 @@ def same(before: Tensor, after: Tensor) -> bool:
 _KEPT: dict[tuple[int, Scenario, str], tuple[Any, Observation | ImplementationError]] = {}
 
 
-def observe(distill: Callable[..., Any], scenario: Scenario, device: str = "cpu") -> Observation:
+def observe(
+    distill: Callable[..., Any], scenario: Scenario, device: str = "cpu", owner: Any = None
+) -> Observation:
     """Run the trainer on the scenario, or recall that it was; raises ImplementationError if it did not
-    deliver. The trainer itself is kept with the run, so that its id stays its own."""
-    key = (id(distill), scenario, device)
+    deliver. Runs are kept by ``owner``, what ``distill`` is an attribute of: a bound method is a new object
+    each time it is asked for."""
+    owner = distill if owner is None else owner
+    key = (id(owner), scenario, device)
     if key not in _KEPT:
         try:
-            _KEPT[key] = (distill, run(distill, scenario, device))
+            _KEPT[key] = (owner, run(distill, scenario, device))
         except ImplementationError as error:
-            _KEPT[key] = (distill, error)
+            _KEPT[key] = (owner, error)
     found = _KEPT[key][1]
     if isinstance(found, ImplementationError):
         raise found

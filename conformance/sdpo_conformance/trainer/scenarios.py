@@ -15,7 +15,7 @@ from sdpo_conformance.oracle.step_loop import float64_copy
 from sdpo_conformance.protocol import Claims, Sample, TrainingConfig
 from sdpo_conformance.trainer.models import VOCABULARY, ModelSpec, build
 
-Sampler = Literal["exact", "mismatched", "first only"]
+Sampler = Literal["exact", "mismatched", "none"]
 
 MISMATCH = 0.6
 """Standard deviation, in nats, of what a mismatched sampler recorded around the trainer's own log-probs."""
@@ -31,8 +31,7 @@ LARGEST = -0.01
 @dataclass(frozen=True)
 class Scenario:
     """``lengths``: (prompt, teacher prompt, response) tokens per sample. ``sampler``: "exact" recorded the
-    starting policy's log-probs, "mismatched" others, "first only" mismatched ones for the first sample and
-    none for the rest. ``shows``: what it is there for."""
+    starting policy's log-probs, "mismatched" others, "none" nothing. ``shows``: what it is there for."""
 
     name: str
     shows: str
@@ -45,6 +44,18 @@ class Scenario:
     @property
     def steps(self) -> int:
         return self.training.steps_per_batch
+
+    @property
+    def words(self) -> str:
+        """For people: model, batch and hyperparameters."""
+        responses = ", ".join(str(response) for _, _, response in self.lengths)
+        training = self.training
+        return (
+            f"{self.name}: {self.model}, responses of {responses} tokens, {self.sampler} sampler, "
+            f"steps_per_batch={training.steps_per_batch} alpha={training.alpha:g} "
+            f"is_clip={training.is_clip:g} kl_reg_weight={training.kl_reg_weight:g} "
+            f"max_grad_norm={training.max_grad_norm:g}"
+        )
 
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -107,11 +118,11 @@ BFLOAT16 = Scenario(
 
 UNRECORDED = Scenario(
     name="unrecorded",
-    shows="a batch of which the sampler recorded only the first sample's log-probs",
+    shows="a sampler that recorded no log-probs",
     model=ModelSpec("llama", tied=False, seed=16),
     training=TrainingConfig(learning_rate=5e-3, teacher_top_k=20, max_grad_norm=100.0, steps_per_batch=2),
     lengths=((4, 6, 7), (5, 6, 10)),
-    sampler="first only",
+    sampler="none",
     seed=6,
 )
 
@@ -124,7 +135,16 @@ def within_claims(scenario: Scenario, claims: Claims) -> Scenario:
         return scenario
     steps = min(scenario.steps, most)
     training = replace(scenario.training, steps_per_batch=steps)
-    return replace(scenario, training=training, sampler="exact" if most == 1 else scenario.sampler)
+    on_policy_only = most == 1 and scenario.sampler == "mismatched"
+    return replace(scenario, training=training, sampler="exact" if on_policy_only else scenario.sampler)
+
+
+def reseeded(scenario: Scenario, offset: int) -> Scenario:
+    """The scenario with other weights and tokens; itself at 0."""
+    if offset == 0:
+        return scenario
+    model = replace(scenario.model, seed=scenario.model.seed + 1000 * offset)
+    return replace(scenario, model=model, seed=scenario.seed + 1000 * offset)
 
 
 @lru_cache(maxsize=32)
@@ -137,11 +157,11 @@ def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
         return torch.randint(0, VOCABULARY, (count,), generator=generator).tolist()
 
     samples = []
-    for index, (prompt_length, teacher_length, response_length) in enumerate(scenario.lengths):
+    for prompt_length, teacher_length, response_length in scenario.lengths:
         prompt, teacher_prompt = tokens(prompt_length), tokens(teacher_length)
         response = respond(model, prompt, response_length, generator)
         sample = Sample(prompt, response, teacher_prompt, None)
-        if index == 0 or scenario.sampler != "first only":
+        if scenario.sampler != "none":
             sample = replace(sample, response_logprobs=recording(model, sample, scenario, generator))
         samples.append(sample)
     return tuple(samples)

@@ -7,9 +7,18 @@ from collections.abc import Iterator
 from sdpo_conformance.judgement import number
 from sdpo_conformance.oracle.step_loop import BETAS, EPSILON, WEIGHT_DECAY, AdamW
 from sdpo_conformance.trainer.bounds import UPDATE
-from sdpo_conformance.trainer.finding import Finding, finding
+from sdpo_conformance.trainer.finding import Finding
+from sdpo_conformance.trainer.finding import finding as any_finding
 from sdpo_conformance.trainer.ground import upcast
 from sdpo_conformance.trainer.observation import Observation
+
+
+def finding(
+    observation: Observation, aspect: str, expected: str, got: str, step: int | None = None, detail: str = ""
+) -> Finding:
+    """A finding of this module's kind."""
+    extra = {"shows": "update"}
+    return any_finding(observation, "STEP-10", aspect, expected, got, step, detail=detail, extra=extra)
 
 
 def update_findings(observation: Observation) -> Iterator[Finding]:
@@ -27,7 +36,6 @@ def update_findings(observation: Observation) -> Iterator[Finding]:
     if untrained := sorted(set(observation.start) - set(first.before)):
         yield finding(
             observation,
-            "STEP-10",
             "parameters handed to the optimizer",
             f"all {len(observation.start)} of the adapter",
             f"{len(untrained)} missing, among them {untrained[0]}",
@@ -38,13 +46,12 @@ def update_findings(observation: Observation) -> Iterator[Finding]:
         for name, settings in step.settings.items():
             if other := [key for key, value in wanted.items() if settings[key] != value]:
                 expected, got = f"{wanted[other[0]]}", f"{settings[other[0]]}"
-                yield finding(observation, "STEP-10", f"AdamW's {other[0]} for {name}", expected, got, index)
+                yield finding(observation, f"AdamW's {other[0]} for {name}", expected, got, index)
                 return
         if jumped := [name for name, w in step.before.items() if not w.float().equal(at[name].float())]:
             came = "the model came with" if index == 1 else f"step {index - 1} left"
             yield finding(
                 observation,
-                "STEP-10",
                 f"{jumped[0]} before the update",
                 f"what {came}",
                 "something else: moved by other means than the optimizer",
@@ -59,7 +66,6 @@ def update_findings(observation: Observation) -> Iterator[Finding]:
             if not off <= allowed:
                 yield finding(
                     observation,
-                    "STEP-10",
                     f"the update of {name}",
                     "AdamW's, on the gradients so far",
                     f"{number(off / training.learning_rate)} learning rates away",
@@ -71,4 +77,4 @@ def update_findings(observation: Observation) -> Iterator[Finding]:
     if lost := [name for name, w in observation.final.items() if not w.float().equal(at[name].float())]:
         back = observation.final[lost[0]].equal(observation.start[lost[0]])
         got = "what the model came with" if back else "something else"
-        yield finding(observation, "STEP-10", f"{lost[0]} afterwards", "what the last step left", got)
+        yield finding(observation, f"{lost[0]} afterwards", "what the last step left", got)

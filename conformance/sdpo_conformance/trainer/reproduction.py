@@ -1,0 +1,99 @@
+"""Writing a finding about a trainer as a program of transformers, peft and PyTorch, without this harness."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdpo_conformance.judgement import Disagreement
+from sdpo_conformance.oracle.step_loop import BETAS, EPSILON, WEIGHT_DECAY
+from sdpo_conformance.protocol import Sample
+from sdpo_conformance.reproduction import environment, location
+from sdpo_conformance.requirements import Requirement
+from sdpo_conformance.trainer.models import CLASSES, build, config_arguments, lora_arguments
+from sdpo_conformance.trainer.scenarios import Scenario, samples_of
+
+
+def write_reproduction(
+    scenario: Scenario,
+    disagreement: Disagreement,
+    folder: Path,
+    requirement: Requirement,
+    target: str,
+    device: str,
+    samples: Sequence[Sample] | None = None,
+) -> str:
+    """Write ID.py and ID.safetensors into ``folder``; the name of the program.
+
+    What it shows, ``extra["shows"]``: "gradient" and "metric" against stored truth, or "state", "update",
+    "run" and "refusal", which need none.
+    """
+    extra = disagreement.extra
+    model = build(scenario.model)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        tensors[f"model.{name}"] = tensor.detach().clone().contiguous()
+    for name, truth in extra.get("gradient", {}).items():
+        tensors[f"expected.gradient.{name}"] = truth.clone()
+    config_class, model_class = CLASSES[scenario.model.family]
+    program = (
+        environment()
+        .get_template("trainer_reproduction.py.jinja")
+        .render(
+            requirement=requirement,
+            target=target,
+            disagreement=disagreement,
+            words=extra.get("words", scenario.words),
+            stem=requirement.id,
+            device=device,
+            config_class=config_class,
+            model_class=model_class,
+            config=literal(config_arguments(scenario.model)),
+            lora=literal(lora_arguments(scenario.model)),
+            dtype=scenario.model.dtype,
+            samples=[
+                literal(asdict(sample)) for sample in (samples_of(scenario) if samples is None else samples)
+            ],
+            training=literal(asdict(scenario.training)),
+            seed=scenario.seed,
+            shows=extra.get("shows", "run"),
+            step=extra.get("step") or 0,
+            bounds=literal(extra.get("bounds", {})),
+            metric=extra.get("metric", ""),
+            truth=repr(extra.get("truth", 0.0)),
+            bound=repr(extra.get("bound", 0.0)),
+            settings=literal(
+                {
+                    "lr": scenario.training.learning_rate,
+                    "betas": BETAS,
+                    "eps": EPSILON,
+                    "weight_decay": WEIGHT_DECAY,
+                    "amsgrad": False,
+                    "maximize": False,
+                }
+            ),
+            **location(target),
+        )
+    )
+    save_file(tensors, folder / f"{requirement.id}.safetensors")
+    path = folder / f"{requirement.id}.py"
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(program, encoding="utf-8")
+    os.replace(partial, path)
+    return path.name
+
+
+def literal(value: object) -> str:
+    """A Python literal of plain data on one line; NaN and infinity as float("...")."""
+    text = json.dumps(value, default=str)
+    for json_name, python_name in (("null", "None"), ("true", "True"), ("false", "False")):
+        text = text.replace(f": {json_name}", f": {python_name}").replace(f"[{json_name}", f"[{python_name}")
+    for name in ("-Infinity", "Infinity", "NaN"):
+        text = text.replace(f" {name}", f' float("{name}")')
+    return text
