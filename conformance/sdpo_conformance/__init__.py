@@ -1,8 +1,8 @@
 """SDPO conformance: the CLaaS SDPO spec as executable property tests.
 
-    import sdpo_conformance
-    report = sdpo_conformance.run("mypkg.loss", profile="quick")
-    assert report.conforming, report
+import sdpo_conformance
+report = sdpo_conformance.run("mypkg.loss", profile="quick")
+assert report.conforming, report
 """
 
 from sdpo_conformance.running import Report, RunError, run

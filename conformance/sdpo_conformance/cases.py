@@ -97,7 +97,9 @@ class LossCase:
         logits = loss_input.student_logits
         head = torch.eye(logits.shape[-1], dtype=logits.dtype)
         return replace(
-            self, loss_input=FusedSDPOLossInput(logits, head, training=self.training, **fields), name=self.name
+            self,
+            loss_input=FusedSDPOLossInput(logits, head, training=self.training, **fields),
+            name=self.name,
         )
 
     def save(self, path: Path, extra: Mapping[str, Tensor] | None = None) -> None:

@@ -19,7 +19,10 @@ app = typer.Typer(
 )
 
 Implementation = Annotated[
-    str, typer.Argument(metavar="IMPL", help="module, module:object, path/to/file.py, reference, triton_fused, defect:NAME")
+    str,
+    typer.Argument(
+        metavar="IMPL", help="module, module:object, path/to/file.py, reference, triton_fused, defect:NAME"
+    ),
 ]
 Profile = Annotated[str, typer.Option(help="quick, default, thorough or fuzz")]
 Seed = Annotated[int, typer.Option(help="reproduces a run")]
@@ -39,10 +42,16 @@ def run_command(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Annotated[list[str] | None, typer.Option(help="judge only in this dtype (repeatable)")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="a requirement or family, such as IS-2 or IS (repeatable)")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="a requirement or family, such as IS-2 or IS (repeatable)")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="worker processes; 0: one per core, at most 8")] = 0,
-    call_timeout: Annotated[float, typer.Option(help="seconds one call of the implementation may take")] = 120.0,
-    out: Annotated[Path | None, typer.Option(help="folder for results; default .sdpo-conformance/IMPL")] = None,
+    call_timeout: Annotated[
+        float, typer.Option(help="seconds one call of the implementation may take")
+    ] = 120.0,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for results; default .sdpo-conformance/IMPL")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="also write results.json here")] = None,
     junit: Annotated[Path | None, typer.Option(help="also write JUnit XML here")] = None,
 ) -> None:
@@ -74,12 +83,17 @@ def run_command(
             write_copy(junit, junit_xml(report.results))
     except (RunError, OSError) as error:
         raise fail(error) from None
-    print_report(report.results, report.folder, Console(highlight=False, soft_wrap=False))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110
+    print_report(report.results, report.folder, console)
     raise typer.Exit(report.exit_status)
 
 
 @app.command()
-def explain(requirement: Annotated[str, typer.Argument(metavar="ID", help="IS-6, or a family such as IS")]) -> None:
+def explain(
+    requirement: Annotated[str, typer.Argument(metavar="ID", help="IS-6, or a family such as IS")],
+) -> None:
     """Say what a requirement asks for, why, and where the rule comes from."""
     from rich.console import Console
 
@@ -96,7 +110,9 @@ def explain(requirement: Annotated[str, typer.Argument(metavar="ID", help="IS-6,
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="the adapter to write")] = Path("sdpo_adapter.py"),
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="the adapter to write")] = Path(
+        "sdpo_adapter.py"
+    ),
 ) -> None:
     """Write a ten-line adapter that makes your loss callable by the suite."""
     from sdpo_conformance.adapter_template import write_adapter

@@ -43,8 +43,17 @@ def dtypes_for(
 def is_refusal(error: ImplementationError, dtype: str) -> bool:
     """Whether an error says, on purpose, that a dtype is not supported."""
     text = error.summary.lower()
-    mentions = ("dtype", dtype, dtype.replace("float", "fp"), dtype.replace("bfloat", "bf"), "half", "precision")
-    return any(f"raised {kind}" in error.summary for kind in REFUSALS) and any(word in text for word in mentions)
+    mentions = (
+        "dtype",
+        dtype,
+        dtype.replace("float", "fp"),
+        dtype.replace("bfloat", "bf"),
+        "half",
+        "precision",
+    )
+    return any(f"raised {kind}" in error.summary for kind in REFUSALS) and any(
+        word in text for word in mentions
+    )
 
 
 def tiny_case(dtype: str, entry: Capability) -> LossCase:

@@ -227,7 +227,11 @@ def touched_inputs(case: LossCase, loss_input: Any) -> tuple[str, ...]:
 
 
 def evaluate(
-    function: Callable[..., Any], entry: Capability, case: LossCase, device: str = "cpu", gradient: bool = True
+    function: Callable[..., Any],
+    entry: Capability,
+    case: LossCase,
+    device: str = "cpu",
+    gradient: bool = True,
 ) -> Outcome:
     """One forward and, unless ``gradient`` is off, one backward on fresh tensors."""
     loss_input = materialise(case, device, requires_grad=gradient)

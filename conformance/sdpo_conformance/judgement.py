@@ -53,8 +53,12 @@ def worst(expectation: Expectation, got: Tensor) -> tuple[float, tuple[int, ...]
     excess = expectation.excess(got)
     if excess.numel() == 0:
         return 0.0, ()
-    flat = int(excess.argmax())
-    return float(excess.flatten()[flat]), tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), excess.shape))
+    largest, flat = excess.reshape(-1).max(0)
+    where, rest = [], int(flat)
+    for size in reversed(excess.shape):
+        rest, index = divmod(rest, size)
+        where.append(index)
+    return float(largest), tuple(reversed(where))
 
 
 def scalar_disagreement(key: str, expectation: Expectation, outcome: Outcome) -> Disagreement | None:

@@ -36,7 +36,9 @@ class Implementation:
 def load_implementation(target: str) -> Implementation:
     """Import ``target`` and see what it offers; raises LoadingError. ``sys.exit`` at import included."""
     found = _find(target)
-    offered = tuple(capability for capability in Capability if callable(getattr(found, capability.value, None)))
+    offered = tuple(
+        capability for capability in Capability if callable(getattr(found, capability.value, None))
+    )
     if not offered:
         names = ", ".join(capability.value for capability in SIGNATURES)
         raise LoadingError(
@@ -123,7 +125,9 @@ def _import(name: str, target: str) -> Any:
             ) from None
         except TypeError as error:
             if name.startswith("."):
-                raise LoadingError(f"{target} is a relative module name; give the full dotted path") from error
+                raise LoadingError(
+                    f"{target} is a relative module name; give the full dotted path"
+                ) from error
             raise
 
 
@@ -146,4 +150,6 @@ class _import_errors:
         if isinstance(error, SyntaxError) and error.filename:
             where = f"{Path(error.filename).name}:{error.lineno}"
         text = " ".join(str(error).split()) or "no message"
-        raise LoadingError(f"importing {self.target} raised {type(error).__name__} at {where}: {text[:300]}") from error
+        raise LoadingError(
+            f"importing {self.target} raised {type(error).__name__} at {where}: {text[:300]}"
+        ) from error

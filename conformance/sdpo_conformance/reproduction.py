@@ -134,7 +134,11 @@ BODIES["inference_mode"] = BODIES["no_grad"].replace("no_grad", "inference_mode"
 def environment() -> Environment:
     """Templates of this package; an undefined name is an error."""
     return Environment(
-        loader=PackageLoader("sdpo_conformance"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("sdpo_conformance"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 
@@ -156,22 +160,26 @@ def write_reproduction(
     body = BODIES[failure["probe"]].format(
         differentiable=list(case.differentiable), fields=fields, output=output
     )
-    program = environment().get_template("reproduction.py.jinja").render(
-        requirement=requirement,
-        target=target,
-        entry=entry.value,
-        failure=failure,
-        stem=key,
-        device=device,
-        layout=case.layout,
-        fields=fields,
-        differentiable=list(case.differentiable),
-        output=output,
-        alpha=repr(case.training.alpha),
-        is_clip=repr(case.training.is_clip),
-        kl_reg_weight=repr(case.training.kl_reg_weight),
-        body=body.rstrip(),
-        **location(target),
+    program = (
+        environment()
+        .get_template("reproduction.py.jinja")
+        .render(
+            requirement=requirement,
+            target=target,
+            entry=entry.value,
+            failure=failure,
+            stem=key,
+            device=device,
+            layout=case.layout,
+            fields=fields,
+            differentiable=list(case.differentiable),
+            output=output,
+            alpha=repr(case.training.alpha),
+            is_clip=repr(case.training.is_clip),
+            kl_reg_weight=repr(case.training.kl_reg_weight),
+            body=body.rstrip(),
+            **location(target),
+        )
     )
     case.save(folder / f"{key}.safetensors", stored_truth(case, entry, expected, other))
     path = folder / f"{key}.py"

@@ -91,18 +91,24 @@ class Subject:
     def for_all(self, corner: Corner, check: Callable[[LossCase], None], share: float = 1.0) -> None:
         """Run ``check`` on every recorded case within ``corner`` and on drawn ones; ``share`` of the profile's
         examples. Raises the failure on the smallest example found."""
+        self._smallest = None
         dtypes = self.torch_dtypes
         for case in recorded_within(corner, self.entry, tuple(dtypes)):
             self.tally.recorded += 1
-            self._attempt(check, case)
-        self.given(loss_cases(corner, self.entry, dtypes), check, share)
+            try:
+                self._attempt(check, case)
+            except (Disagreement, ImplementationError):
+                break
+            except Enough:
+                break
+        self._draw(loss_cases(corner, self.entry, dtypes), check, share)
 
-    def given(
-        self, strategy: SearchStrategy[Any], check: Callable[[Any], None], share: float = 1.0
-    ) -> None:
+    def given(self, strategy: SearchStrategy[Any], check: Callable[[Any], None], share: float = 1.0) -> None:
         """Run ``check`` on drawn examples and raise the failure on the smallest."""
         self._smallest = None
+        self._draw(strategy, check, share)
 
+    def _draw(self, strategy: SearchStrategy[Any], check: Callable[[Any], None], share: float) -> None:
         def attempt(case: Any) -> None:
             self._attempt(check, case)
 
@@ -119,9 +125,8 @@ class Subject:
             seed(self.seed)(engine)()
         except Enough:
             pass
-        except (Disagreement, ImplementationError) as failure:
-            if self._smallest is None:
-                raise failure
+        except (Disagreement, ImplementationError):
+            pass
         if self._smallest is not None:
             raise self._smallest[1]
 
@@ -167,11 +172,18 @@ class Subject:
             return None
         return expected
 
-    def agrees(self, case: LossCase, aspects: Sequence[str], control: LossCase | None = None) -> Outcome | None:
+    def agrees(
+        self,
+        case: LossCase,
+        aspects: Sequence[str],
+        control: LossCase | Sequence[LossCase] = (),
+        control_aspects: Sequence[str] = (),
+    ) -> Outcome | None:
         """Judge ``aspects`` of the entry on ``case`` against the truth; raises Disagreement.
 
-        ``control`` is the same input with the rule under test made idle: where the entry is wrong there too,
-        the failure is marked secondary, for the cause lies elsewhere.
+        A ``control`` is the same input with the rule under test made idle: where the entry is wrong there too
+        (in ``control_aspects``, the same unless given), the failure is marked secondary, for the cause lies
+        elsewhere.
         """
         expected = self.expectations(case)
         if expected is None:
@@ -180,11 +192,12 @@ class Subject:
         found = compare(case, self.entry, outcome, aspects, expected)
         if found is None:
             return outcome
-        if control is not None:
-            found.secondary = self._wrong_on(control, aspects)
+        controls = [control] if isinstance(control, LossCase) else control
+        found.secondary = any(self.wrong_on(one, control_aspects or aspects) for one in controls)
         raise found
 
-    def _wrong_on(self, control: LossCase, aspects: Sequence[str]) -> bool:
+    def wrong_on(self, control: LossCase, aspects: Sequence[str]) -> bool:
+        """Whether the entry is wrong on a control input."""
         expected = expectations(control, self.entry)
         if not expected.attainable:
             return False
@@ -213,9 +226,7 @@ def _recorded() -> tuple[LossCase, ...]:
     return tuple(case for case, _ in recorded_cases())
 
 
-def recorded_within(
-    corner: Corner, entry: Capability, dtypes: Iterable[torch.dtype]
-) -> Iterator[LossCase]:
+def recorded_within(corner: Corner, entry: Capability, dtypes: Iterable[torch.dtype]) -> Iterator[LossCase]:
     """The recorded cases that lie within ``corner``, in the widest of ``dtypes``, for ``entry``."""
     widest = max(dtypes, key=lambda dtype: -torch.finfo(dtype).eps)
     for case in _recorded():
@@ -242,7 +253,9 @@ def admits(corner: Corner, case: LossCase) -> bool:
     if training.kl_reg_weight != 0 and "on" not in corner.anchor:
         return False
     alpha_kind = {0.0: "zero", 1.0: "one"}.get(training.alpha, "inside")
-    if alpha_kind not in corner.alpha and not (alpha_kind == "inside" and set(corner.alpha) - {"zero", "one"}):
+    if alpha_kind not in corner.alpha and not (
+        alpha_kind == "inside" and set(corner.alpha) - {"zero", "one"}
+    ):
         return False
     mask = loss_input.response_mask.double()
     if not bool((mask == 1).all()) and set(corner.mask) <= {"full"}:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -105,12 +106,16 @@ def token_errors(case: LossCase) -> TokenErrors:
     eps = max(eps_z, eps_tau)
     eps_old = max(eps_z, epsilon(loss_input.old_student_logprobs))
     eps_base = max(eps_z, epsilon(loss_input.base_logprobs))
-    weight_error = 2 * max(epsilon(loss_input.response_mask), torch.finfo(torch.float32).eps if eps_z > 1e-12 else eps_z)
+    weight_error = 2 * max(
+        epsilon(loss_input.response_mask), torch.finfo(torch.float32).eps if eps_z > 1e-12 else eps_z
+    )
 
     logprobs = z - truth.logsumexp.unsqueeze(-1)
     softmax = logprobs.exp()
     finite_logprobs = torch.where(logprobs.isinf(), 0.0, logprobs)
-    logsumexp_error = (softmax * z_error).sum(-1, keepdim=True) + eps_z * (truth.logsumexp.abs().unsqueeze(-1) + 2)
+    logsumexp_error = (softmax * z_error).sum(-1, keepdim=True) + eps_z * (
+        truth.logsumexp.abs().unsqueeze(-1) + 2
+    )
     l_error = z_error + logsumexp_error + eps_z * (finite_logprobs.abs() + 2)
     chosen_error = l_error.gather(-1, y.unsqueeze(-1)).squeeze(-1)
     onehot = torch.zeros_like(softmax).scatter_(-1, y.unsqueeze(-1), 1.0)
@@ -134,7 +139,9 @@ def token_errors(case: LossCase) -> TokenErrors:
     d_rounding = chosen_error + eps_base * torch.nan_to_num(base.abs() + d.abs(), posinf=0.0)
     near_clamp = ((truth.chosen - base).abs() - RATIO_LOG_CLAMP).abs() <= 8 * d_rounding
     k3_error = torch.where(outside & ~near_clamp, 0.0, torch.expm1(d).abs() * d_rounding)
-    k3_error = k3_error + eps_base * (d.exp() + 1 + d.abs()) + torch.where(outside, 0.0, d.exp() * d_rounding**2)
+    k3_error = (
+        k3_error + eps_base * (d.exp() + 1 + d.abs()) + torch.where(outside, 0.0, d.exp() * d_rounding**2)
+    )
     k3_slope_error = d.exp() * d_rounding + eps_base * (d.exp() + 1)
     k3_slope_error = torch.where(outside & ~near_clamp, 0.0, k3_slope_error)
     k3_slope_error = k3_slope_error + torch.where(near_clamp, torch.expm1(d).abs(), 0.0)
@@ -198,7 +205,9 @@ def _divergence_errors(
     curved = (1 - alpha) * q * teacher_share * q_error**2 + alpha * p * (1 - teacher_share) * p_error**2
     moved = q * (1 - alpha) * student_log.abs() * q_error + alpha * p * teacher_log.abs() * p_error
     of_alpha = (p * teacher_log).sum(-1).abs() + (q * student_log).sum(-1).abs()
-    d_error = (2 * eps * terms + moved + curved).sum(-1) + eps * (alpha * 1.0 if alpha < 0.5 else 1.0) * of_alpha
+    d_error = (2 * eps * terms + moved + curved).sum(-1) + eps * (
+        alpha * 1.0 if alpha < 0.5 else 1.0
+    ) * of_alpha
 
     slope_error = (1 - alpha) * (
         eps * (log_q.abs() + log_m.abs() + 2) + teacher_share * (q_error + p_error)
@@ -208,7 +217,9 @@ def _divergence_errors(
     on_floor = divergence.on_floor.unsqueeze(-1)
     all_push, all_push_error = push.sum(-1, keepdim=True), push_error.sum(-1, keepdim=True)
     at_support = push_error + torch.where(on_floor, 0.0, q * (all_push_error + all_push * (q_error + eps)))
-    everywhere = softmax * (all_push_error + torch.where(on_floor, all_push * (l_error + eps), eps * all_push))
+    everywhere = softmax * (
+        all_push_error + torch.where(on_floor, all_push * (l_error + eps), eps * all_push)
+    )
     return d_error, everywhere.scatter_add(-1, support, at_support)
 
 
@@ -223,8 +234,18 @@ class Expectations:
     attainable: bool
 
 
+_KNOWN: WeakKeyDictionary[LossCase, dict[Capability, Expectations]] = WeakKeyDictionary()
+
+
 def expectations(case: LossCase, entry: Capability) -> Expectations:
-    """Truth and bound of every result and gradient of ``entry`` on ``case``."""
+    """Truth and bound of every result and gradient of ``entry`` on ``case``; computed once per case."""
+    known = _KNOWN.setdefault(case, {})
+    if entry not in known:
+        known[entry] = _expectations(case, entry)
+    return known[entry]
+
+
+def _expectations(case: LossCase, entry: Capability) -> Expectations:
     truth, training = case.truth, case.training
     errors = token_errors(case)
     half = any(t.dtype in (torch.bfloat16, torch.float16) for t in case.tensors().values())
@@ -236,7 +257,9 @@ def expectations(case: LossCase, entry: Capability) -> Expectations:
         except RuntimeError:
             attainable = False
     factor = HALF_FACTOR if half else FLOAT_FACTOR
-    floating = [t.dtype for key, t in case.tensors().items() if t.is_floating_point() and key != "response_mask"]
+    floating = [
+        t.dtype for key, t in case.tensors().items() if t.is_floating_point() and key != "response_mask"
+    ]
     smallest = max(SMALLEST[dtype] for dtype in floating)
     eps = max(torch.finfo(dtype).eps for dtype in floating)
 
@@ -249,7 +272,9 @@ def expectations(case: LossCase, entry: Capability) -> Expectations:
     if divergence_only:
         per_token = expect(truth.per_token, errors.divergence, eager.per_token if eager else None)
         incoming = divergence_incoming(case).unsqueeze(-1)
-        logits_gradient = incoming * _signed_divergence_gradient(truth, indices(case.loss_input.teacher_indices))
+        logits_gradient = incoming * _signed_divergence_gradient(
+            truth, indices(case.loss_input.teacher_indices)
+        )
         gradients = _input_gradients(
             case,
             logits_gradient,
@@ -259,10 +284,13 @@ def expectations(case: LossCase, entry: Capability) -> Expectations:
             eps,
             smallest,
         )
-        attainable = attainable and (eager is None or (
-            bool(torch.isfinite(eager.per_token).all())
-            and all(bool(torch.isfinite(g).all()) for g in eager.per_token_gradients.values())
-        ))
+        attainable = attainable and (
+            eager is None
+            or (
+                bool(torch.isfinite(eager.per_token).all())
+                and all(bool(torch.isfinite(g).all()) for g in eager.per_token_gradients.values())
+            )
+        )
         return Expectations({"divergence": per_token}, gradients, attainable)
 
     weight = truth.weight
@@ -305,7 +333,9 @@ def _signed_divergence_gradient(truth: LossTruth, support: Tensor) -> Tensor:
 def _clip_fraction(case: LossCase, errors: TokenErrors, factor: float) -> Expectation:
     truth, training = case.truth, case.training
     old = upcast(case.loss_input.old_student_logprobs)
-    log_ratio = torch.where(truth.weight != 0, truth.chosen - old, 0.0).clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)
+    log_ratio = torch.where(truth.weight != 0, truth.chosen - old, 0.0).clamp(
+        -RATIO_LOG_CLAMP, RATIO_LOG_CLAMP
+    )
     margin = CAP_MARGIN * errors.ratio.clamp(min=1e-15)
     above = log_ratio - math.log(training.is_clip)
     surely = (truth.weight * (above > margin)).sum()
@@ -344,4 +374,3 @@ def _input_gradients(
             bound = bound + EAGER_FACTOR * torch.nan_to_num((eager[key] - value).abs(), nan=0.0, posinf=0.0)
         found[key] = Expectation(value, bound)
     return found
-

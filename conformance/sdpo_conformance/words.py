@@ -50,7 +50,13 @@ def dtypes_in_words(case: LossCase) -> str:
     main = name(tensors["student_hidden" if case.fused else "student_logits"])
     others = {
         key: name(tensors[key])
-        for key in ("teacher_logprobs", "base_logprobs", "old_student_logprobs", "response_mask", "response_ids")
+        for key in (
+            "teacher_logprobs",
+            "base_logprobs",
+            "old_student_logprobs",
+            "response_mask",
+            "response_ids",
+        )
     }
     differing = [f"{key} {dtype}" for key, dtype in others.items() if dtype not in (main, "int64")]
     return main + (f" ({', '.join(differing)})" if differing else "")

@@ -193,19 +193,20 @@ def _tensor(
     entry = after.tensors[key]
     for where in blocks(entry.shape):
         now = new.block(key, where).to(torch.float64)
-        broken["after"] += _clean(now)
-        squares["after"] += _square(now)
-        largest_after = max(largest_after, float(now.abs().max()))
-        if not compare:
-            continue
         was = old.block(key, where).to(torch.float64) if old is not None else torch.zeros_like(now)
-        raw = new.block(key, where).to(torch.float64) if broken["after"] else now
-        changed += int(((raw != was) & ~(torch.isnan(raw) & torch.isnan(was))).sum())
-        broken["before"] += _clean(was)
-        squares["before"] += _square(was)
+        if compare:
+            changed += int(torch.count_nonzero((now != was) & ~(now.isnan() & was.isnan())))
         delta = now - was
-        largest = max(largest, float(delta.abs().max()))
-        squares["delta"] += _square(delta)
+        after_square, after_broken = _square(now)
+        squares["after"] += after_square
+        broken["after"] += after_broken
+        largest_after = max(largest_after, float(now.abs().max()))
+        if compare:
+            before_square, before_broken = _square(was)
+            squares["before"] += before_square
+            broken["before"] += before_broken
+            squares["delta"] += _square(delta)[0]
+            largest = max(largest, float(delta.abs().max()))
     return TensorChange(
         key=key,
         place=place,
@@ -221,20 +222,17 @@ def _tensor(
     )
 
 
-def _clean(values: torch.Tensor) -> int:
-    """Put 0 in place of NaN and infinity; how many there were."""
+def _square(values: torch.Tensor) -> tuple[float, int]:
+    """The sum of squares, and how many elements were not finite: those are set to 0 in place."""
     import torch
 
-    broken = ~torch.isfinite(values)
-    number = int(broken.sum())
-    if number:
-        values.masked_fill_(broken, 0.0)
-    return number
-
-
-def _square(values: torch.Tensor) -> float:
     flat = values.reshape(-1)
-    return float(flat @ flat)
+    square = float(flat @ flat)
+    if math.isfinite(square):
+        return square, 0
+    unusable = ~torch.isfinite(flat)
+    flat = values.masked_fill_(unusable.reshape(values.shape), 0.0).reshape(-1)
+    return float(flat @ flat), int(unusable.sum())
 
 
 def _update_norm(

@@ -67,10 +67,12 @@ def named_requirement(defect: Defect, entry: Capability) -> str | None:
     return None
 
 
-def tasks(names: Sequence[str], entries: Sequence[Capability], profile: str, seeds: int) -> list[Task]:
+def tasks(
+    names: Sequence[str], entries: Sequence[Capability], profile: str, seeds: int, named_only: bool = False
+) -> list[Task]:
     """The work, slow entries first."""
     found = [
-        Task(name, entry, seed, profile, everything=seed == 0)
+        Task(name, entry, seed, profile, everything=seed == 0 and not named_only)
         for seed in range(seeds)
         for name in names
         for entry in defects.find(name).capabilities
@@ -172,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--entry", action="append", choices=[c.value for c in Capability], help="only these entries")
     parser.add_argument("--only", action="append", help="only these defects")
+    parser.add_argument("--named-only", action="store_true", help="with the first seed too, only the naming requirement")
     parser.add_argument("--json", type=Path, help="write every score here")
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.jobs < 1:
@@ -185,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console()
-    work = tasks(names, entries, options.profile, options.seeds)
+    work = tasks(names, entries, options.profile, options.seeds, options.named_only)
     found: list[Score] = []
     started = time.monotonic()
     for one in scores(work, options.jobs):

@@ -47,7 +47,9 @@ def divergence(student_at_support: Tensor, teacher_logprobs: Tensor, alpha: floa
     return (1 - weight) * student_part + weight * teacher_part
 
 
-def eager_loss(loss_input: SDPOLossInput | FusedSDPOLossInput, token_incoming: Tensor | None = None) -> EagerLoss:
+def eager_loss(
+    loss_input: SDPOLossInput | FusedSDPOLossInput, token_incoming: Tensor | None = None
+) -> EagerLoss:
     """Forward and backward on CPU tensors; never raises on finite input.
 
     ``token_incoming`` (B, T): also the gradients of the bare divergence under this incoming gradient.
@@ -94,5 +96,7 @@ def eager_loss(loss_input: SDPOLossInput | FusedSDPOLossInput, token_incoming: T
         mean_is_ratio=((ratio * mask).sum() / n).detach().double(),
         per_token=per_token.detach().double(),
         gradients=gradients_of(loss),
-        per_token_gradients={} if token_incoming is None else gradients_of(per_token, token_incoming.to(per_token)),
+        per_token_gradients={}
+        if token_incoming is None
+        else gradients_of(per_token, token_incoming.to(per_token)),
     )

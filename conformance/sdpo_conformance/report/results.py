@@ -46,7 +46,12 @@ def results_of(
 def described(record: Record) -> dict[str, Any]:
     """A record with the requirement's own words."""
     found = load_all()[record.requirement]
-    return {**asdict(record), "family": FAMILIES[found.family], "statement": found.statement, "source": found.source}
+    return {
+        **asdict(record),
+        "family": FAMILIES[found.family],
+        "statement": found.statement,
+        "source": found.source,
+    }
 
 
 def verdict(
@@ -54,7 +59,9 @@ def verdict(
 ) -> dict[str, Any]:
     """``conforming``: no MUST fails, expected or not. ``passed``: nothing but what was claimed to fail fails.
     ``text``: one line for people."""
-    must = [record for record in records if record.level is Level.MUST and record.status is not Status.NOT_JUDGED]
+    must = [
+        record for record in records if record.level is Level.MUST and record.status is not Status.NOT_JUDGED
+    ]
     met = [record for record in must if record.status in (Status.PASSED, Status.UNEXPECTED_PASS)]
     expected = [record for record in records if record.status is Status.EXPECTED_FAILURE]
     surprising = [record for record in records if record.status is Status.UNEXPECTED_PASS]

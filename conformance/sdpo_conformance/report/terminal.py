@@ -17,6 +17,9 @@ from sdpo_conformance.protocol import Capability
 
 SHOWN_FAILURES = 8
 
+SWEEPS = ("NUM-1", "NUM-2", "FUS-1", "FUS-2", "FUS-4", "FUS-6")
+"""Requirements that visit every corner at once: what they find, a rule of its own names better."""
+
 ENTRY_HEADS = {
     Capability.LOSS.value: "loss",
     Capability.FUSED.value: "fused",
@@ -31,16 +34,15 @@ def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> 
     for line in notes(results):
         console.print(f"  {line}", highlight=False)
     failures = grouped([record for record in results["records"] if record["status"] == Status.FAILED])
-    primary = [group for group in failures if not group[0]["failure"].get("secondary")]
-    secondary = [group for group in failures if group[0]["failure"].get("secondary")]
-    shown = (primary or secondary)[:SHOWN_FAILURES]
+    primary, secondary = sorted_out(failures)
+    shown = primary[:SHOWN_FAILURES]
     for group in shown:
         console.print(failure_text(group), highlight=False)
-    hidden = [group for group in primary or secondary if group not in shown]
+    hidden = [group for group in primary[SHOWN_FAILURES:]]
     if hidden:
         ids = ", ".join(group[0]["requirement"] for group in hidden)
         console.print(f"      and {len(hidden)} more: {ids}", highlight=False)
-    if primary and secondary:
+    if secondary:
         ids = ", ".join(dict.fromkeys(group[0]["requirement"] for group in secondary))
         console.print(f"      wrong for a reason reported above: {ids}", highlight=False)
     for line in diagnosis_lines(results.get("diagnosis")):
@@ -50,7 +52,11 @@ def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> 
         if best:
             program = folder / best["failure"]["reproduction"]
             console.print(
-                Text.assemble(("reproduce  ", "bold"), f"python {program}", "   (plain PyTorch and a .safetensors, no harness)")
+                Text.assemble(
+                    ("reproduce  ", "bold"),
+                    f"python {program}",
+                    "   (plain PyTorch and a .safetensors, no harness)",
+                )
             )
     verdict = results["verdict"]
     style = "bold green" if verdict["passed"] else "bold red"
@@ -87,17 +93,27 @@ def tally_table(results: Mapping[str, Any]) -> Table:
         mine = [record for record in records if record["requirement"].rsplit("-", 1)[0] == family]
         if not mine:
             if not results["run"]["only"]:
-                provided = provider(family) in results["offered"] or any(entry in results["offered"] for entry in heads)
+                provided = provider(family) in results["offered"] or any(
+                    entry in results["offered"] for entry in heads
+                )
                 if family in ("LP", "TK", "STEP") or not provided:
-                    table.add_row(words, *[""] * (max(len(heads), 1) - 1), "", Text("not provided", style="dim"))
+                    table.add_row(
+                        words, *[""] * (max(len(heads), 1) - 1), "", Text("not provided", style="dim")
+                    )
             continue
         judged = [record for record in mine if record["status"] != Status.NOT_JUDGED]
         cells = []
         for entry in heads or [""]:
-            through = [record for record in judged if record["entry"] == entry] if family_of_losses(family) else judged
+            through = (
+                [record for record in judged if record["entry"] == entry]
+                if family_of_losses(family)
+                else judged
+            )
             if not family_of_losses(family) and cells:
                 through = []
-            good = [record for record in through if record["status"] in (Status.PASSED, Status.UNEXPECTED_PASS)]
+            good = [
+                record for record in through if record["status"] in (Status.PASSED, Status.UNEXPECTED_PASS)
+            ]
             style = "green" if len(good) == len(through) else "red"
             cells.append(Text(f"{len(good)}/{len(through)}", style=style) if through else Text(""))
         bad = [record for record in judged if record["status"] not in (Status.PASSED,)]
@@ -108,7 +124,11 @@ def tally_table(results: Mapping[str, Any]) -> Table:
 
 def provider(family: str) -> str:
     """The capability that a family of its own belongs to."""
-    return {"LP": Capability.RESPONSE_LOGPROBS, "TK": Capability.TEACHER_TOPK, "STEP": Capability.DISTILL}.get(family, "")
+    return {
+        "LP": Capability.RESPONSE_LOGPROBS,
+        "TK": Capability.TEACHER_TOPK,
+        "STEP": Capability.DISTILL,
+    }.get(family, "")
 
 
 def family_of_losses(family: str) -> bool:
@@ -140,6 +160,17 @@ def grouped(records: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]
     return list(groups.values())
 
 
+def sorted_out(
+    failures: list[list[Mapping[str, Any]]],
+) -> tuple[list[list[Mapping[str, Any]]], list[list[Mapping[str, Any]]]]:
+    """Failures that name a rule, and those that follow: wrong on their control input too, or found by a sweep
+    through every corner while a rule of its own is named."""
+    own = [group for group in failures if not group[0]["failure"].get("secondary")]
+    named = [group for group in own if group[0]["requirement"] not in SWEEPS]
+    primary = named or own or failures
+    return primary, [group for group in failures if group not in primary]
+
+
 def failure_text(group: Sequence[Mapping[str, Any]]) -> Text:
     """The id, the rule, expected and got, and the input in words."""
     record = group[0]
@@ -148,7 +179,9 @@ def failure_text(group: Sequence[Mapping[str, Any]]) -> Text:
     text = Text.assemble((f"{record['requirement']:<7} ", "bold red"), record["statement"])
     if record["level"] == Level.SHOULD:
         text.append(" (SHOULD)", style="dim")
-    entries = ", ".join(ENTRY_HEADS.get(entry["entry"], "") for entry in group if entry["entry"] in ENTRY_HEADS)
+    entries = ", ".join(
+        ENTRY_HEADS.get(entry["entry"], "") for entry in group if entry["entry"] in ENTRY_HEADS
+    )
     if failure.get("kind") == "error":
         text.append(f"{indent}{failure['summary']}")
     else:

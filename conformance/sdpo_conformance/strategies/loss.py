@@ -41,6 +41,12 @@ KL_WEIGHTS = (0.1, 1.0, 0.01, 2.5)
 FLOOR_TARGETS = (-17.5, -19.4, -15.0, -21.0, -25.0)
 """log of the support's mass, on both sides of log 1e-8 = -18.42 and never within rounding of it."""
 
+WIDE = (257, 1000, 1537, 2500, 4099, 1025, 8209, 513, 33001, 777, 70001)
+"""Vocabularies past tiles of 256 to 65536, none a multiple of anything."""
+
+TALL = (17, 33, 65, 130, 40, 257, 66, 1025)
+"""Responses past tiles of 16 to 1024 tokens."""
+
 MIXES = ("uniform", "upstream", "float32_sides")
 """Half precision with everything in it; with float32 old log-probs and mask, as CLaaS's trainer has it; with
 only the logits in half precision."""
@@ -67,7 +73,7 @@ def draw_shape(draw: DrawFn, corner: Corner, fused: bool) -> Shape:
     size, support = pick(draw, corner.size), pick(draw, corner.support)
     b = draw(st.integers(1, 3))
     if size == "tall":
-        b, t = min(b, 2), pick(draw, (17, 33, 65, 130, 257, 1025))
+        b, t = min(b, 2), pick(draw, TALL)
     else:
         t = draw(st.integers(1, 5))
     if support == "many":
@@ -80,7 +86,7 @@ def draw_shape(draw: DrawFn, corner: Corner, fused: bool) -> Shape:
         k = 1 if support == "one" else draw(st.integers(2, 8))
         v = k + draw(st.integers(2, 40))
     if size == "wide" and support != "whole":
-        v = max(v, pick(draw, (257, 1000, 1537, 4099, 8209, 33001, 70001)))
+        v = max(v, pick(draw, WIDE))
         b, t = (1, min(t, 2)) if v > 5000 else (b, min(t, 3))
     h = pick(draw, (8, 4, 17, 33, 65)) if fused else 0
     return Shape(b, t, v, k, h)
@@ -106,7 +112,9 @@ class Numbers:
         return torch.randint(bound, shape, generator=self.generator)
 
 
-def draw_per_token(draw: DrawFn, numbers: Numbers, kinds: Sequence[str], b: int, t: int) -> tuple[list[str], Tensor]:
+def draw_per_token(
+    draw: DrawFn, numbers: Numbers, kinds: Sequence[str], b: int, t: int
+) -> tuple[list[str], Tensor]:
     """Kinds by token: all tokens of one kind, one token apart, or mixed. Returns the kinds and, per token, an
     index into them."""
     unique = list(dict.fromkeys(kinds))
@@ -129,7 +137,9 @@ def by_kind(kinds: list[str], index: Tensor, values: dict[str, Tensor]) -> Tenso
     return result
 
 
-def draw_logits(draw: DrawFn, numbers: Numbers, corner: Corner, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, float]:
+def draw_logits(
+    draw: DrawFn, numbers: Numbers, corner: Corner, shape: Shape, dtype: torch.dtype
+) -> tuple[Tensor, float]:
     """(B, T, V) float64 student logits before hot tokens and offsets, and the offset common to a token."""
     kind = pick(draw, corner.logits)
     half16 = dtype == torch.float16
@@ -145,7 +155,13 @@ def draw_logits(draw: DrawFn, numbers: Numbers, corner: Corner, shape: Shape, dt
 
 
 def draw_teacher(
-    draw: DrawFn, numbers: Numbers, corner: Corner, shape: Shape, logits: Tensor, hot: Tensor | None, dtype: torch.dtype
+    draw: DrawFn,
+    numbers: Numbers,
+    corner: Corner,
+    shape: Shape,
+    logits: Tensor,
+    hot: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Teacher log-probs and indices, (B, T, K): the top-k of a distribution related to the student's."""
     half16 = dtype == torch.float16
@@ -167,7 +183,13 @@ def draw_teacher(
 
 def draw_response(draw: DrawFn, numbers: Numbers, corner: Corner, shape: Shape, support: Tensor) -> Tensor:
     """(B, T) response ids inside or outside the support, ids 0 and V - 1 more often than chance has them."""
-    kinds, index = draw_per_token(draw, numbers, [k for k in corner.response if k != "either"] or ["inside", "outside"], shape.b, shape.t)
+    kinds, index = draw_per_token(
+        draw,
+        numbers,
+        [k for k in corner.response if k != "either"] or ["inside", "outside"],
+        shape.b,
+        shape.t,
+    )
     member = torch.zeros(shape.b, shape.t, shape.v, dtype=torch.bool).scatter_(-1, support, True)
     liking = numbers.uniform(0, 1, shape.b, shape.t, shape.v)
     if draw(st.booleans()):
@@ -226,7 +248,9 @@ def loss_cases(
     numbers = Numbers(draw(st.integers(0, 2**16)))
 
     logits, offset = draw_logits(draw, numbers, corner, shape, dtype)
-    masses = [kind for kind in corner.mass if not (half16 and kind in ("teacher_floor", "student_floor", "deep"))]
+    masses = [
+        kind for kind in corner.mass if not (half16 and kind in ("teacher_floor", "student_floor", "deep"))
+    ]
     mass_kinds, mass = draw_per_token(draw, numbers, masses or ["normal"], b, t)
     hot = None
     if "student_floor" in mass_kinds and shape.k < shape.v:
@@ -260,7 +284,9 @@ def loss_cases(
         z = leading["student_logits"].double()
     chosen = z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
-    is_clip = pick(draw, IS_CLIPS[pick(draw, [k for k in corner.is_clip if not (half16 and k == "huge")] or ["default"])])
+    is_clip = pick(
+        draw, IS_CLIPS[pick(draw, [k for k in corner.is_clip if not (half16 and k == "huge")] or ["default"])]
+    )
     training = TrainingConfig(
         alpha=pick(draw, ALPHAS[pick(draw, corner.alpha)]),
         is_clip=is_clip,

@@ -96,7 +96,9 @@ class ProductsOfShape(TorchDispatchMode):
 )
 def test_fus_3(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(replace(case, trainable_head=True), (GRADIENT,), control=replace(case, trainable_head=False))
+        subject.agrees(
+            replace(case, trainable_head=True), (GRADIENT,), control=replace(case, trainable_head=False)
+        )
         frozen = replace(case, trainable_head=False)
         loss_input = materialise(frozen, subject.device)
         output = differentiable_output(call_entry(subject.function, subject.entry, loss_input), subject.entry)
@@ -110,7 +112,11 @@ def test_fus_3(subject: Subject) -> None:
         if loss_input.lm_head_weight.grad is not None or watch.seen:
             got = f"{watch.seen[0]} of shape {head}" if watch.seen else "a gradient"
             raise Disagreement(
-                "backward with a frozen head", "no gradient to the head computed", got, case=frozen, probe="frozen_head"
+                "backward with a frozen head",
+                "no gradient to the head computed",
+                got,
+                case=frozen,
+                probe="frozen_head",
             )
 
     subject.for_all(corner_of(subject).but(layout=("contiguous", "transposed")), check, share=0.5)
@@ -171,7 +177,9 @@ def test_fus_5(subject: Subject) -> None:
         peak = torch.cuda.max_memory_allocated() - before
     if peak >= logits_bytes:
         raise Disagreement(
-            "peak memory beyond the inputs", f"less than {logits_bytes / 2**20:.0f} MiB", f"{peak / 2**20:.0f} MiB"
+            "peak memory beyond the inputs",
+            f"less than {logits_bytes / 2**20:.0f} MiB",
+            f"{peak / 2**20:.0f} MiB",
         )
 
 
@@ -187,5 +195,3 @@ def test_fus_6(subject: Subject) -> None:
     dtypes = subject.torch_dtypes
     below_one = subject.entry is Capability.DIVERGENCE
     subject.given(edge_cases(subject.entry, dtypes, below_one), lambda case: subject.agrees(case, ALL))
-
-

@@ -124,7 +124,9 @@ def test_gjs_6(subject: Subject) -> None:
         alpha = case.training.alpha
         ceiling = -alpha * math.log(alpha) - (1 - alpha) * math.log1p(-alpha)
         if key == "distill_loss":
-            ceiling *= float(case.truth.weight.sum()) * (1 + 1e-3 + 4 * float(case.truth.ratio.sub(1).abs().max()))
+            ceiling *= float(case.truth.weight.sum()) * (
+                1 + 1e-3 + 4 * float(case.truth.ratio.sub(1).abs().max())
+            )
         outside = ~((got >= -slack) & (got <= ceiling + slack))
         if bool(outside.any()):
             shown = float(got[outside].reshape(-1)[0]) if got.dim() else float(got)
@@ -172,7 +174,9 @@ def test_gjs_8(subject: Subject) -> None:
         subject.agrees(case, (*VALUE, GRADIENT), control=case.with_fields(teacher_logprobs=tame))
 
     corner = NEUTRAL.but(
-        mass=("student_floor", "teacher_floor", "normal"), support=("few", "one", "many"), alpha=("half", "inside")
+        mass=("student_floor", "teacher_floor", "normal"),
+        support=("few", "one", "many"),
+        alpha=("half", "inside"),
     )
     subject.for_all(corner, check)
 
@@ -188,7 +192,9 @@ def test_gjs_8(subject: Subject) -> None:
 )
 def test_gjs_9(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        outcome = subject.agrees(case, (GRADIENT,))
+        old = case.loss_input.old_student_logprobs
+        on_policy = case.with_fields(old_student_logprobs=case.truth.chosen.to(old.dtype))
+        outcome = subject.agrees(case, (GRADIENT,), control=on_policy)
         if outcome is None or case.fused:
             return
         gradient = outcome.gradients["student_logits"]

@@ -111,7 +111,9 @@ def test_grad_3(subject: Subject) -> None:
             )
 
     corner = corner_of(subject).but(
-        mask=("ragged", "full", "fractional"), layout=("contiguous", "transposed", "offset"), incoming=(1.0, 3.0)
+        mask=("ragged", "full", "fractional"),
+        layout=("contiguous", "transposed", "offset"),
+        incoming=(1.0, 3.0),
     )
     subject.for_all(corner, check)
 
@@ -164,7 +166,9 @@ def test_grad_5(subject: Subject) -> None:
                 output.backward(incoming_gradient(case, subject.entry, output))
         doubled = replace(case, incoming=2 * case.incoming)
         accumulated = {
-            key: None if (grad := getattr(leaf_input, key).grad) is None else grad.detach().to("cpu", torch.float64)
+            key: None
+            if (grad := getattr(leaf_input, key).grad) is None
+            else grad.detach().to("cpu", torch.float64)
             for key in case.differentiable
         }
         found = compare(doubled, subject.entry, Outcome({}, accumulated), (GRADIENT,))
@@ -198,7 +202,11 @@ def test_grad_6(subject: Subject) -> None:
                 output = result.get(key)
                 if isinstance(output, Tensor) and output.requires_grad:
                     raise Disagreement(
-                        f"{key} under {mode.__name__}", "no graph", "requires_grad", case=case, probe=mode.__name__
+                        f"{key} under {mode.__name__}",
+                        "no graph",
+                        "requires_grad",
+                        case=case,
+                        probe=mode.__name__,
                     )
                 found = compare(case, subject.entry, Outcome(result, {}), aspects)
             if found is not None:
@@ -223,7 +231,11 @@ def test_grad_7(subject: Subject) -> None:
         for key in first.result:
             if not same(first.number(key), second.number(key)):
                 raise Disagreement(
-                    key, repr(float(first.number(key).reshape(-1)[0])), "another value", case=case, probe="repeat"
+                    key,
+                    repr(float(first.number(key).reshape(-1)[0])),
+                    "another value",
+                    case=case,
+                    probe="repeat",
                 )
         for key, gradient in first.gradients.items():
             again = second.gradients[key]
@@ -250,5 +262,3 @@ def output_of(subject: Subject, loss_input: Any) -> Tensor:
 def alone_is_wrong(subject: Subject, case: LossCase) -> bool:
     """The control of rules about several graphs or modes: one plain call."""
     return compare(case, subject.entry, subject.evaluate(case), ALL) is not None
-
-

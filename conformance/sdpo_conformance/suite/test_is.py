@@ -39,7 +39,9 @@ def judged(subject: Subject, corner: Corner, *aspects: str) -> None:
     capabilities=LOSSES,
 )
 def test_is_1(subject: Subject) -> None:
-    subject.for_all(NEUTRAL.but(alpha=ANY_ALPHA), lambda case: subject.agrees(case, ("mean_is_ratio", *VALUE)))
+    subject.for_all(
+        NEUTRAL.but(alpha=ANY_ALPHA), lambda case: subject.agrees(case, ("mean_is_ratio", *VALUE))
+    )
 
 
 @requirement(
@@ -64,7 +66,9 @@ def test_is_2(subject: Subject) -> None:
     capabilities=LOSSES,
 )
 def test_is_3(subject: Subject) -> None:
-    judged(subject, NEUTRAL.but(ratio=("below", "mild"), is_clip=("default", "high")), *VALUE, "mean_is_ratio")
+    judged(
+        subject, NEUTRAL.but(ratio=("below", "mild"), is_clip=("default", "high")), *VALUE, "mean_is_ratio"
+    )
 
 
 @requirement(
@@ -76,10 +80,19 @@ def test_is_3(subject: Subject) -> None:
     capabilities=LOSSES,
 )
 def test_is_4(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        old = case.loss_input.old_student_logprobs.double()
+        inside = case.with_fields(
+            old_student_logprobs=(case.truth.chosen - (case.truth.chosen - old).clamp(-3, 3)).to(
+                case.loss_input.old_student_logprobs.dtype
+            )
+        )
+        subject.agrees(case, (*VALUE, "mean_is_ratio", GRADIENT), control=inside)
+
     corner = NEUTRAL.but(
         ratio=("clamp_high", "clamp_low", "mild"), is_clip=("huge", "default"), alpha=ANY_ALPHA, mass="normal"
     )
-    judged(subject, corner, *VALUE, "mean_is_ratio", GRADIENT)
+    subject.for_all(corner, check)
 
 
 @requirement(
@@ -115,7 +128,13 @@ def test_is_6(subject: Subject) -> None:
         size=("small", "tall", "tall"),
         alpha=ANY_ALPHA,
     )
-    judged(subject, corner, *VALUE, GRADIENT)
+
+    def check(case: LossCase) -> None:
+        old = case.loss_input.old_student_logprobs
+        alike = case.with_fields(old_student_logprobs=(case.truth.chosen + 0.75).to(old.dtype))
+        subject.agrees(case, (*VALUE, GRADIENT), control=alike)
+
+    subject.for_all(corner, check)
 
 
 @requirement(
@@ -128,7 +147,9 @@ def test_is_6(subject: Subject) -> None:
 )
 def test_is_7(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(case, (GRADIENT,), control=replace(case, trainable_head=False).with_training(is_clip=1e-9))
+        subject.agrees(
+            case, (GRADIENT,), control=replace(case, trainable_head=False).with_training(is_clip=1e-9)
+        )
         loss_input = materialise(case, subject.device)
         old = loss_input.old_student_logprobs.detach().requires_grad_()
         result = call_entry(subject.function, subject.entry, replace(loss_input, old_student_logprobs=old))
@@ -158,9 +179,18 @@ def test_is_7(subject: Subject) -> None:
 )
 def test_is_8(subject: Subject) -> None:
     corner = NEUTRAL.but(
-        ratio=("mild", "below", "above_cap"), anchor="on", drift=("mild", "strong"), alpha=("half", "one", "zero")
+        ratio=("mild", "below", "above_cap"),
+        anchor="on",
+        drift=("mild", "strong"),
+        alpha=("half", "one", "zero"),
     )
-    judged(subject, corner, "kl_reg", "loss", GRADIENT)
+
+    def check(case: LossCase) -> None:
+        bare = case.with_training(kl_reg_weight=0.0)
+        subject.agrees(case, ("kl_reg",), control=on_policy(case))
+        subject.agrees(case, ("loss", GRADIENT), control=(bare, on_policy(case)))
+
+    subject.for_all(corner, check)
 
 
 @requirement(
@@ -172,8 +202,11 @@ def test_is_8(subject: Subject) -> None:
     capabilities=LOSSES,
 )
 def test_is_9(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        subject.agrees(case, (*VALUE, GRADIENT), control=(on_policy(case), case.with_training(alpha=0.5)))
+
     corner = NEUTRAL.but(alpha="one", ratio=("mild", "below", "above_cap"), is_clip=("default", "high"))
-    judged(subject, corner, *VALUE, GRADIENT)
+    subject.for_all(corner, check)
 
 
 @requirement(

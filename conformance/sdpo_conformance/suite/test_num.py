@@ -79,14 +79,14 @@ def test_num_3(subject: Subject) -> None:
         tau = case.loss_input.teacher_logprobs.clone()
         deep = -40.0 if tau.dtype == torch.float16 else -200.0
         tau[..., -1] = deep
-        limit_is_met(subject, case.with_fields(teacher_logprobs=tau))
+        limit_is_met(subject, case.with_fields(teacher_logprobs=tau), case)
         if not case.fused:
             logits = case.tensors()["student_logits"].clone()
             first = case.loss_input.teacher_indices[..., :1].long()
             away = case.loss_input.response_ids.unsqueeze(-1) != first
             low = logits.gather(-1, first) + deep
             logits.scatter_(-1, first, torch.where(away, low, logits.gather(-1, first)))
-            limit_is_met(subject, case.with_fields(student_logits=logits))
+            limit_is_met(subject, case.with_fields(student_logits=logits), case)
 
     corner = NEUTRAL.but(support=("few", "many"), mass="normal", ratio=("on_policy", "mild"))
     subject.for_all(corner, check, share=0.3)
@@ -107,11 +107,11 @@ def test_num_4(subject: Subject) -> None:
         y = case.loss_input.response_ids.long().unsqueeze(-1)
         reserved = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, support, True).scatter(-1, y, True)
         off = logits.masked_fill(~reserved & (torch.arange(logits.shape[-1]) % 2 == 0), -torch.inf)
-        limit_is_met(subject, case.with_fields(student_logits=off))
+        limit_is_met(subject, case.with_fields(student_logits=off), case)
         inside = support[..., :1]
         holed = logits.scatter(-1, inside, -torch.inf)
         logits = torch.where((inside == y).expand_as(logits), logits, holed)
-        limit_is_met(subject, case.with_fields(student_logits=logits))
+        limit_is_met(subject, case.with_fields(student_logits=logits), case)
 
     corner = NEUTRAL.but(support=("few", "many"), mass="normal", ratio=("on_policy", "mild"))
     subject.for_all(corner, check, share=0.3)
@@ -128,10 +128,14 @@ def test_num_4(subject: Subject) -> None:
 def test_num_5(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         for filled in nan_or_inf_where_masked(case):
-            limit_is_met(subject, filled)
+            limit_is_met(subject, filled, case)
 
     corner = NEUTRAL.but(
-        mask=("random", "ragged"), ratio=("mild",), anchor=("off", "on"), alpha=("half", "inside", "one"), mass="normal"
+        mask=("random", "ragged"),
+        ratio=("mild",),
+        anchor=("off", "on"),
+        alpha=("half", "inside", "one"),
+        mass="normal",
     )
     subject.for_all(corner, check, share=0.3)
 
@@ -147,7 +151,10 @@ def test_num_5(subject: Subject) -> None:
 )
 def test_num_6(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(case, ALL)
+        old = case.loss_input.old_student_logprobs
+        subject.agrees(
+            case, ALL, control=case.with_fields(old_student_logprobs=case.truth.chosen.to(old.dtype))
+        )
         if not case.fused:
             logits = case.tensors()["student_logits"]
             keep = torch.zeros_like(logits, dtype=torch.bool)
@@ -176,9 +183,18 @@ def test_num_6(subject: Subject) -> None:
 )
 def test_num_7(subject: Subject) -> None:
     corner = NEUTRAL.but(
-        ratio=("infinite", "mild"), is_clip=("default", "huge", "low"), alpha=("half", "inside", "one"), mass="normal"
+        ratio=("infinite", "mild"),
+        is_clip=("default", "huge", "low"),
+        alpha=("half", "inside", "one"),
+        mass="normal",
     )
-    subject.for_all(corner, lambda case: subject.agrees(case, ALL), share=0.5)
+
+    def check(case: LossCase) -> None:
+        old = case.loss_input.old_student_logprobs
+        finite = case.with_fields(old_student_logprobs=torch.where(old.isinf(), old.sign() * -2 - 3, old))
+        subject.agrees(case, ALL, control=finite)
+
+    subject.for_all(corner, check, share=0.5)
 
 
 @requirement(
@@ -192,16 +208,19 @@ def test_num_7(subject: Subject) -> None:
 def test_num_8(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         fields = {
-            key: tensor[:, :0].contiguous() for key, tensor in case.tensors().items() if key != "lm_head_weight"
+            key: tensor[:, :0].contiguous()
+            for key, tensor in case.tensors().items()
+            if key != "lm_head_weight"
         }
-        limit_is_met(subject, case.with_fields(**fields))
+        limit_is_met(subject, case.with_fields(**fields), case)
 
     subject.for_all(NEUTRAL.but(size="small"), check, share=0.1)
 
 
-def limit_is_met(subject: Subject, case: LossCase) -> None:
+def limit_is_met(subject: Subject, case: LossCase, control: LossCase) -> None:
     """Judge where plain PyTorch is not finite: the bound is the analytic one alone."""
     outcome = subject.evaluate(case)
     found = compare(case, subject.entry, outcome, ALL, expectations(case, subject.entry))
     if found is not None:
+        found.secondary = subject.wrong_on(control, ALL)
         raise found

@@ -17,7 +17,10 @@ from sdpo_conformance.suite.entries import ALL, LOSSES
 
 SOURCE = f"{UPSTREAM} compute_sdpo_loss: mask_sum and the two means"
 BROAD = NEUTRAL.but(
-    ratio=("mild", "below", "above_cap"), anchor=("off", "on"), drift=("mild", "strong"), alpha=("half", "inside", "one")
+    ratio=("mild", "below", "above_cap"),
+    anchor=("off", "on"),
+    drift=("mild", "strong"),
+    alpha=("half", "inside", "one"),
 )
 
 

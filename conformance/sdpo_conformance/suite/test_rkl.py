@@ -25,9 +25,7 @@ ONE = NEUTRAL.but(alpha="one")
     capabilities=LOSSES,
 )
 def test_rkl_1(subject: Subject) -> None:
-    subject.for_all(
-        ONE, lambda case: subject.agrees(case, VALUE, control=case.with_training(alpha=0.5))
-    )
+    subject.for_all(ONE, lambda case: subject.agrees(case, VALUE, control=case.with_training(alpha=0.5)))
 
 
 @requirement(
@@ -47,7 +45,9 @@ def test_rkl_2(subject: Subject) -> None:
         certain = case.with_fields(teacher_logprobs=torch.where(match, torch.zeros_like(tau), tau))
         subject.agrees(certain, VALUE, control=case.with_training(alpha=0.5))
 
-    corner = ONE.but(mass=("deep", "normal"), response=("inside", "outside"), support=("few", "one", "many", "whole"))
+    corner = ONE.but(
+        mass=("deep", "normal"), response=("inside", "outside"), support=("few", "one", "many", "whole")
+    )
     subject.for_all(corner, check, share=0.5)
 
 
