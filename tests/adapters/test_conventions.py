@@ -108,6 +108,31 @@ class TestLasgroup:
         assert float(sdpo_loss(loss_input).loss) == 0
         assert close(loss(loss_input)["loss"], forward_kl(loss_input), 1e-5)
 
+    def test_alpha_one_is_the_full_reverse_kl(self, loss: Any) -> None:
+        loss_input = plain(alpha=1.0)
+        student = torch.log_softmax(loss_input.student_logits, -1).gather(-1, loss_input.teacher_indices)
+        per_token = (student.exp() * (student - loss_input.teacher_logprobs)).sum(-1)
+        truth = sdpo_loss(loss_input)
+        assert close(loss(loss_input)["loss"], (per_token * truth.ratio * truth.weight).sum().item(), 1e-5)
+
+    def test_trl_with_a_tail_bucket_is_the_same_divergence(self, loss: Any) -> None:
+        pytest.importorskip("trl.experimental.sdpo.loss_utils")
+        from sdpo_implementations.adapters.teacher import complete_teacher
+        from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
+
+        for alpha in (0.0, 0.3, 1.0):
+            loss_input = plain(k=6, alpha=alpha, drift=0.0)
+            teacher = complete_teacher(loss_input.teacher_logprobs, loss_input.teacher_indices, VOCABULARY)
+            per_token = compute_topk_self_distillation_loss(
+                loss_input.student_logits,
+                teacher,
+                distillation_topk=6,
+                distillation_alpha=alpha,
+                distillation_add_tail=True,
+            )
+            want = (per_token * sdpo_loss(loss_input).weight).sum().item()
+            assert close(loss(loss_input)["loss"], want)
+
     def test_reports_no_anchor_and_no_ratio(self, loss: Any) -> None:
         assert set(loss(plain())) == {"loss", "distill_loss"}
 
