@@ -42,7 +42,9 @@ def page(report: AuditReport) -> str:
         tone=(
             "error"
             if any(f.severity is Severity.ERROR for f in report.findings)
-            else "warning" if report.alarms else "ok"
+            else "warning"
+            if report.alarms
+            else "ok"
         ),
         fields=[name for name in FIELDS if metrics is not None and metrics.has(name)],
         rows=rows[:_MOST_ROWS],

@@ -80,8 +80,7 @@ def _change(change: AdapterChange, console: Console) -> None:
     else:
         told = (
             f"{change.moved} of {len(change.compared)} tensors changed, max |delta|"
-            f" {change.max_abs_delta:.4g}"
-            + _where(change)
+            f" {change.max_abs_delta:.4g}" + _where(change)
         )
     console.print(Text.assemble(("  adapter  ", "dim"), told))
     console.print()
