@@ -129,7 +129,7 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 def materialise(case: LossCase, device: str, requires_grad: bool = True) -> Any:
     """The case's input on ``device`` in its layout, fresh tensors, the differentiable fields asking for
     gradients."""
-    fields: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
     for key, tensor in case.tensors().items():
         fresh = lay_out(tensor.detach().clone().to(device), case.layout)
         if requires_grad and key in case.differentiable:

@@ -60,9 +60,7 @@ def _find(target: str) -> Any:
     name, _, attribute = _split(target)
     if name.endswith(".py") or "/" in name:
         module = _from_file(Path(name))
-    elif name in BUNDLED:
-        module = _import(f"sdpo_implementations.{name}", target)
-    elif name.startswith("adapters."):
+    elif name in BUNDLED or name.startswith("adapters."):
         module = _import(f"sdpo_implementations.{name}", target)
     else:
         module = _import(name, target)

@@ -75,7 +75,7 @@ class Session:
         kind = self.device.partition(":")[0]
         if claims.devices is not None and kind not in claims.devices:
             raise LoadingError(
-                f"{self.target} claims the devices {', '.join(claims.devices)} in SDPO_CLAIMS; run with --device=one of them"
+                f"{self.target} claims the devices {', '.join(claims.devices)} in SDPO_CLAIMS; name one with --device"
             )
         if unknown := sorted(set(claims.expected_failures) - set(load_all())):
             raise LoadingError(
@@ -167,7 +167,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     except ValueError as error:
         (session.folder / ERROR).write_text(f"{error}\n", encoding="utf-8")
         raise pytest.UsageError(str(error)) from None
-    kept, dropped = [], []
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
     for item in items:
         found = requirement_of(item)
         absent = item.name.endswith("[absent]")
@@ -222,9 +223,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     from sdpo_conformance.judgement import Disagreement
 
     session = pyfuncitem.config.stash[SESSION]
-    subject = pyfuncitem.funcargs["subject"]
+    subject: Any = pyfuncitem.funcargs["subject"]
     expected = session.implementation.claims.expected_failures.get(found.id, "")
-    status, reason, failure, error = Status.PASSED, "", {}, None
+    status, reason = Status.PASSED, ""
+    failure: dict[str, Any] = {}
+    error: BaseException | None = None
     try:
         result = yield
         if expected:

@@ -190,7 +190,8 @@ def reason(folder: Path, status: int, log: str) -> str:
     if error.exists():
         return error.read_text(encoding="utf-8").strip()
     if status < 0:
-        return f"importing the implementation crashed the process ({signal.Signals(-status).name}); see {folder}/pytest.log"
+        name = signal.Signals(-status).name
+        return f"importing the implementation crashed the process ({name}); see {folder}/pytest.log"
     lines = [line.removeprefix("ERROR: ").strip() for line in log.splitlines() if line.startswith("ERROR: ")]
     if lines:
         return lines[0]

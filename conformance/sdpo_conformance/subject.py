@@ -88,7 +88,7 @@ class Subject:
 
     # --- running examples ---
 
-    def for_all(self, corner: Corner, check: Callable[[LossCase], None], share: float = 1.0) -> None:
+    def for_all(self, corner: Corner, check: Callable[[LossCase], object], share: float = 1.0) -> None:
         """Run ``check`` on every recorded case within ``corner`` and on drawn ones; ``share`` of the profile's
         examples. Raises the failure on the smallest example found."""
         self._smallest = None
@@ -103,12 +103,12 @@ class Subject:
                 break
         self._draw(loss_cases(corner, self.entry, dtypes), check, share)
 
-    def given(self, strategy: SearchStrategy[Any], check: Callable[[Any], None], share: float = 1.0) -> None:
+    def given(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float = 1.0) -> None:
         """Run ``check`` on drawn examples and raise the failure on the smallest."""
         self._smallest = None
         self._draw(strategy, check, share)
 
-    def _draw(self, strategy: SearchStrategy[Any], check: Callable[[Any], None], share: float) -> None:
+    def _draw(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float) -> None:
         def attempt(case: Any) -> None:
             self._attempt(check, case)
 
@@ -130,7 +130,7 @@ class Subject:
         if self._smallest is not None:
             raise self._smallest[1]
 
-    def _attempt(self, check: Callable[[Any], None], case: Any) -> None:
+    def _attempt(self, check: Callable[[Any], object], case: Any) -> None:
         now = time.monotonic()
         if self._smallest is not None and now - self._first_failure > self.profile.shrink_seconds:
             raise Enough

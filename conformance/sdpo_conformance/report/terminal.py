@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sdpo_conformance.protocol import Capability
 from sdpo_conformance.records import Status
 from sdpo_conformance.requirements import FAMILIES, Level
-from sdpo_conformance.protocol import Capability
 
 SHOWN_FAILURES = 8
 
@@ -38,15 +38,15 @@ def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> 
     shown = primary[:SHOWN_FAILURES]
     for group in shown:
         console.print(failure_text(group), highlight=False)
-    hidden = [group for group in primary[SHOWN_FAILURES:]]
+    hidden = primary[SHOWN_FAILURES:]
     if hidden:
         ids = ", ".join(group[0]["requirement"] for group in hidden)
         console.print(f"      and {len(hidden)} more: {ids}", highlight=False)
     if secondary:
         ids = ", ".join(dict.fromkeys(group[0]["requirement"] for group in secondary))
         console.print(f"      wrong for a reason reported above: {ids}", highlight=False)
-    for line in diagnosis_lines(results.get("diagnosis")):
-        console.print(line, highlight=False)
+    for text in diagnosis_lines(results.get("diagnosis")):
+        console.print(text, highlight=False)
     if shown:
         best = next((group[0] for group in shown if group[0]["failure"].get("reproduction")), None)
         if best:
@@ -102,7 +102,7 @@ def tally_table(results: Mapping[str, Any]) -> Table:
                     )
             continue
         judged = [record for record in mine if record["status"] != Status.NOT_JUDGED]
-        cells = []
+        cells: list[Text] = []
         for entry in heads or [""]:
             through = (
                 [record for record in judged if record["entry"] == entry]

@@ -11,18 +11,13 @@ from sdpo_conformance.execution import call_entry, differentiable_output, implem
 from sdpo_conformance.judgement import GRADIENT, Disagreement, number
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import NEUTRAL, Corner
+from sdpo_conformance.strategies.policy import on_policy
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.entries import LOSSES, VALUE
 
 SOURCE = f"{UPSTREAM} compute_sdpo_loss, step 3"
 METRICS = ("mean_is_ratio", "clip_fraction")
 ANY_ALPHA = ("half", "inside", "one")
-
-
-def on_policy(case: LossCase) -> LossCase:
-    """The control of every rule here: the behaviour policy is the current one, so the ratio is 1."""
-    old = case.loss_input.old_student_logprobs
-    return case.with_fields(old_student_logprobs=case.truth.chosen.to(old.dtype))
 
 
 def judged(subject: Subject, corner: Corner, *aspects: str) -> None:

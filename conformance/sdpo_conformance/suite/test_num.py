@@ -13,6 +13,7 @@ from sdpo_conformance.protocol import Capability
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import EVERYTHING, NEUTRAL
 from sdpo_conformance.strategies.masked import nan_or_inf_where_masked
+from sdpo_conformance.strategies.policy import on_policy
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.entries import ALL, DIVERGENCES, LOSSES
 from sdpo_conformance.tolerances import expectations
@@ -86,9 +87,9 @@ def test_num_3(subject: Subject) -> None:
             away = case.loss_input.response_ids.unsqueeze(-1) != first
             low = logits.gather(-1, first) + deep
             logits.scatter_(-1, first, torch.where(away, low, logits.gather(-1, first)))
-            limit_is_met(subject, case.with_fields(student_logits=logits), case)
+            limit_is_met(subject, on_policy(case.with_fields(student_logits=logits)), case)
 
-    corner = NEUTRAL.but(support=("few", "many"), mass="normal", ratio=("on_policy", "mild"))
+    corner = NEUTRAL.but(support=("few", "many"), mass="normal")
     subject.for_all(corner, check, share=0.3)
 
 
@@ -107,13 +108,13 @@ def test_num_4(subject: Subject) -> None:
         y = case.loss_input.response_ids.long().unsqueeze(-1)
         reserved = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, support, True).scatter(-1, y, True)
         off = logits.masked_fill(~reserved & (torch.arange(logits.shape[-1]) % 2 == 0), -torch.inf)
-        limit_is_met(subject, case.with_fields(student_logits=off), case)
+        limit_is_met(subject, on_policy(case.with_fields(student_logits=off)), case)
         inside = support[..., :1]
         holed = logits.scatter(-1, inside, -torch.inf)
         logits = torch.where((inside == y).expand_as(logits), logits, holed)
-        limit_is_met(subject, case.with_fields(student_logits=logits), case)
+        limit_is_met(subject, on_policy(case.with_fields(student_logits=logits)), case)
 
-    corner = NEUTRAL.but(support=("few", "many"), mass="normal", ratio=("on_policy", "mild"))
+    corner = NEUTRAL.but(support=("few", "many"), mass="normal")
     subject.for_all(corner, check, share=0.3)
 
 
@@ -151,21 +152,19 @@ def test_num_5(subject: Subject) -> None:
 )
 def test_num_6(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        old = case.loss_input.old_student_logprobs
-        subject.agrees(
-            case, ALL, control=case.with_fields(old_student_logprobs=case.truth.chosen.to(old.dtype))
-        )
+        subject.agrees(case, ALL, control=on_policy(case))
         if not case.fused:
             logits = case.tensors()["student_logits"]
             keep = torch.zeros_like(logits, dtype=torch.bool)
             keep = keep.scatter(-1, case.loss_input.teacher_indices.long(), True)
             keep = keep.scatter(-1, case.loss_input.response_ids.long().unsqueeze(-1), True)
             lowest = -6e4 if logits.dtype == torch.float16 else -1e9
-            subject.agrees(case.with_fields(student_logits=torch.where(keep, logits, lowest)), ALL)
+            lowered = case.with_fields(student_logits=torch.where(keep, logits, lowest))
+            subject.agrees(on_policy(lowered), ALL, control=on_policy(case))
 
     corner = NEUTRAL.but(
         logits="large",
-        ratio=("on_policy", "mild"),
+        ratio=("on_policy",),
         alpha=("half", "inside") if subject.entry is Capability.DIVERGENCE else ("half", "inside", "one"),
         anchor=("off", "on"),
         mass="normal",

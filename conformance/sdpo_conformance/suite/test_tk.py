@@ -1,0 +1,99 @@
+"""TK: the teacher's top-k from hidden states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.protocol import DTYPES, Capability
+from sdpo_conformance.requirements import UPSTREAM_TRAINER, Level, requirement
+from sdpo_conformance.strategies.heads import LENGTHS, LONG, HeadCase, of_length
+from sdpo_conformance.subject import Subject
+from sdpo_conformance.suite.heads import compare, disagreement, rank
+from sdpo_conformance.trainer.heads import at, support_size, vocabulary_logprobs
+
+TOPK = (Capability.TEACHER_TOPK,)
+SOURCE = f"{UPSTREAM_TRAINER} DistillationTrainer._build_self_teacher_topk"
+
+
+def legal_indices(case: HeadCase, indices: Tensor) -> Tensor:
+    """int64 indices on the CPU; raises Disagreement where they repeat or leave the vocabulary."""
+    found, vocabulary = indices.detach().cpu().long(), case.head.shape[0]
+    if found.numel() and (int(found.min()) < 0 or int(found.max()) >= vocabulary):
+        seen = f"{int(found.min())} to {int(found.max())}"
+        raise disagreement(case, "indices", f"token ids in [0, {vocabulary})", seen)
+    ordered = found.sort(-1).values
+    if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+        raise disagreement(case, "indices", "distinct within a token", "a token id twice")
+    return found
+
+
+def strategy_share(subject: Subject) -> tuple[list[torch.dtype], tuple[int, ...]]:
+    """The dtypes of the run, and lengths of which some cross chunks."""
+    return [DTYPES[name] for name in subject.dtypes], (1, *LENGTHS, *LONG[2:5])
+
+
+@requirement(
+    "TK-1",
+    Level.MUST,
+    "each log-prob is that of its token, normalised over the whole vocabulary",
+    source=f"{SOURCE}: log_softmax, then topk",
+    why="at alpha = 1 the values enter as they are; below, their mass decides about the floor",
+    capabilities=TOPK,
+)
+def test_tk_1(subject: Subject) -> None:
+    def check(case: HeadCase) -> None:
+        logprobs, indices = rank(subject, case)
+        expectation = at(vocabulary_logprobs(case), legal_indices(case, indices))
+        got = logprobs.detach().cpu().double()
+        difference = got - expectation.value
+        constant = bool((difference - difference[..., :1]).abs().le(expectation.bound + 1e-6).all())
+        words = "off by one constant per token: normalised over something else" if constant else ""
+        compare(case, "log-prob", expectation, got, words)
+
+    subject.given(of_length(*strategy_share(subject)), check)
+
+
+@requirement(
+    "TK-2",
+    Level.MUST,
+    "the support is the k most likely tokens, k = min(max(1, k), V), distinct, ties in any order",
+    source=f"{SOURCE}: k = min(max(1, top_k), vocab_size); torch.topk",
+    why="a token missing from the support gets no gradient at all",
+    capabilities=TOPK,
+)
+def test_tk_2(subject: Subject) -> None:
+    def check(case: HeadCase) -> None:
+        _, indices = rank(subject, case)
+        found = legal_indices(case, indices)
+        whole = vocabulary_logprobs(case)
+        chosen = at(whole, found)
+        last = whole.value.topk(support_size(case), dim=-1).indices[..., -1:]
+        threshold = at(whole, last)
+        short = threshold.value - chosen.value - chosen.bound - threshold.bound
+        if bool((short > 0).any()):
+            b, t, k = (int(i) for i in torch.unravel_index(short.argmax(), short.shape))
+            raise disagreement(
+                case,
+                f"support[{b}, {t}]",
+                f"log-probs of at least {float(threshold.value[b, t, 0]):.7g}",
+                f"token {int(found[b, t, k])} with {float(chosen.value[b, t, k]):.7g}",
+            )
+
+    subject.given(of_length(*strategy_share(subject)), check)
+
+
+@requirement(
+    "TK-3",
+    Level.MUST,
+    "the log-probs carry no graph, even where hidden states and head ask for a gradient",
+    source=f"{SOURCE}: torch.no_grad()",
+    why="the teacher is frozen: a graph costs memory and, once used, trains it",
+    capabilities=TOPK,
+)
+def test_tk_3(subject: Subject) -> None:
+    def check(case: HeadCase) -> None:
+        if rank(subject, case, requires_grad=True)[0].requires_grad:
+            raise disagreement(case, "log-probs", "requires_grad False", "a tensor with a graph")
+
+    subject.given(of_length([DTYPES[name] for name in subject.dtypes], LENGTHS[:3]), check, 0.1)
