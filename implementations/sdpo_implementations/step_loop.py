@@ -110,7 +110,7 @@ class Kernels:
             return compute_response_logprobs(read.hidden.detach(), read.head_weight, response_ids)
 
         def teacher_topk(read: HeadInput, k: int) -> tuple[Tensor, Tensor]:
-            return compute_teacher_topk(read.hidden, read.head_weight, min(k, read.head_weight.shape[0]))
+            return compute_teacher_topk(read.hidden, read.head_weight, k)
 
         return cls(
             response_hidden,

@@ -36,7 +36,7 @@ def shifted(case: HeadCase, got: object) -> str:
 @requirement(
     "LP-1",
     Level.MUST,
-    "the log-prob of a token is log_softmax(hidden @ head.T) at that token, over the whole vocabulary, in nats",
+    "the log-prob of a token is log_softmax(hidden @ head.T) at that token: whole vocabulary, nats",
     source=SOURCE,
     why="the ratio exponentiates every error of it",
     capabilities=LOGPROBS,

@@ -11,19 +11,18 @@ CHUNK = 512
 
 @torch.no_grad()
 def compute_teacher_topk(teacher_hidden: Tensor, lm_head_weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of log_softmax(hidden @ head.T): log-probs (float32, or float64 for float64) and int64
-    indices, each (B, T, K), largest first, without graph, normalised over the whole vocabulary.
+    """The k largest of log_softmax(hidden @ head.T), k taken as min(max(1, k), V): log-probs (float32, or
+    float64 for float64) and int64 indices, each (B, T, K), largest first, without graph, normalised over the
+    whole vocabulary.
 
-    ``teacher_hidden`` (B, T, H), ``lm_head_weight`` (V, H). Raises ValueError unless 1 <= k <= V and the
-    shapes fit.
+    ``teacher_hidden`` (B, T, H), ``lm_head_weight`` (V, H). Raises ValueError on shapes that do not fit.
     """
     if teacher_hidden.dim() != 3 or teacher_hidden.shape[-1] != lm_head_weight.shape[-1]:
         raise ValueError(
             f"teacher_hidden (B, T, H) and lm_head_weight (V, H) do not fit: "
             f"{tuple(teacher_hidden.shape)} and {tuple(lm_head_weight.shape)}"
         )
-    if not 1 <= k <= lm_head_weight.shape[0]:
-        raise ValueError(f"k must lie in [1, V] = [1, {lm_head_weight.shape[0]}], got {k}")
+    k = min(max(1, k), lm_head_weight.shape[0])
     hidden = teacher_hidden.flatten(0, 1)
     working = torch.promote_types(hidden.dtype, torch.float32)
     head = lm_head_weight.to(working).T
