@@ -15,6 +15,7 @@ from sdpo_implementations.triton_fused.entries import (
     compute_sdpo_loss,
     compute_teacher_topk,
 )
+from sdpo_implementations.triton_fused.trainer import distill
 
 SDPO_CLAIMS: dict[str, Any] = {
     "dtypes": ["float32", "bfloat16", "float16"],
@@ -28,4 +29,5 @@ __all__ = [
     "compute_response_logprobs",
     "compute_sdpo_loss",
     "compute_teacher_topk",
+    "distill",
 ]

@@ -15,16 +15,16 @@ from sdpo_implementations.triton_fused.kernels.expected_row import expected_rows
 from sdpo_implementations.triton_fused.kernels.floor_rows import add_floor_rows
 from sdpo_implementations.triton_fused.kernels.head_gradient import head_gradient
 from sdpo_implementations.triton_fused.kernels.logits_entry import (
-    logits_at_support,
     logits_gradient,
     logits_logsumexp,
+    pick_tokens,
 )
 from sdpo_implementations.triton_fused.kernels.logsumexp import hidden_logsumexp
 from sdpo_implementations.triton_fused.kernels.reduction import reduce_tokens
 from sdpo_implementations.triton_fused.kernels.support_gradient import hidden_gradient
-from sdpo_implementations.triton_fused.kernels.support_logits import hidden_support_logits
+from sdpo_implementations.triton_fused.kernels.token_logits import chosen_token_logits, fill_token_logits
 from sdpo_implementations.triton_fused.kernels.token_loss import PolicyTerms, TokenTerms, token_terms
-from sdpo_implementations.triton_fused.runtime import on_device
+from sdpo_implementations.triton_fused.runtime import Fork, on_device
 
 METRICS = ("distill_loss", "kl_reg", "mean_is_ratio", "clip_fraction")
 
@@ -50,15 +50,23 @@ def forward_from_hidden(
 ) -> Forward:
     """Per-token terms of hidden (N, H), head (V, H). ``dense``: make e as well, in two products instead of one."""
     counted = tokens.mask
-    support = None if tokens.alpha >= 1 else tokens.support
-    logits = hidden_support_logits(hidden, head, support, tokens.response_ids, counted)
+    at_support = None
+    if tokens.alpha < 1:
+        at_support = torch.empty(tokens.support.shape, dtype=torch.float32, device=hidden.device)
+    start = Fork(hidden.device)
     expected = None
+    # The product is bound by arithmetic, gathering the support's rows by memory: they share the device.
     if dense:
-        expected, row_max, log_sum = expected_rows(hidden, head, tokens.response_ids, logits[:, -1], counted)
+        chosen = chosen_token_logits(hidden, head, tokens.response_ids, counted)
+        expected, row_max, log_sum = expected_rows(hidden, head, tokens.response_ids, chosen, counted)
     else:
         row_max, log_sum = hidden_logsumexp(hidden, head, counted)
+        chosen = chosen_token_logits(hidden, head, tokens.response_ids, counted)
+    if at_support is not None:
+        with start:
+            fill_token_logits(hidden, head, tokens.support, counted, at_support)
     terms = token_terms(
-        logits, row_max, log_sum, tokens.teacher_logprobs, tokens.support, tokens.mask, tokens.alpha, policy
+        at_support, chosen, row_max, log_sum, tokens.teacher_logprobs, tokens.support, tokens.mask, tokens.alpha, policy
     )
     return Forward(terms, row_max, log_sum, expected)
 
@@ -91,10 +99,10 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, tokens: Tokens, dense: bool) -> tuple[Tensor, Tensor]:
         with on_device(hidden):
             state = forward_from_hidden(hidden, head, tokens, policy_terms(tokens), dense)
-            results, inverse_count = reduce_tokens(state.terms, tokens.mask, tokens.is_clip, tokens.kl_reg_weight)
+            results = reduce_tokens(state.terms, tokens.mask, tokens.is_clip, tokens.kl_reg_weight)
         ctx.save_for_backward(hidden, head)
-        ctx.tokens, ctx.state, ctx.inverse_count = tokens, state, inverse_count
-        metrics = results[1:]
+        ctx.tokens, ctx.state, ctx.inverse_count = tokens, state, results[5]
+        metrics = results[1:5]
         ctx.mark_non_differentiable(metrics)
         return results[0], metrics
 
@@ -121,7 +129,7 @@ class FusedDivergence(torch.autograd.Function):
             ctx.state = forward_from_hidden(hidden, head, tokens, None, dense=False)
         ctx.save_for_backward(hidden, head)
         ctx.tokens = tokens
-        return ctx.state.terms.distill.to(torch.float32)
+        return ctx.state.terms.values[0].to(torch.float32)
 
     @staticmethod
     @once_differentiable
@@ -142,15 +150,16 @@ class LogitsLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         with on_device(logits):
             row_max, log_sum = logits_logsumexp(logits, tokens.mask)
-            picked = logits_at_support(logits, tokens.support, tokens.response_ids, tokens.mask)
+            at_support = pick_tokens(logits, tokens.support, tokens.mask) if tokens.alpha < 1 else None
+            chosen = pick_tokens(logits, tokens.response_ids.unsqueeze(1), tokens.mask).squeeze(1)
             terms = token_terms(
-                picked, row_max, log_sum, tokens.teacher_logprobs, tokens.support, tokens.mask, tokens.alpha,
-                policy_terms(tokens),
+                at_support, chosen, row_max, log_sum, tokens.teacher_logprobs, tokens.support, tokens.mask,
+                tokens.alpha, policy_terms(tokens),
             )  # fmt: skip
-            results, inverse_count = reduce_tokens(terms, tokens.mask, tokens.is_clip, tokens.kl_reg_weight)
+            results = reduce_tokens(terms, tokens.mask, tokens.is_clip, tokens.kl_reg_weight)
         ctx.save_for_backward(logits)
-        ctx.tokens, ctx.state, ctx.inverse_count = tokens, Forward(terms, row_max, log_sum, None), inverse_count
-        metrics = results[1:]
+        ctx.tokens, ctx.state, ctx.inverse_count = tokens, Forward(terms, row_max, log_sum, None), results[5]
+        metrics = results[1:5]
         ctx.mark_non_differentiable(metrics)
         return results[0], metrics
 

@@ -26,8 +26,8 @@ from sdpo_implementations.triton_fused.inputs import (
     read_tokens,
 )
 from sdpo_implementations.triton_fused.kernels.logsumexp import hidden_logsumexp
-from sdpo_implementations.triton_fused.kernels.support_logits import hidden_support_logits
 from sdpo_implementations.triton_fused.kernels.teacher_topk import hidden_topk
+from sdpo_implementations.triton_fused.kernels.token_logits import chosen_token_logits
 from sdpo_implementations.triton_fused.runtime import on_device
 
 
@@ -112,8 +112,8 @@ def compute_response_logprobs(student_hidden: Tensor, lm_head_weight: Tensor, re
     if ids.numel() == 0:
         return torch.zeros(response_ids.shape, dtype=torch.float32, device=ids.device)
     with on_device(hidden):
-        chosen = hidden_support_logits(hidden, head, None, ids, None)[:, 0]
         row_max, log_sum = hidden_logsumexp(hidden, head, None)
+        chosen = chosen_token_logits(hidden, head, ids, None)
     return ((chosen - row_max) - log_sum).view(response_ids.shape)
 
 

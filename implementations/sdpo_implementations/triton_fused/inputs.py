@@ -136,7 +136,8 @@ def read_tokens(loss_input: Any, features_name: str, features: Tensor, vocabular
     device = features.device
     mask = loss_input.response_mask
     _check("response_mask", mask, shape, device, integers=False)
-    counted = mask != 0
+    # Only where ids are checked: on a GPU the comparison would be a kernel for nothing.
+    counted = mask != 0 if device.type == "cpu" else None
     check_support(loss_input.teacher_logprobs, loss_input.teacher_indices, features, vocabulary, counted)
     check_response_ids(loss_input.response_ids, features, vocabulary, counted)
     for name in ("old_student_logprobs", "base_logprobs"):

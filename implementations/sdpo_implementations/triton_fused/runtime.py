@@ -8,10 +8,11 @@ run CPU tensors through the interpreter on a machine that has a GPU.
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -43,8 +44,43 @@ if INTERPRETED and isinstance(tl.sum, JITFunction):
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Launch on the tensor's GPU, whichever is current: Triton launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Launch on the tensor's GPU, whichever is current: Triton launches on the current one.
+
+    The interpreter computes with NumPy, which warns where the kernels mean log 0 and inf - inf.
+    """
+    if INTERPRETED:
+        return np.errstate(all="ignore")
+    return torch.cuda.device(tensor.device)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class Fork:
+    """A point in the current stream. Kernels launched inside the ``with`` wait for that point alone and run
+    beside what was launched since; the current stream waits for them where the block ends.
+
+    What they write must have been allocated before the point.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if not INTERPRETED:
+            self._point = torch.cuda.current_stream(device).record_event()
+
+    def __enter__(self) -> None:
+        if not INTERPRETED:
+            side = _side_stream(self._device)
+            side.wait_event(self._point)
+            self._main = torch.cuda.current_stream(self._device)
+            torch.cuda.set_stream(side)
+
+    def __exit__(self, *exception: object) -> None:
+        if not INTERPRETED:
+            torch.cuda.set_stream(self._main)
+            self._main.wait_stream(_side_stream(self._device))
 
 
 @cache

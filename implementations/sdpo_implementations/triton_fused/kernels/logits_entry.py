@@ -66,34 +66,32 @@ def logits_logsumexp(logits: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     return row_max, log_sum
 
 
-@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted", "support", "response_ids", "support_logits"])
-def pick_support_kernel(
-    logits, counted, support, response_ids, support_logits, n_rows, k_support, vocabulary, stride_logits,
+@triton.jit(
+    do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted", "token_ids", "token_logits"]
+)
+def pick_tokens_kernel(
+    logits, counted, token_ids, token_logits, n_rows, n_entries, vocabulary, stride_logits,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     entries = tl.arange(0, ENTRIES)
     read = (rows < n_rows) & (tl.load(counted + rows, mask=rows < n_rows, other=0.0) != 0)
     wide = rows[:, None].to(tl.int64)
-    token = tl.load(
-        support + wide * k_support + entries[None, :], mask=read[:, None] & (entries < k_support)[None, :], other=0
-    ).to(tl.int64)
-    chosen = tl.load(response_ids + rows, mask=read, other=0).to(tl.int64)
-    token = tl.where((entries == k_support)[None, :], chosen[:, None], token)
-    wanted = read[:, None] & (entries <= k_support)[None, :]
+    wanted = read[:, None] & (entries < n_entries)[None, :]
+    token = tl.load(token_ids + wide * n_entries + entries[None, :], mask=wanted, other=0).to(tl.int64)
     valid = wanted & (token >= 0) & (token < vocabulary)
     z = tl.load(logits + wide * stride_logits + token, mask=valid, other=float("nan"))
-    tl.store(support_logits + wide * (k_support + 1) + entries[None, :], z.to(tl.float32), mask=wanted)
+    tl.store(token_logits + wide * n_entries + entries[None, :], z.to(tl.float32), mask=wanted)
 
 
-def logits_at_support(logits: Tensor, support: Tensor, response_ids: Tensor, counted: Tensor) -> Tensor:
-    """(N, K + 1) float32: the logits at the support, and last at the response id."""
-    n_rows, k_support = support.shape
-    picked = torch.empty((n_rows, k_support + 1), dtype=torch.float32, device=logits.device)
-    entries = next_power_of_2(k_support + 1)
+def pick_tokens(logits: Tensor, token_ids: Tensor, counted: Tensor) -> Tensor:
+    """(N, K) float32: the logits at ``token_ids`` (N, K)."""
+    n_rows, n_entries = token_ids.shape
+    picked = torch.empty((n_rows, n_entries), dtype=torch.float32, device=logits.device)
+    entries = next_power_of_2(n_entries)
     rows = max(1, min(next_power_of_2(n_rows), (2**14 if INTERPRETED else 128) // entries))
-    pick_support_kernel[(ceil_div(n_rows, rows),)](
-        logits, counted, support, response_ids, picked, n_rows, k_support, logits.shape[1], logits.stride(0),
+    pick_tokens_kernel[(ceil_div(n_rows, rows),)](
+        logits, counted, token_ids, picked, n_rows, n_entries, logits.shape[1], logits.stride(0),
         ROWS=rows, ENTRIES=entries, num_warps=4,
     )  # fmt: skip
     return picked

@@ -55,7 +55,7 @@ def combine(statistics: TileStatistics, counted: Tensor | None, row_max: Tensor,
     combine_statistics_kernel[(ceil_div(n_rows, rows),)](
         statistics.maxima, statistics.sums, statistics.maxima if counted is None else counted,
         row_max, log_sum, n_rows, n_tiles,
-        ROWS=rows, TILES=64, MASKED=counted is not None, num_warps=4,
+        ROWS=rows, TILES=128, MASKED=counted is not None, num_warps=8,
     )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["values", "mask"])
 def reduction_kernel(
-    distill, anchor, ratio, mask, results, inverse_count, is_clip, kl_reg_weight, n_rows, BLOCK: tl.constexpr
+    values, mask, results, is_clip, kl_reg_weight, n_rows, BLOCK: tl.constexpr
 ):  # fmt: skip
     distill_sum = tl.zeros((BLOCK,), tl.float64)
     anchor_sum = tl.zeros((BLOCK,), tl.float64)
@@ -25,10 +25,10 @@ def reduction_kernel(
         rows = start + tl.arange(0, BLOCK)
         present = rows < n_rows
         weight = tl.load(mask + rows, mask=present, other=0.0).to(tl.float64)
-        r = tl.load(ratio + rows, mask=present, other=0.0)
+        r = tl.load(values + 2 * n_rows + rows, mask=present, other=0.0)
         mask_sum += weight
-        distill_sum += tl.load(distill + rows, mask=present, other=0.0) * weight
-        anchor_sum += tl.load(anchor + rows, mask=present, other=0.0) * weight
+        distill_sum += tl.load(values + rows, mask=present, other=0.0) * weight
+        anchor_sum += tl.load(values + n_rows + rows, mask=present, other=0.0) * weight
         ratio_sum += r * weight
         clipped_sum += tl.where(r >= is_clip, weight, 0.0)
     count = tl.sum(mask_sum, 0)
@@ -42,18 +42,15 @@ def reduction_kernel(
     tl.store(results + 2, kl_reg.to(tl.float32))
     tl.store(results + 3, (tl.sum(ratio_sum, 0) / count).to(tl.float32))
     tl.store(results + 4, (tl.sum(clipped_sum, 0) / count).to(tl.float32))
-    tl.store(inverse_count, (1.0 / count).to(tl.float32))
+    tl.store(results + 5, (1.0 / count).to(tl.float32))
 
 
-def reduce_tokens(terms: TokenTerms, mask: Tensor, is_clip: float, kl_reg_weight: float) -> tuple[Tensor, Tensor]:
-    """(5,) float32: loss, distill_loss, kl_reg, mean_is_ratio, clip_fraction; and () float32: 1/n."""
-    assert terms.anchor is not None
-    assert terms.ratio is not None
+def reduce_tokens(terms: TokenTerms, mask: Tensor, is_clip: float, kl_reg_weight: float) -> Tensor:
+    """(6,) float32: loss, distill_loss, kl_reg, mean_is_ratio, clip_fraction, 1/n."""
     n_rows = mask.shape[0]
-    results = torch.empty(5, dtype=torch.float32, device=mask.device)
-    inverse_count = torch.empty((), dtype=torch.float32, device=mask.device)
+    results = torch.empty(6, dtype=torch.float32, device=mask.device)
     reduction_kernel[(1,)](
-        terms.distill, terms.anchor, terms.ratio, mask, results, inverse_count, is_clip, kl_reg_weight, n_rows,
+        terms.values, mask, results, is_clip, kl_reg_weight, n_rows,
         BLOCK=min(2**16, next_power_of_2(n_rows)) if INTERPRETED else 1024, num_warps=8,
     )  # fmt: skip
-    return results, inverse_count
+    return results

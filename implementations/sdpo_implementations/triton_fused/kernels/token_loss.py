@@ -14,6 +14,7 @@ beyond the support.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
@@ -49,14 +50,14 @@ def _renormalise(logprobs, LOG_FLOOR: tl.constexpr):
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
-        "support_logits", "row_max", "log_sum", "teacher_logprobs", "support", "response_ids", "mask", "old", "base",
-        "distill", "anchor", "ratio", "support_weight", "support_scale", "chosen_weight", "floor_weight", "floor_rows",
+        "support_logits", "chosen_logits", "row_max", "log_sum", "teacher_logprobs", "support", "response_ids",
+        "mask", "old", "base", "values", "slopes", "support_weight", "floor_rows",
     ],
 )  # fmt: skip
 def token_loss_kernel(
-    support_logits, row_max, log_sum, teacher_logprobs, support, response_ids, mask, old, base,
-    distill, anchor, ratio, support_weight, support_scale, chosen_weight, floor_weight, floor_rows, floor_count,
-    alpha_high, alpha_low, is_clip, kl_reg_weight, n_rows, k_support, stride_logits,
+    support_logits, chosen_logits, row_max, log_sum, teacher_logprobs, support, response_ids, mask, old, base,
+    values, slopes, support_weight, floor_rows, floor_count,
+    alpha_high, alpha_low, is_clip, kl_reg_weight, n_rows, k_support, stride_chosen,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, REVERSE_KL: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -77,7 +78,7 @@ def token_loss_kernel(
     k3_slope = tl.zeros((ROWS,), tl.float64)
     chosen = tl.zeros((ROWS,), tl.float64)
     if POLICY:
-        z_chosen = tl.load(support_logits + wide * stride_logits + stride_logits - 1, mask=read, other=0.0)
+        z_chosen = tl.load(chosen_logits + wide * stride_chosen, mask=read, other=0.0)
         chosen = (z_chosen.to(tl.float64) - maximum) - rest
         behaviour = tl.load(old + rows, mask=read, other=0.0).to(tl.float64)
         r = tl.exp(_clamp(chosen - behaviour, LOG_CLAMP))
@@ -96,7 +97,7 @@ def token_loss_kernel(
         floor = tl.zeros((ROWS,), tl.float64)
     else:
         alpha = tl.full((1, 1), 0.0, tl.float64) + alpha_high + alpha_low
-        z = tl.load(support_logits + wide[:, None] * stride_logits + entries[None, :], mask=inside, other=float("-inf"))
+        z = tl.load(support_logits + places, mask=inside, other=float("-inf"))
         log_p, _ = _renormalise(tau, LOG_MASS_FLOOR)
         log_q, student_log_mass = _renormalise((z.to(tl.float64) - maximum[:, None]) - rest[:, None], LOG_MASS_FLOOR)
         p = tl.exp(log_p)
@@ -118,14 +119,13 @@ def token_loss_kernel(
 
     used = r * weight
     floor = tl.where(read, floor * used, 0.0)
-    tl.store(distill + rows, tl.where(read, divergence * r, 0.0), mask=present)
-    tl.store(support_scale + rows, tl.where(read, used, 0.0).to(tl.float32), mask=present)
-    tl.store(floor_weight + rows, floor.to(tl.float32), mask=present)
+    tl.store(values + rows, tl.where(read, divergence * r, 0.0), mask=present)
+    tl.store(values + n_rows + rows, tl.where(read, k3, 0.0), mask=present)
+    tl.store(values + 2 * n_rows + rows, tl.where(read, r, 0.0), mask=present)
     through_chosen = tl.where(read, used * slope + kl_reg_weight * weight * k3_slope, 0.0)
-    tl.store(chosen_weight + rows, through_chosen.to(tl.float32), mask=present)
-    if POLICY:
-        tl.store(anchor + rows, tl.where(read, k3, 0.0), mask=present)
-        tl.store(ratio + rows, tl.where(read, r, 0.0), mask=present)
+    tl.store(slopes + rows, tl.where(read, used, 0.0).to(tl.float32), mask=present)
+    tl.store(slopes + n_rows + rows, through_chosen.to(tl.float32), mask=present)
+    tl.store(slopes + 2 * n_rows + rows, floor.to(tl.float32), mask=present)
     if not REVERSE_KL:
         listed = floor.to(tl.float32) != 0
         place = tl.atomic_add(floor_count + rows * 0, 1, mask=listed)
@@ -145,62 +145,60 @@ class PolicyTerms:
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """Per token, before the mean; zeros where the mask is 0. (N,) but ``support_weight`` (N, K).
+    """Per token, before the mean; zeros where the mask is 0.
 
-    ``distill`` D r, ``anchor`` k3, ``ratio`` r are float64 (the last two None without a policy). Slopes are
-    float32 and include the mask, not 1/n: ``support_weight`` is per unit of ``support_scale`` = r mask and
-    None where no support takes part. ``floor_rows`` lists, in any order, the ``floor_count`` (1,) rows with
-    floor_weight != 0.
+    ``values`` (3, N) float64: D r, k3, r. Slopes are float32 and include the mask, not 1/n:
+    ``support_weight`` (N, K) is per unit of ``support_scale`` = r mask (N,), and None where no support takes
+    part; ``chosen_weight`` and ``floor_weight`` (N,). ``floor_rows`` (N,) lists, in any order, the
+    ``floor_count`` (1,) rows with floor_weight != 0.
     """
 
-    distill: Tensor
-    anchor: Tensor | None
-    ratio: Tensor | None
+    values: Tensor
+    slopes: Tensor
     support_weight: Tensor | None
-    support_scale: Tensor
-    chosen_weight: Tensor
-    floor_weight: Tensor
     floor_rows: Tensor
     floor_count: Tensor
 
+    @property
+    def support_scale(self) -> Tensor:
+        return self.slopes[0]
+
+    @property
+    def chosen_weight(self) -> Tensor:
+        return self.slopes[1]
+
+    @property
+    def floor_weight(self) -> Tensor:
+        return self.slopes[2]
+
 
 def token_terms(
-    support_logits: Tensor, row_max: Tensor, log_sum: Tensor, teacher_logprobs: Tensor, support: Tensor,
-    mask: Tensor, alpha: float, policy: PolicyTerms | None,
+    support_logits: Tensor | None, chosen_logits: Tensor, row_max: Tensor, log_sum: Tensor,
+    teacher_logprobs: Tensor, support: Tensor, mask: Tensor, alpha: float, policy: PolicyTerms | None,
 ) -> TokenTerms:  # fmt: skip
-    """``support_logits`` (N, K + 1), or (N, 1) for alpha >= 1: the response token's logit last. ``mask`` float32."""
+    """``support_logits`` (N, K), None for alpha >= 1; ``chosen_logits`` (N,) of any stride; ``mask`` float32."""
     n_rows, k_support = support.shape
     device = support.device
     reverse_kl = alpha >= 1
-
-    def per_token(dtype: torch.dtype) -> Tensor:
-        return torch.empty(n_rows, dtype=dtype, device=device)
-
     terms = TokenTerms(
-        distill=per_token(torch.float64),
-        anchor=None if policy is None else per_token(torch.float64),
-        ratio=None if policy is None else per_token(torch.float64),
+        values=torch.empty((3, n_rows), dtype=torch.float64, device=device),
+        slopes=torch.empty((3, n_rows), dtype=torch.float32, device=device),
         support_weight=None if reverse_kl else torch.empty(support.shape, dtype=torch.float32, device=device),
-        support_scale=per_token(torch.float32),
-        chosen_weight=per_token(torch.float32),
-        floor_weight=per_token(torch.float32),
-        floor_rows=per_token(torch.int32),
+        floor_rows=torch.empty(n_rows, dtype=torch.int32, device=device),
         floor_count=torch.zeros(1, dtype=torch.int32, device=device),
     )
     entries = next_power_of_2(k_support)
     rows = max(1, min(next_power_of_2(n_rows), 2**14 // entries)) if INTERPRETED else max(1, 128 // entries)
-    alpha_high = float(torch.tensor(alpha, dtype=torch.float32))
+    alpha_high = ctypes.c_float(alpha).value
     unused = mask
     token_loss_kernel[(ceil_div(n_rows, rows),)](
-        support_logits, row_max, log_sum, teacher_logprobs, support,
-        unused if policy is None else policy.response_ids, mask,
+        unused if support_logits is None else support_logits, chosen_logits, row_max, log_sum,
+        teacher_logprobs, support, unused if policy is None else policy.response_ids, mask,
         unused if policy is None else policy.old_student_logprobs, unused if policy is None else policy.base_logprobs,
-        terms.distill, terms.distill if terms.anchor is None else terms.anchor,
-        terms.distill if terms.ratio is None else terms.ratio,
-        terms.support_scale if terms.support_weight is None else terms.support_weight, terms.support_scale,
-        terms.chosen_weight, terms.floor_weight, terms.floor_rows, terms.floor_count,
+        terms.values, terms.slopes, terms.slopes if terms.support_weight is None else terms.support_weight,
+        terms.floor_rows, terms.floor_count,
         alpha_high, alpha - alpha_high, math.inf if policy is None else policy.is_clip,
-        0.0 if policy is None else policy.kl_reg_weight, n_rows, k_support, support_logits.shape[1],
+        0.0 if policy is None else policy.kl_reg_weight, n_rows, k_support, chosen_logits.stride(0),
         ROWS=rows, ENTRIES=entries, REVERSE_KL=reverse_kl, POLICY=policy is not None,
         num_warps=4 if entries <= 512 else 8,
     )  # fmt: skip

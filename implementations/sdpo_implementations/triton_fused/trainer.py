@@ -1,0 +1,26 @@
+"""Training with the fused loss: the shared step loop on hidden states, ratio and refresh included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdpo_implementations.step_loop import Kernels
+from sdpo_implementations.step_loop import distill as step_loop
+from sdpo_implementations.triton_fused.entries import (
+    compute_fused_sdpo_loss,
+    compute_response_logprobs,
+    compute_teacher_topk,
+)
+
+
+def distill(model: Any, samples: Sequence[Any], training: Any, optimizer_cls: Any) -> Mapping[str, Any]:
+    """``sdpo_implementations.step_loop.distill`` from hidden states.
+
+    For a ``PeftModel`` whose logits are its last hidden states times one weight matrix and a constant; a head
+    with a bias, a final softcap or an adapter of its own is refused with a ValueError.
+    """
+    kernels = Kernels.from_hidden_states(
+        compute_fused_sdpo_loss, compute_response_logprobs, compute_teacher_topk
+    )
+    return step_loop(model, samples, training, optimizer_cls, kernels)
