@@ -122,15 +122,18 @@ def compare(
     aspects: Iterable[str],
     expected: Expectations | None = None,
 ) -> Disagreement | None:
-    """The first disagreement among ``aspects`` (result keys, or "gradient"), or None."""
+    """The first disagreement among ``aspects`` (result keys, or "gradient"), or None.
+
+    A metric that the result lacks is RED-6's finding: here it is passed over while another aspect can be judged.
+    """
     expected = expected or expectations(case, entry)
-    for aspect in aspects:
+    wanted = [aspect for aspect in aspects if aspect == GRADIENT or aspect in expected.results]
+    judged = [aspect for aspect in wanted if aspect == GRADIENT or aspect in outcome.result]
+    for aspect in judged or wanted:
         if aspect == GRADIENT:
             found = [gradient_disagreement(key, value, outcome) for key, value in expected.gradients.items()]
-        elif aspect in expected.results:
-            found = [scalar_disagreement(aspect, expected.results[aspect], outcome)]
         else:
-            continue
+            found = [scalar_disagreement(aspect, expected.results[aspect], outcome)]
         for disagreement in found:
             if disagreement is not None:
                 disagreement.case, disagreement.outcome = case, outcome

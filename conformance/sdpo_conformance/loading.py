@@ -141,6 +141,8 @@ class _import_errors:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if error is None or isinstance(error, LoadingError | KeyboardInterrupt):
             return
+        if isinstance(error, ImportError) and type(error).__name__ == "NotInstalled":
+            raise LoadingError(str(error)) from None
         frame = trace
         while frame.tb_next is not None:
             frame = frame.tb_next
