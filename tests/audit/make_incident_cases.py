@@ -123,8 +123,7 @@ def main() -> None:
         "incident",
         {
             "why": (
-                "The incident with its own counts: 869 of 1198 tensors, max |delta| 0.139, steps 3 and 4"
-                " bit-identical."
+                "The incident with its own counts: 869 of 1198 tensors, max |delta| 0.139, steps 3 and 4 bit-identical."
             ),
             "exit_status": 1,
             "findings": [stale, untouched, silent],
@@ -142,8 +141,7 @@ def main() -> None:
         "incident_gradient_moves",
         {
             "why": (
-                "Only some fields stand still: the gradient norm moves on, and the ratio is reported as a"
-                " constant 1."
+                "Only some fields stand still: the gradient norm moves on, and the ratio is reported as a constant 1."
             ),
             "exit_status": 1,
             "findings": [stale, untouched],
@@ -169,9 +167,7 @@ def main() -> None:
         metrics_json=json.dumps(rows, indent=1) + "\n",
     )
     near = [dict(row) for row in rows]
-    near[3].update(
-        {k: near[2][k] * (1 + 3e-8) for k in ("total_loss", "distill_loss", "kl_reg", "grad_norm")}
-    )
+    near[3].update({k: near[2][k] * (1 + 3e-8) for k in ("total_loss", "distill_loss", "kl_reg", "grad_norm")})
     write(
         "incident_nearly_identical",
         {
@@ -189,9 +185,7 @@ def main() -> None:
     write(
         "incident_without_metrics",
         {
-            "why": (
-                "Only the adapters are left: what stood still is named, and what cannot be judged is said."
-            ),
+            "why": ("Only the adapters are left: what stood still is named, and what cannot be judged is said."),
             "exit_status": 1,
             "findings": [untouched],
             "not_judged": ["stale-metrics", "behaviour-not-refreshed"],
@@ -203,8 +197,7 @@ def main() -> None:
         "incident_without_adapters",
         {
             "why": (
-                "Only the metrics are left: bit-identical steps are doubtful even where nobody can see the"
-                " weights."
+                "Only the metrics are left: bit-identical steps are doubtful even where nobody can see the weights."
             ),
             "exit_status": 1,
             "findings": [{"id": "stale-metrics", "severity": "warning"}],
@@ -217,10 +210,7 @@ def main() -> None:
     write(
         "incident_repaired",
         {
-            "why": (
-                "The incident's shape without its fault: every tensor moved, every step's metrics are its"
-                " own."
-            ),
+            "why": ("The incident's shape without its fault: every tensor moved, every step's metrics are its own."),
             "exit_status": 0,
             "findings": [],
             "adapter": {"tensors_compared": 234, "tensors_changed": 234, "max_abs_delta": MAX_DELTA},
@@ -238,9 +228,7 @@ def main() -> None:
     write(
         "converged_and_rounded",
         {
-            "why": (
-                "A log rounded to four decimals in which converging steps look alike: no evidence, no alarm."
-            ),
+            "why": ("A log rounded to four decimals in which converging steps look alike: no evidence, no alarm."),
             "exit_status": 0,
             "findings": [],
         },

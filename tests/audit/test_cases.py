@@ -51,9 +51,7 @@ def test_audit_says_what_the_case_expects(name: str, tmp_path: Path) -> None:
     assert all(phrase in words for phrase in expected.get("says", ())), words
 
 
-def test_the_incidents_cases_are_made_by_their_script(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_incidents_cases_are_made_by_their_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from . import make_incident_cases
 
     monkeypatch.setattr(make_incident_cases, "CASES", tmp_path)

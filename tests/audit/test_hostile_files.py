@@ -61,9 +61,7 @@ WEIGHTS: dict[str, tuple[bytes, str]] = {
     "deep nesting": (container(b'{"a":' + b"[" * 200_000), "nested too deeply"),
     "duplicate names": (container(b'{"a":{"dtype":"F32"},"a":{}}'), "appears twice"),
     "overlapping": (
-        container(
-            {"a": entry(shape=[2], offsets=[0, 8]), "b": entry(shape=[2], offsets=[4, 12])}, b"\0" * 12
-        ),
+        container({"a": entry(shape=[2], offsets=[0, 8]), "b": entry(shape=[2], offsets=[4, 12])}, b"\0" * 12),
         "overlaps",
     ),
     "a hole": (container({"a": entry(shape=[1], offsets=[4, 8])}, b"\0" * 8), "belong to none"),
@@ -182,9 +180,7 @@ def test_folder_where_a_file_should_be(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").mkdir()
     assert "is a folder without .json" in refusal(str(tmp_path))
     (tmp_path / "after").mkdir()
-    assert "neither adapter_model.safetensors nor adapter_config.json" in refusal(
-        "--after", str(tmp_path / "after")
-    )
+    assert "neither adapter_model.safetensors nor adapter_config.json" in refusal("--after", str(tmp_path / "after"))
     (tmp_path / "after" / "adapter_model.safetensors").mkdir()
     assert "is a folder where a file was expected" in refusal("--after", str(tmp_path / "after"))
     assert "is a folder" in refusal(str(tmp_path), "--config", str(tmp_path), "--metrics", str(tmp_path))
@@ -257,10 +253,7 @@ def test_optimizer_archives_that_are_broken(tmp_path: Path) -> None:
         ('{"samples": [{"prompt_token_ids": [1], "response_token_ids": []}]}', "non-empty list of token ids"),
         ('{"samples": [{"prompt_token_ids": [-1], "response_token_ids": [1]}]}', "token ids only"),
         (
-            (
-                '{"samples": [{"prompt_token_ids": [1], "response_token_ids": [1], "response_logprobs": [0,'
-                " 0]}]}"
-            ),
+            ('{"samples": [{"prompt_token_ids": [1], "response_token_ids": [1], "response_logprobs": [0, 0]}]}'),
             "1 response tokens and 2 log-probs",
         ),
     ],
@@ -285,9 +278,7 @@ def test_blocks_cover_every_element_once(shape: tuple[int, ...], limit: int) -> 
 def test_a_large_adapter_in_little_memory(tmp_path: Path) -> None:
     """Two sparse 512 MiB adapters of one tensor each, within 192 MiB of memory of the audit's own."""
     elements = 2**27
-    header = json.dumps(
-        {"m.lora_B.weight": entry(shape=[2, elements // 2], offsets=[0, 4 * elements])}
-    ).encode()
+    header = json.dumps({"m.lora_B.weight": entry(shape=[2, elements // 2], offsets=[0, 4 * elements])}).encode()
     for name in ("before", "after"):
         with open(tmp_path / f"{name}.safetensors", "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)

@@ -27,17 +27,12 @@ def alarms(folder: Path, **named: Any) -> list[str]:
 
 
 def test_upstreams_own_run(write_run: WriteRun) -> None:
-    assert (
-        alarms(write_run(SOUND, before=adapter(), after=moved(adapter()), training={"kl_reg_weight": 0.1}))
-        == []
-    )
+    assert alarms(write_run(SOUND, before=adapter(), after=moved(adapter()), training={"kl_reg_weight": 0.1})) == []
 
 
 def test_fresh_adapter_with_zero_lora_b_before(write_run: WriteRun) -> None:
     before = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in adapter().items()}
-    after = {
-        k: v + 1e-4 if "lora_B" in k else v for k, v in before.items()
-    }  # A's first gradient is exactly 0
+    after = {k: v + 1e-4 if "lora_B" in k else v for k, v in before.items()}  # A's first gradient is exactly 0
     assert alarms(write_run(SOUND, before=before, after=after)) == []
 
 
@@ -69,17 +64,13 @@ def test_one_step_with_a_ratio_of_exactly_one(write_run: WriteRun) -> None:
 
 def test_kl_reg_of_about_zero(write_run: WriteRun) -> None:
     kl = [0.0, 1.2e-9, 4.7e-9, -3.1e-9]
-    rows = altered(
-        kl_reg=kl, total_loss=[row["distill_loss"] + 0.1 * k for row, k in zip(SOUND, kl, strict=True)]
-    )
+    rows = altered(kl_reg=kl, total_loss=[row["distill_loss"] + 0.1 * k for row, k in zip(SOUND, kl, strict=True)])
     assert alarms(write_run(rows, before=adapter(), after=moved(adapter()))) == []
 
 
 def test_adapter_widened_from_half_precision_is_a_note(write_run: WriteRun) -> None:
     before = adapter(dtype=torch.bfloat16)
-    report = audit_run(
-        write_run(SOUND, before=before, after=moved({k: v.float() for k, v in before.items()}))
-    )
+    report = audit_run(write_run(SOUND, before=before, after=moved({k: v.float() for k, v in before.items()})))
     assert [(f.id, f.severity) for f in report.findings] == [("dtype-changed", Severity.NOTE)]
     assert report.exit_status == 0
 

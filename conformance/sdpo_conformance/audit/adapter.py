@@ -72,9 +72,7 @@ def open_adapter(path: Path) -> Adapter:
             elif config:
                 return Adapter(path, None, {}, config)
             else:
-                raise AuditError(
-                    f"{shown(path)}: holds neither {WEIGHTS_FILE} nor {CONFIG_FILE}: not a PEFT folder"
-                )
+                raise AuditError(f"{shown(path)}: holds neither {WEIGHTS_FILE} nor {CONFIG_FILE}: not a PEFT folder")
     else:
         if path.suffix.lower() in _PICKLE_SUFFIXES:
             raise AuditError(_refusal(path))
@@ -84,9 +82,7 @@ def open_adapter(path: Path) -> Adapter:
     for name, entry in read_header(weights).items():
         key = canonical_key(name)
         if key in tensors:
-            raise AuditError(
-                f"{shown(weights)}: holds {shown(key)} for two adapters; save the one to audit on its own"
-            )
+            raise AuditError(f"{shown(weights)}: holds {shown(key)} for two adapters; save the one to audit on its own")
         tensors[key] = entry
     if not tensors:
         raise AuditError(f"{shown(weights)}: holds no tensors")
@@ -157,8 +153,7 @@ def blocks(shape: tuple[int, ...], limit: int = BLOCK_ELEMENTS) -> Iterator[tupl
     ranges = [range(0, size, extent) for size, extent in zip(shape, extents, strict=True)]
     for starts in itertools.product(*ranges):
         yield tuple(
-            slice(start, min(start + extent, size))
-            for start, extent, size in zip(starts, extents, shape, strict=True)
+            slice(start, min(start + extent, size)) for start, extent, size in zip(starts, extents, shape, strict=True)
         )
 
 

@@ -33,9 +33,7 @@ def audit(
         Path | None,
         typer.Option(help="Per-step metrics: CLaaS response, JSON array, JSON lines, trainer_state.json."),
     ] = None,
-    before: Annotated[
-        Path | None, typer.Option(help="Adapter before the run: PEFT folder or .safetensors.")
-    ] = None,
+    before: Annotated[Path | None, typer.Option(help="Adapter before the run: PEFT folder or .safetensors.")] = None,
     after: Annotated[Path | None, typer.Option(help="Adapter after the run.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Training settings, or the distill request with its samples.")
@@ -46,13 +44,9 @@ def audit(
     model: Annotated[
         Path | None, typer.Option(help="Base model's folder: generate before and after, and replay step 1.")
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompts: .txt, .json or .jsonl; else the samples' own.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts: .txt, .json or .jsonl; else the samples' own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Token budget of each generation.")] = 256,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, … for --model; auto takes a GPU if there is one.")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, … for --model; auto takes a GPU if there is one.")] = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - for stdout.")
     ] = None,

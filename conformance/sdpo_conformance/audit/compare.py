@@ -139,9 +139,7 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
     old_reader = TensorReader(compared) if compared else None
     try:
         modules = tuple(
-            _module(
-                keys, before, after, old_reader, new_reader, set(mismatch), 1.0 if scale is None else scale
-            )
+            _module(keys, before, after, old_reader, new_reader, set(mismatch), 1.0 if scale is None else scale)
             for keys in by_module.values()
         )
     finally:
@@ -261,10 +259,7 @@ def _update_norm(
     left, right = [new.whole(b_key).double()], [new.whole(a_key).double()]
     if old is not None:
         assert not before.fresh
-        if any(
-            k not in before.tensors or before.tensors[k].shape != after.tensors[k].shape
-            for k in (a_key, b_key)
-        ):
+        if any(k not in before.tensors or before.tensors[k].shape != after.tensors[k].shape for k in (a_key, b_key)):
             return None
         left.append(-old.whole(b_key).double())
         right.append(old.whole(a_key).double())

@@ -55,9 +55,7 @@ def read_request(path: Path) -> RunRequest:
     where = shown(path)
     document = parse_json(read_text(path), where)
     if not isinstance(document, Mapping):
-        raise AuditError(
-            f"{where}: expected a JSON object with training settings, got {type(document).__name__}"
-        )
+        raise AuditError(f"{where}: expected a JSON object with training settings, got {type(document).__name__}")
     nested = document.get("training")
     settings = nested if isinstance(nested, Mapping) else document
     values: dict[str, Any] = {}

@@ -96,9 +96,5 @@ def _in_checkpoint(run: Path, name: str) -> Path | None:
 
 
 def _last_checkpoint(run: Path) -> Path | None:
-    numbered = [
-        (int(m[1]), path)
-        for path in run.iterdir()
-        if (m := re.fullmatch(r"checkpoint-(\d{1,12})", path.name))
-    ]
+    numbered = [(int(m[1]), path) for path in run.iterdir() if (m := re.fullmatch(r"checkpoint-(\d{1,12})", path.name))]
     return max(numbered)[1] if numbered else None

@@ -25,9 +25,7 @@ def open_regular(path: Path) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise AuditError(f"{shown(path)}: is a folder where a file was expected; name the file inside it")
         if not stat.S_ISREG(mode):
-            raise AuditError(
-                f"{shown(path)}: is a pipe, socket or device, not a regular file; copy its content"
-            )
+            raise AuditError(f"{shown(path)}: is a pipe, socket or device, not a regular file; copy its content")
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
         raise AuditError(f"{shown(path)}: cannot be opened: {_reason(error)}") from None
@@ -65,9 +63,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     except RecursionError:
         raise AuditError(f"{where}: JSON nested too deeply to be read") from None
     except json.JSONDecodeError as error:
-        raise AuditError(
-            f"{where}: is not JSON ({error.msg} at line {error.lineno}, column {error.colno})"
-        ) from None
+        raise AuditError(f"{where}: is not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
     except (ValueError, OverflowError) as error:  # duplicate keys, bytes that are no text, endless digits
         raise AuditError(f"{where}: is not JSON that can be read ({shown(error)})") from None
 

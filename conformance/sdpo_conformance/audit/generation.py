@@ -140,14 +140,10 @@ def _encode(adapted: AdaptedModel, prompt: Prompt, number: int) -> tuple[int, ..
     if prompt.ids is not None:
         size = int(adapted.model.get_input_embeddings().weight.shape[0])
         if max(prompt.ids) >= size:
-            raise AuditError(
-                f"prompt {number}: token id {max(prompt.ids)} is outside the model's vocabulary of {size}"
-            )
+            raise AuditError(f"prompt {number}: token id {max(prompt.ids)} is outside the model's vocabulary of {size}")
         return prompt.ids
     if adapted.tokenizer is None:
-        raise AuditError(
-            f"prompt {number} is text but the model's folder has no tokenizer; give prompt_token_ids"
-        )
+        raise AuditError(f"prompt {number} is text but the model's folder has no tokenizer; give prompt_token_ids")
     try:
         if prompt.messages is not None:
             encoded = adapted.tokenizer.apply_chat_template(

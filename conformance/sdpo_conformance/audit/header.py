@@ -64,9 +64,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                     f"and the file has {size - 8} left; copy it again or check that it is safetensors"
                 )
             if length > HEADER_LIMIT_BYTES:
-                raise AuditError(
-                    f"{where}: its header claims {length} bytes, over the limit of {HEADER_LIMIT_BYTES}"
-                )
+                raise AuditError(f"{where}: its header claims {length} bytes, over the limit of {HEADER_LIMIT_BYTES}")
             header = file.read(length)
         except OSError as error:
             raise AuditError(f"{where}: cannot be read: {shown(error)}") from None
@@ -113,8 +111,6 @@ def _check_layout(entries: Mapping[str, TensorEntry], data_bytes: int, where: st
             )
         position, previous = entry.end, entry.name
     if position > data_bytes:
-        raise AuditError(
-            f"{where}: is truncated: its tensors need {position} bytes of data and it has {data_bytes}"
-        )
+        raise AuditError(f"{where}: is truncated: its tensors need {position} bytes of data and it has {data_bytes}")
     if position < data_bytes:
         raise AuditError(f"{where}: {data_bytes - position} bytes after the last tensor belong to none")

@@ -43,10 +43,7 @@ class AuditReport:
         """One line for a person in a hurry."""
         errors = sum(f.severity is Severity.ERROR for f in self.findings)
         if errors:
-            return (
-                f"DO NOT TRUST THIS RUN: {_count(errors, 'error')},"
-                f" {_count(len(self.alarms) - errors, 'warning')}"
-            )
+            return f"DO NOT TRUST THIS RUN: {_count(errors, 'error')}, {_count(len(self.alarms) - errors, 'warning')}"
         if self.alarms:
             return f"LOOK CLOSER: {_count(len(self.alarms), 'warning')}"
         return "nothing found"

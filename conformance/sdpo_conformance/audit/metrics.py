@@ -108,9 +108,7 @@ def _read_file(path: Path) -> RunMetrics:
     else:
         kind, batches, batching = reader.rows_or_responses(documents, "JSON lines")
     if not any(batch.steps for batch in batches):
-        raise AuditError(
-            f"{where}: holds no per-step metrics; expected entries with {', '.join(FIELDS[:3])}, …"
-        )
+        raise AuditError(f"{where}: holds no per-step metrics; expected entries with {', '.join(FIELDS[:3])}, …")
     if len(batches) > 1:  # a response to an empty batch says nothing
         batches = [batch for batch in batches if batch.steps]
     problems = (*reader.problems, *_record_problems(batches))
@@ -135,16 +133,10 @@ def _read_folder(path: Path) -> RunMetrics:
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{shown(name)} {length}" for name, length in lengths.items())
         problems = (f"the samples have different numbers of steps: {told}",)
-    rows = [
-        {**step.values, "step": step.number, "sample": name}
-        for name, steps in series.items()
-        for step in steps
-    ]
+    rows = [{**step.values, "step": step.number, "sample": name} for name, steps in series.items() for step in steps]
     reader = _Reader(shown(path))
     batches = tuple(reader.rows(sorted(rows, key=lambda row: row["step"])))
-    return RunMetrics(
-        path, f"{len(per_sample)} samples' files", batches, "assumed", (*problems, *reader.problems)
-    )
+    return RunMetrics(path, f"{len(per_sample)} samples' files", batches, "assumed", (*problems, *reader.problems))
 
 
 def _split_digits(name: str) -> list[str]:
@@ -165,11 +157,7 @@ def _documents(text: str, where: str) -> list[Any]:
     except json.JSONDecodeError as error:
         lines = text.splitlines()
         if error.msg == "Extra data" and len(lines) > 1:
-            return [
-                parse_json(line, f"{where}: line {number}")
-                for number, line in enumerate(lines, 1)
-                if line.strip()
-            ]
+            return [parse_json(line, f"{where}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     except (ValueError, RecursionError):
         pass
     return [parse_json(text, where)]
@@ -185,9 +173,7 @@ class _Reader:
     def document(self, document: Any) -> tuple[str, list[Batch], Batching]:
         if isinstance(document, Mapping):
             if isinstance(document.get("log_history"), list):
-                rows = [
-                    row for row in document["log_history"] if isinstance(row, Mapping) and _has_metrics(row)
-                ]
+                rows = [row for row in document["log_history"] if isinstance(row, Mapping) and _has_metrics(row)]
                 steps = tuple(step for batch in self.rows(rows) for step in batch.steps)
                 return "transformers trainer_state", [Batch(steps)], "unknown"
             response = self.response(document)
@@ -206,9 +192,7 @@ class _Reader:
             if document and all(isinstance(row, list) for row in document):
                 return "JSON array of batches", [b for rows in document for b in self.rows(rows)], "explicit"
             return self.rows_or_responses(document, "JSON array")
-        raise AuditError(
-            f"{self.where}: expected a JSON object or array of steps, got {shown(repr(document))}"
-        )
+        raise AuditError(f"{self.where}: expected a JSON object or array of steps, got {shown(repr(document))}")
 
     def rows_or_responses(self, documents: Sequence[Any], kind: str) -> tuple[str, list[Batch], Batching]:
         responses = [self.response(item) if isinstance(item, Mapping) else None for item in documents]
@@ -258,9 +242,7 @@ class _Reader:
         read: list[tuple[int, str | None, Step]] = []
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
-                raise AuditError(
-                    f"{self.where}: entry {index + 1} is {shown(repr(row))}, not an object of metrics"
-                )
+                raise AuditError(f"{self.where}: entry {index + 1} is {shown(repr(row))}, not an object of metrics")
             number = self.step_number(row.get("step", row.get("step_idx")), index)
             sample = next((str(row[key]) for key in _SAMPLE_KEYS if row.get(key) is not None), None)
             read.append((number, sample, self.step(row, number)))
@@ -282,9 +264,7 @@ class _Reader:
             return index + 1
         number = _whole(value)
         if number is None or not 0 <= number <= _LARGEST_STEP:
-            raise AuditError(
-                f"{self.where}: entry {index + 1} has the step {shown(repr(value))}, not a step number"
-            )
+            raise AuditError(f"{self.where}: entry {index + 1} has the step {shown(repr(value))}, not a step number")
         return number
 
     def step(self, row: Mapping[str, Any], number: int) -> Step:
@@ -349,9 +329,7 @@ def _merge_samples(read: list[tuple[int, str | None, Step]]) -> list[Batch]:
     for number in sorted(merged):
         samples = merged[number]
         columns = {name: [v[name] for v in samples.values() if name in v] for name in FIELDS}
-        steps.append(
-            Step(number, {name: _mean(column) for name, column in columns.items() if column}, samples)
-        )
+        steps.append(Step(number, {name: _mean(column) for name, column in columns.items() if column}, samples))
     return [Batch(tuple(steps))]
 
 
@@ -369,11 +347,7 @@ def _record_problems(batches: Sequence[Batch]) -> list[str]:
             problems.append(f"{batch.declared_steps} steps were declared and {reported} reported")
         for name, value in batch.summary.items():
             last = batch.steps[-1].values.get(name) if batch.steps else None
-            if (
-                last is not None
-                and not math.isclose(last, value, rel_tol=1e-6, abs_tol=1e-12)
-                and value == value
-            ):
+            if last is not None and not math.isclose(last, value, rel_tol=1e-6, abs_tol=1e-12) and value == value:
                 problems.append(f"the response's {name} is {value:g} but its last step says {last:g}")
     return problems
 
@@ -399,8 +373,4 @@ def _whole(value: object) -> int | None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return (
-        math.fsum(values) / len(values)
-        if all(math.isfinite(v) for v in values)
-        else sum(values) / len(values)
-    )
+    return math.fsum(values) / len(values) if all(math.isfinite(v) for v in values) else sum(values) / len(values)

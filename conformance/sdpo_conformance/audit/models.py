@@ -5,6 +5,8 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +48,13 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
         raise AuditError(f"{shown(path)}: is not a folder; --model takes a model that is on this machine")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="auto"
-        )
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="auto"
+            )
         base = loaded.to(device)
     except Exception as error:
-        raise AuditError(
-            f"{shown(path)}: cannot be loaded as a causal language model: {_first_line(error)}"
-        ) from None
+        raise AuditError(f"{shown(path)}: cannot be loaded as a causal language model: {_first_line(error)}") from None
     end_tokens = _end_tokens(base)
     tokenizer = _tokenizer(path)
     if not end_tokens and tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -71,12 +72,9 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
             )
         if settings.get("peft_type", "LORA") != "LORA":
             raise AuditError(
-                f"{shown(adapter.path)}: is a {shown(settings['peft_type'])} adapter; --model reads LoRA"
-                " alone"
+                f"{shown(adapter.path)}: is a {shown(settings['peft_type'])} adapter; --model reads LoRA alone"
             )
-        known = {
-            k: v for k, v in settings.items() if k in fields and k not in ("auto_mapping", "inference_mode")
-        }
+        known = {k: v for k, v in settings.items() if k in fields and k not in ("auto_mapping", "inference_mode")}
         try:
             config = LoraConfig(**{**known, "inference_mode": True, "task_type": "CAUSAL_LM"})
             if model is None:
@@ -87,11 +85,23 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
         except AuditError:
             raise
         except Exception as error:
-            raise AuditError(
-                f"{shown(adapter.path)}: does not fit {shown(path)}: {_first_line(error)}"
-            ) from None
+            raise AuditError(f"{shown(adapter.path)}: does not fit {shown(path)}: {_first_line(error)}") from None
     model.to(device).eval()
     return AdaptedModel(model, tokenizer, device, end_tokens, tuple(name for name, _ in present))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars: stderr is for the one line that says why the audit could not look."""
+    from transformers.utils import logging
+
+    shown_before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            logging.enable_progress_bar()
 
 
 def _fill(model: Any, name: str, adapter: Adapter) -> None:
@@ -105,8 +115,7 @@ def _fill(model: Any, name: str, adapter: Adapter) -> None:
     result: Any = set_peft_model_state_dict(model, renamed, adapter_name=name)
     if result.unexpected_keys:
         raise AuditError(
-            f"{shown(adapter.path)}: does not fit the model: it has no place for"
-            f" {shown(result.unexpected_keys[0])}"
+            f"{shown(adapter.path)}: does not fit the model: it has no place for {shown(result.unexpected_keys[0])}"
         )
 
 

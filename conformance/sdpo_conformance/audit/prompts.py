@@ -29,11 +29,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     if path.suffix == ".json":
         rows = parse_json(text, where)
     elif path.suffix == ".jsonl":
-        rows = [
-            parse_json(line, f"{where}: line {n}")
-            for n, line in enumerate(text.splitlines(), 1)
-            if line.strip()
-        ]
+        rows = [parse_json(line, f"{where}: line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
         rows = [line for line in text.splitlines() if line.strip()]
     if not isinstance(rows, list) or not rows:

@@ -33,19 +33,13 @@ def stopping_lost(evidence: Evidence) -> Verdicts:
     lost = before - after
     if lost <= 0:
         return
-    ends = [
-        (r.end_before, r.end_after)
-        for r in result.prompts
-        if r.end_before is not None and r.end_after is not None
-    ]
+    ends = [(r.end_before, r.end_after) for r in result.prompts if r.end_before is not None and r.end_after is not None]
     start = "the base model" if result.before_is_base else "before"
     told = [f"{start} {before}/{total} stopped within {result.max_new_tokens} tokens, after {after}/{total}"]
     if ends:
         was = math.fsum(b for b, _ in ends) / len(ends)
         now = math.fsum(a for _, a in ends) / len(ends)
-        told.append(
-            f"log-prob of the end token where the output ended before: {was:.3g}, after {now:.3g} (mean)"
-        )
+        told.append(f"log-prob of the end token where the output ended before: {was:.3g}, after {now:.3g} (mean)")
     if result.loops(AFTER) > result.loops(BEFORE):
         told.append(f"{result.loops(AFTER)} of {total} outputs end in a cycle, before {result.loops(BEFORE)}")
     severity = Severity.ERROR if lost * 2 >= before and total > 1 else Severity.WARNING
@@ -54,17 +48,13 @@ def stopping_lost(evidence: Evidence) -> Verdicts:
     yield Finding(
         id="stopping-lost",
         severity=severity,
-        statement=(
-            f"{start} {before}/{total} stopped, after {after}/{total}: the model forgets to end its answer"
-        ),
+        statement=(f"{start} {before}/{total} stopped, after {after}/{total}: the model forgets to end its answer"),
         evidence=tuple(told),
         cause=(
             "the update moved probability away from the end token: off-policy steps without the ratio push in"
             " one direction"
         ),
-        next_step=(
-            "do not serve this adapter; go back to the one before and train with the ratio and the refresh"
-        ),
+        next_step=("do not serve this adapter; go back to the one before and train with the ratio and the refresh"),
         data={"before": before, "after": after, "prompts": total, "max_new_tokens": result.max_new_tokens},
     )
 
@@ -118,9 +108,7 @@ def replay_ratio(evidence: Evidence) -> Verdicts:
     replay, reported = evidence.replay, _first(evidence, "mean_is_ratio")
     if replay is None or replay.mean_is_ratio is None or reported is None:
         if evidence.replay is not None:
-            yield NotJudged(
-                "replay-ratio", "the samples carry no recorded log-probs, or mean_is_ratio is not reported"
-            )
+            yield NotJudged("replay-ratio", "the samples carry no recorded log-probs, or mean_is_ratio is not reported")
         return
     expected = replay.mean_is_ratio
     if abs(reported - expected) <= _RATIO_TOLERANCE * max(1.0, expected):
@@ -129,12 +117,9 @@ def replay_ratio(evidence: Evidence) -> Verdicts:
         id="replay-ratio",
         severity=Severity.ERROR,
         statement=(
-            f"step 1 reports mean_is_ratio {reported:.5g}; its samples and starting adapter give"
-            f" {expected:.5g}"
+            f"step 1 reports mean_is_ratio {reported:.5g}; its samples and starting adapter give {expected:.5g}"
         ),
-        evidence=(
-            f"{replay.samples} sample(s), sampler and trainer {replay.sampler_gap:.3g} nats per token apart",
-        ),
+        evidence=(f"{replay.samples} sample(s), sampler and trainer {replay.sampler_gap:.3g} nats per token apart",),
         cause=(
             "the recorded log-probs are not what the loss used: overwritten, dropped, shifted, or of another"
             " sample; or 'before' is not the start"

@@ -42,16 +42,13 @@ def metrics_nonfinite(evidence: Evidence) -> Verdicts:
     yield Finding(
         id="metrics-nonfinite",
         severity=Severity.WARNING if overflow_only else Severity.ERROR,
-        statement=(
-            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at {len(broken)} place(s)"
-        ),
+        statement=(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at {len(broken)} place(s)"),
         evidence=tuple(text for _, text in broken[:_SHOWN]),
         cause=(
             "a gradient overflow, which a loss scaler skips"
             if overflow_only
             else (
-                "0 log 0 where a probability underflows, a -inf logit inside the support, or a NaN at a"
-                " masked position"
+                "0 log 0 where a probability underflows, a -inf logit inside the support, or a NaN at a masked position"
             )
         ),
         next_step="find the first step concerned and run the suite's NUM-3, NUM-4 and NUM-5 against the loss",
@@ -76,10 +73,7 @@ def metrics_incomplete(evidence: Evidence) -> Verdicts:
             severity=Severity.WARNING,
             statement="the metrics contradict themselves or have gaps",
             evidence=tuple(problems[:_SHOWN]),
-            cause=(
-                "a run that was cut short, files of different runs, or metrics collected in more than one"
-                " place"
-            ),
+            cause=("a run that was cut short, files of different runs, or metrics collected in more than one place"),
             next_step="take the metrics from the trainer's own response, whole",
         )
 
@@ -107,10 +101,7 @@ def loss_not_sum(evidence: Evidence) -> Verdicts:
         (abs(total - distill - weight * kl), label, total, distill + weight * kl)
         for label, total, distill, kl in rows
         if abs(total - distill - weight * kl)
-        > _RELATIVE * (abs(total) + abs(distill) + abs(weight * kl))
-        + finest[0]
-        + finest[1]
-        + abs(weight) * finest[2]
+        > _RELATIVE * (abs(total) + abs(distill) + abs(weight * kl)) + finest[0] + finest[1] + abs(weight) * finest[2]
     ]
     if not wrong:
         if stated is None and len(rows) == 1 and rows[0][3]:
@@ -120,11 +111,7 @@ def loss_not_sum(evidence: Evidence) -> Verdicts:
             )
         return
     wrong.sort(reverse=True)
-    how = (
-        f"kl_reg_weight {weight:g} from the settings"
-        if stated is not None
-        else f"the best weight, {weight:.3g}"
-    )
+    how = f"kl_reg_weight {weight:g} from the settings" if stated is not None else f"the best weight, {weight:.3g}"
     flipped = stated is not None and stated > 0 and math.isclose(fitted, -stated, rel_tol=1e-2)
     dropped = stated is not None and stated > 0 and abs(fitted) < 1e-3 * stated
     # A transformers log averages its loss since the last entry; the parts beside it may not be averaged.
@@ -147,14 +134,11 @@ def loss_not_sum(evidence: Evidence) -> Verdicts:
                 "the anchor is left out of the loss"
                 if dropped
                 else (
-                    "another weight than the configured one, a term that is not reported, or parts of"
-                    " different steps"
+                    "another weight than the configured one, a term that is not reported, or parts of different steps"
                 )
             )
         ),
-        next_step=(
-            "check the loss with KL-5, and that its parts are reported from the same forward as the total"
-        ),
+        next_step=("check the loss with KL-5, and that its parts are reported from the same forward as the total"),
         data={"weight": weight, "fitted_weight": fitted, "stated": stated is not None},
     )
 
@@ -180,9 +164,7 @@ def kl_negative(evidence: Evidence) -> Verdicts:
         statement=f"kl_reg is negative ({least:.3g} at {negative[0][1]}); k3 = exp(d) - 1 - d never is",
         evidence=tuple(f"{label}: kl_reg {value:.6g}" for value, label in negative[:_SHOWN]),
         cause=(
-            "rounding in half precision"
-            if rounding
-            else "another estimator: k1 (-d, or d) is negative as often as not"
+            "rounding in half precision" if rounding else "another estimator: k1 (-d, or d) is negative as often as not"
         ),
         next_step=(
             "compute k3 in float32"
@@ -216,8 +198,7 @@ def kl_growing(evidence: Evidence) -> Verdicts:
         severity=Severity.WARNING,
         statement=f"kl_reg grows from {start:.3g} to {last:.3g}: the adapter leaves the base policy",
         evidence=(
-            f"kl_reg from {series[0][0]} to {series[-1][0]}: "
-            + ", ".join(f"{value:.4g}" for value in values[:12]),
+            f"kl_reg from {series[0][0]} to {series[-1][0]}: " + ", ".join(f"{value:.4g}" for value in values[:12]),
             f"kl_reg_weight {weight:g}" if weight is not None else "kl_reg_weight unknown",
         ),
         cause=(
@@ -272,8 +253,7 @@ def distill_range(evidence: Evidence) -> Verdicts:
             statement=f"distill_loss lies outside [0, H(alpha) * mean_is_ratio] for alpha = {alpha:g}",
             evidence=tuple(outside[:_SHOWN]),
             cause=(
-                "not the divergence of two distributions: no renormalisation over the support, or another"
-                " objective"
+                "not the divergence of two distributions: no renormalisation over the support, or another objective"
             ),
             next_step="check the divergence with GJS-1, GJS-2 and GJS-6",
         )

@@ -13,9 +13,7 @@ def optimizer_mismatch(evidence: Evidence) -> Verdicts:
     """State of other tensors than the adapter's, state that stood still, or counters that disagree."""
     before, after, change = evidence.optimizer_before, evidence.optimizer_after, evidence.change
     if after is None:
-        yield NotJudged(
-            "optimizer-mismatch", "no optimizer state beside the finished adapter that can be looked at"
-        )
+        yield NotJudged("optimizer-mismatch", "no optimizer state beside the finished adapter that can be looked at")
         return
     told: list[str] = []
     if change is not None:
@@ -27,22 +25,16 @@ def optimizer_mismatch(evidence: Evidence) -> Verdicts:
         if foreign:
             size, number = next(iter(foreign.items()))
             told.append(
-                f"{sum(foreign.values())} stored tensors fit no tensor of the adapter ({number} of {size}"
-                " bytes)"
+                f"{sum(foreign.values())} stored tensors fit no tensor of the adapter ({number} of {size} bytes)"
             )
     if before is not None and change is not None and change.moved and before.checksums == after.checksums:
         told.append("the state is the same before and after although the adapter changed")
     if before is not None and before.steps and after.steps and evidence.metrics is not None:
         taken = max(after.steps) - max(before.steps)
         reported = len(evidence.metrics.steps)
-        if (
-            evidence.metrics.batching != "unknown"
-            and taken != reported
-            and before.checksums != after.checksums
-        ):
+        if evidence.metrics.batching != "unknown" and taken != reported and before.checksums != after.checksums:
             told.append(
-                f"its step counter went from {max(before.steps):g} to {max(after.steps):g}; {reported} steps"
-                " reported"
+                f"its step counter went from {max(before.steps):g} to {max(after.steps):g}; {reported} steps reported"
             )
     if after.steps and evidence.metrics is not None and evidence.metrics.batching != "unknown":
         reported = len(evidence.metrics.steps)

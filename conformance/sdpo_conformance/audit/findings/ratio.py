@@ -17,6 +17,7 @@ from sdpo_conformance.audit.metrics import Batch, RunMetrics
 #: float32 arithmetic on recomputed log-probs stays far below; half-precision log-probs can reach the second.
 _ROUNDING = 1e-5
 _HALF_ROUNDING = 0.02
+_VISIBLE_MISMATCH = 5e-3
 _WITH_DROPOUT = 0.1
 _SATURATED = 0.25
 _EXACT = 1e-6
@@ -43,15 +44,13 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
     target = min(1.0, _cap(evidence) or math.inf)
     later = _later_steps(metrics, target)
     if not later:
-        yield NotJudged(
-            "behaviour-not-refreshed", "mean_is_ratio is not reported as a number after the first step"
-        )
+        yield NotJudged("behaviour-not-refreshed", "mean_is_ratio is not reported as a number after the first step")
         return
     dropout = evidence.change.after.dropout if evidence.change else 0.0
     limit = _WITH_DROPOUT if dropout else _HALF_ROUNDING
     worst = max(later, key=lambda step: abs(step.deviation))
     clipped = _clipped_after_refresh(metrics, _cap(evidence))
-    drifting = _drifts(later) or (not dropout and _leaves_exact_start(later))
+    drifting = _drifts(later) or (not dropout and (_leaves_exact_start(later) or _keeps_mismatch(later)))
     if abs(worst.deviation) > limit or clipped:
         severity = Severity.ERROR
     elif drifting:
@@ -61,14 +60,10 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
             id="behaviour-not-refreshed",
             severity=Severity.NOTE,
             statement=(
-                f"after the first step the ratio is off {target:g} by up to {abs(worst.deviation):.2g},"
-                " without a trend"
+                f"after the first step the ratio is off {target:g} by up to {abs(worst.deviation):.2g}, without a trend"
             ),
             evidence=(_trace(metrics),),
-            cause=(
-                "half-precision log-probs, or dropout in the forward, explain this much; a stale policy"
-                " could too"
-            ),
+            cause=("half-precision log-probs, or dropout in the forward, explain this much; a stale policy could too"),
             next_step="recompute the log-probs in float32 to tell the two apart",
             data={"worst": worst.deviation},
         )
@@ -76,8 +71,8 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
     else:
         return
     first = later[0].first_deviation
-    mismatched = abs(first) > _HALF_ROUNDING
-    ambiguous = metrics.batching == "assumed" and mismatched and not drifting and not clipped
+    mismatched = abs(first) > _VISIBLE_MISMATCH
+    ambiguous = metrics.batching == "assumed" and mismatched and not _drifts(later) and not clipped
     told = [_trace(metrics)]
     if abs(worst.deviation) > _ROUNDING:
         told.append(f"{worst.name}: {worst.ratio:.6g}, where a refreshed run has {target:g} up to rounding")
@@ -96,8 +91,7 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
         evidence=tuple(told),
         cause=(
             "old_student_logprobs stays at the policy that sampled the response, so steps 2 and later are"
-            " off-policy"
-            + ("; or each of these rows is the first step of a batch of its own" if ambiguous else "")
+            " off-policy" + ("; or each of these rows is the first step of a batch of its own" if ambiguous else "")
         ),
         next_step=(
             "recompute each sample's behaviour log-probs under the updated adapter, without gradient, after"
@@ -159,12 +153,9 @@ def ratio_not_reported(evidence: Evidence) -> Verdicts:
         id="ratio-not-reported",
         severity=Severity.WARNING if alarming else Severity.NOTE,
         statement="mean_is_ratio is not reported: nothing shows that the importance ratio was applied",
-        evidence=(
-            f"fields reported: {', '.join(sorted({n for step in metrics.steps for n in step.values}))}",
-        ),
+        evidence=(f"fields reported: {', '.join(sorted({n for step in metrics.steps for n in step.values}))}",),
         cause=(
-            "a loss that never sees old_student_logprobs (a kernel fed with hidden states alone) has no ratio"
-            " to report"
+            "a loss that never sees old_student_logprobs (a kernel fed with hidden states alone) has no ratio to report"
         ),
         next_step="report mean_is_ratio and clip_fraction (IS-10), and run the suite against the loss",
     )
@@ -200,9 +191,7 @@ def clip_saturated(evidence: Evidence) -> Verdicts:
             "the behaviour log-probs do not belong to these tokens (shifted by one, another sample's, another"
             " model's), or they are far out of date"
         ),
-        next_step=(
-            "compare the recorded response_logprobs with the starting policy's own (LP-2, STEP-1, STEP-4)"
-        ),
+        next_step=("compare the recorded response_logprobs with the starting policy's own (LP-2, STEP-1, STEP-4)"),
         data={"clip_fraction": worst[0][0]},
     )
 
@@ -273,9 +262,22 @@ def _leaves_exact_start(later: Sequence[_Later]) -> bool:
     reason.
     """
     return any(
-        abs(s.first_deviation) <= _ROUNDING and abs(s.deviation) > max(1e-4, 20 * abs(s.first_deviation))
-        for s in later
+        abs(s.first_deviation) <= _ROUNDING and abs(s.deviation) > max(1e-4, 20 * abs(s.first_deviation)) for s in later
     )
+
+
+def _keeps_mismatch(later: Sequence[_Later]) -> bool:
+    """The first step's distance between sampler and trainer is still there at two or more later steps.
+
+    Rounding of that size is no larger, but it would not agree to a tenth from step to step.
+    """
+    kept = [
+        step
+        for step in later
+        if abs(step.first_deviation) > _VISIBLE_MISMATCH
+        and abs(step.deviation - step.first_deviation) <= 0.1 * abs(step.first_deviation)
+    ]
+    return len(kept) == len(later) >= 2
 
 
 def _clipped_after_refresh(metrics: RunMetrics, cap: float | None) -> list[str]:
@@ -295,9 +297,7 @@ def _trace(metrics: RunMetrics) -> str:
     for b, batch in enumerate(metrics.batches[:3]):
         ratios = ", ".join(_ratio(batch, i) for i in range(min(len(batch.steps), 12)))
         more = ", …" if len(batch.steps) > 12 else ""
-        told.append(
-            (f"batch {b + 1}: " if len(metrics.batches) > 1 else "") + f"mean_is_ratio {ratios}{more}"
-        )
+        told.append((f"batch {b + 1}: " if len(metrics.batches) > 1 else "") + f"mean_is_ratio {ratios}{more}")
     return "; ".join(told) + ("; …" if len(metrics.batches) > 3 else "")
 
 

@@ -174,10 +174,7 @@ def _finding(evidence: Evidence, metrics: RunMetrics, found: list[_Standstill]) 
     return Finding(
         id="stale-metrics",
         severity=severity,
-        statement=(
-            f"{fields}{who} {'are' if len(first.fields) > 1 else 'is'} {how} between {between} while"
-            f" {weights}"
-        ),
+        statement=(f"{fields}{who} {'are' if len(first.fields) > 1 else 'is'} {how} between {between} while {weights}"),
         evidence=tuple(told),
         cause=(
             "one part of the loss is computed from state cached before the earlier step"

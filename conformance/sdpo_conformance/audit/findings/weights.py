@@ -33,17 +33,13 @@ def weights_unchanged(evidence: Evidence) -> Verdicts:
     yield Finding(
         id="weights-unchanged",
         severity=Severity.ERROR,
-        statement=f"none of {len(change.compared)} tensors changed"
-        + (" while the metrics moved" if moving else ""),
+        statement=f"none of {len(change.compared)} tensors changed" + (" while the metrics moved" if moving else ""),
         evidence=(f"{_path(change.before)} and {_path(change.after)} hold equal tensors",),
         cause=(
             "what was trained is not what was saved: saved before the update, from another adapter, or the"
             " same file twice"
             if moving
-            else (
-                "the optimizer has no parameters of the adapter, its learning rate is 0, or no gradient"
-                " arrives"
-            )
+            else ("the optimizer has no parameters of the adapter, its learning rate is 0, or no gradient arrives")
         ),
         next_step="check STEP-10 (the final adapter), and that the optimizer got the adapter's parameters",
     )
@@ -65,8 +61,7 @@ def tensor_nonfinite(evidence: Evidence) -> Verdicts:
         severity=Severity.ERROR,
         statement=f"{len(broken)} of {len(change.tensors)} tensors hold NaN or infinity {when}",
         evidence=tuple(
-            f"{shown(t.key)}: {t.nonfinite_after or t.nonfinite_before} of {t.numel} elements"
-            for t in broken[:_SHOWN]
+            f"{shown(t.key)}: {t.nonfinite_after or t.nonfinite_before} of {t.numel} elements" for t in broken[:_SHOWN]
         ),
         cause="they were there before the run" if before else "a non-finite gradient reached the optimizer",
         next_step="throw this adapter away; find the first non-finite step metric and check NUM-3 to NUM-5",
@@ -105,26 +100,20 @@ def dtype_changed(evidence: Evidence) -> Verdicts:
     change = evidence.change
     if change is None or not change.dtype_changes:
         return
-    narrowed = [
-        d for d in change.dtype_changes if ITEM_BYTES[d.split(" to ")[1]] < ITEM_BYTES[d.split(" to ")[0]]
-    ]
+    narrowed = [d for d in change.dtype_changes if ITEM_BYTES[d.split(" to ")[1]] < ITEM_BYTES[d.split(" to ")[0]]]
     yield Finding(
         id="dtype-changed",
         severity=Severity.WARNING if narrowed else Severity.NOTE,
-        statement="tensors changed their dtype: "
-        + ", ".join(f"{n} {d}" for d, n in change.dtype_changes.items()),
+        statement="tensors changed their dtype: " + ", ".join(f"{n} {d}" for d, n in change.dtype_changes.items()),
         evidence=("the comparison is made on the upcast values",),
         cause=(
             "the adapter is saved in less precision than it had: small updates are rounded away"
             if narrowed
             else (
-                "the trainer holds the adapter in more precision than it was saved in (PEFT does so for half"
-                " precision)"
+                "the trainer holds the adapter in more precision than it was saved in (PEFT does so for half precision)"
             )
         ),
-        next_step=(
-            "save in the dtype that was trained" if narrowed else "nothing, unless the file's size matters"
-        ),
+        next_step=("save in the dtype that was trained" if narrowed else "nothing, unless the file's size matters"),
         data=dict(change.dtype_changes),
     )
 
@@ -143,8 +132,7 @@ def lora_b_zero(evidence: Evidence) -> Verdicts:
             evidence=(f"{change.moved} of {len(change.compared)} tensors changed, no lora_B among them",),
             cause="no gradient reached lora_B; moving lora_A can be weight decay alone",
             next_step=(
-                "check that the loss has a gradient (GJS-9) and that the step runs with the adapter enabled"
-                " (STEP-9)"
+                "check that the loss has a gradient (GJS-9) and that the step runs with the adapter enabled (STEP-9)"
             ),
         )
 
@@ -161,9 +149,7 @@ def modules_untouched(evidence: Evidence) -> Verdicts:
     concerned = required or idle
     kinds = _count(m.place.kind for m in concerned)
     still = [
-        layer
-        for layer in _layers(change.modules)
-        if layer not in _layers(m for m in change.modules if not _idle(m))
+        layer for layer in _layers(change.modules) if layer not in _layers(m for m in change.modules if not _idle(m))
     ]
     told = ["by kind: " + ", ".join(f"{shown(k)} {n} of {_total(change, k)}" for k, n in kinds[:8])]
     if still:
@@ -174,15 +160,12 @@ def modules_untouched(evidence: Evidence) -> Verdicts:
         statement=f"{len(concerned)} of {len(change.modules)} adapted modules did not change",
         evidence=tuple(told),
         cause=(
-            "no gradient reached them: not in the optimizer, frozen, or bypassed in the forward that the loss"
-            " sees"
+            "no gradient reached them: not in the optimizer, frozen, or bypassed in the forward that the loss sees"
             if required
             else "no token was routed to these experts, or the batch had no input for this tower"
         ),
         next_step=(
-            "compare the optimizer's parameters with the adapter's"
-            if required
-            else "nothing, where that is so"
+            "compare the optimizer's parameters with the adapter's" if required else "nothing, where that is so"
         ),
         data={"untouched": len(concerned), "modules": len(change.modules), "optional": not required},
     )
@@ -202,9 +185,7 @@ def step_too_large(evidence: Evidence) -> Verdicts:
             steps = max(step.number for step in metrics.steps)  # a log may leave steps out
     rate = max(rates)
     if not rate > 0 or steps < 1:
-        yield NotJudged(
-            "step-too-large", "the learning rate or the number of steps is unknown; --config can name them"
-        )
+        yield NotJudged("step-too-large", "the learning rate or the number of steps is unknown; --config can name them")
         return
     furthest, excess = None, 1.0
     for tensor in change.compared:
@@ -218,24 +199,16 @@ def step_too_large(evidence: Evidence) -> Verdicts:
     yield Finding(
         id="step-too-large",
         severity=Severity.WARNING,
-        statement=(
-            f"an element moved by {furthest.max_abs_delta:.3g}, {excess:.3g} times as far as AdamW can"
-            " move it"
-        ),
+        statement=(f"an element moved by {furthest.max_abs_delta:.3g}, {excess:.3g} times as far as AdamW can move it"),
         evidence=(
             f"{shown(furthest.key)}: max |delta| {furthest.max_abs_delta:.4g}",
-            (
-                f"{steps} step(s) at learning rate {rate:g} bound it by"
-                f" {(furthest.max_abs_delta or 0.0) / excess:.3g}"
-            ),
+            (f"{steps} step(s) at learning rate {rate:g} bound it by {(furthest.max_abs_delta or 0.0) / excess:.3g}"),
         ),
         cause=(
             "more steps were taken than reported, at a higher rate, with another optimizer, or 'before' is"
             " not the start"
         ),
-        next_step=(
-            "count the optimizer's steps and check its learning rate; name the right start with --before"
-        ),
+        next_step=("count the optimizer's steps and check its learning rate; name the right start with --before"),
         data={
             "max_abs_delta": furthest.max_abs_delta,
             "excess": excess,
@@ -257,12 +230,8 @@ def norm_explosion(evidence: Evidence) -> Verdicts:
     yield Finding(
         id="norm-explosion",
         severity=Severity.WARNING,
-        statement=(
-            f"{len(grown)} tensor(s) grew out of proportion, the most by a factor of {_growth(grown[0]):.3g}"
-        ),
-        evidence=tuple(
-            f"{shown(t.key)}: norm {t.norm_before:.4g} to {t.norm_after:.4g}" for t in grown[:_SHOWN]
-        ),
+        statement=(f"{len(grown)} tensor(s) grew out of proportion, the most by a factor of {_growth(grown[0]):.3g}"),
+        evidence=tuple(f"{shown(t.key)}: norm {t.norm_before:.4g} to {t.norm_after:.4g}" for t in grown[:_SHOWN]),
         cause="a learning rate that is too high, unclipped gradients, or off-policy steps in one direction",
         next_step="check STEP-8 (clipping), the learning rate, and the ratio over the steps",
         data={"tensors": len(grown), "factor": min(_growth(grown[0]), 1e300)},
@@ -301,11 +270,7 @@ def _moves(metrics: RunMetrics) -> bool:
 def _lacking(change: AdapterChange | None) -> str:
     if change is None:
         return "no finished adapter"
-    return (
-        "no tensor of the finished adapter has a counterpart"
-        if change.before
-        else "no adapter from before the run"
-    )
+    return "no tensor of the finished adapter has a counterpart" if change.before else "no adapter from before the run"
 
 
 def _path(adapter: object) -> str:

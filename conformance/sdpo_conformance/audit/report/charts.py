@@ -106,8 +106,7 @@ def _line_chart(
         f", from {_short(finite[0])} to {_short(finite[-1])}" if finite else ""
     )
     return Markup(
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
-        f' aria-label="{escape(words)}">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(words)}">{"".join(parts)}</svg>'
     )
 
 
@@ -167,8 +166,7 @@ def _heat_map(modules: Sequence[ModuleChange], scale: tuple[float, float]) -> Ma
         top = row * (_LARGEST_CELL + _GAP)
         label = kind if len(kind) <= 40 else "…" + kind[-39:]
         parts.append(
-            f'<text class="tick" x="{left - 8:.0f}" y="{top + 13}"'
-            f' text-anchor="end">{escape(shown(label))}</text>'
+            f'<text class="tick" x="{left - 8:.0f}" y="{top + 13}" text-anchor="end">{escape(shown(label))}</text>'
         )
         for column, layer in enumerate(layers):
             group = cells.get((kind, layer))
@@ -206,10 +204,7 @@ def _cell(x: float, y: float, width: int, group: Sequence[ModuleChange], scale: 
         return f'<rect class="cell idle" {place}>{title}</rect>'
     low, high = scale
     share = (math.log(largest) - math.log(low)) / (math.log(high) - math.log(low)) if high > low else 1.0
-    return (
-        f'<rect class="cell" {place}'
-        f' fill-opacity="{0.15 + 0.85 * max(0.0, min(1.0, share)):.2f}">{title}</rect>'
-    )
+    return f'<rect class="cell" {place} fill-opacity="{0.15 + 0.85 * max(0.0, min(1.0, share)):.2f}">{title}</rect>'
 
 
 def _short(value: float) -> str:

@@ -19,9 +19,7 @@ FORMAT = "sdpo-conformance-audit/1"
 
 def schema() -> dict[str, Any]:
     """The JSON schema of the document (draft 2020-12)."""
-    loaded: dict[str, Any] = json.loads(
-        resources.files(__package__).joinpath("report.schema.json").read_text("utf-8")
-    )
+    loaded: dict[str, Any] = json.loads(resources.files(__package__).joinpath("report.schema.json").read_text("utf-8"))
     return loaded
 
 
@@ -33,10 +31,7 @@ def document(report: AuditReport) -> dict[str, Any]:
         "verdict": report.verdict,
         "exit_status": report.exit_status,
         "inputs": (
-            {
-                name: _text(getattr(files, name))
-                for name in ("run", "metrics", "before", "after", "request", "prompts")
-            }
+            {name: _text(getattr(files, name)) for name in ("run", "metrics", "before", "after", "request", "prompts")}
             | {"ignored": list(files.ignored)}
         ),
         "findings": [
@@ -113,9 +108,7 @@ def _grouped(modules: tuple[ModuleChange, ...], by: str) -> list[dict[str, Any]]
             "name": name,
             "tensors": sum(len(m.tensors) for m in group),
             "tensors_changed": sum(t.moved for m in group for t in m.tensors),
-            "max_abs_delta": max(
-                (m.max_abs_delta for m in group if m.max_abs_delta is not None), default=None
-            ),
+            "max_abs_delta": max((m.max_abs_delta for m in group if m.max_abs_delta is not None), default=None),
         }
         for name, group in groups.items()
         if name

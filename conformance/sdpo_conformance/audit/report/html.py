@@ -31,9 +31,7 @@ def page(report: AuditReport) -> str:
     metrics, change = report.evidence.metrics, report.evidence.change
     rows = []
     if metrics is not None:
-        rows = [
-            (metrics.label(b, s), s.values) for b, batch in enumerate(metrics.batches) for s in batch.steps
-        ]
+        rows = [(metrics.label(b, s), s.values) for b, batch in enumerate(metrics.batches) for s in batch.steps]
     standstills = _standstills(report)
     deltas = [m.max_abs_delta for m in change.modules if m.max_abs_delta] if change else []
     text: str = environment.get_template("page.html.jinja").render(

@@ -61,9 +61,7 @@ def _metrics(metrics: RunMetrics, console: Console) -> None:
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     rows = [
-        (metrics.label(b, s).removeprefix("step "), s)
-        for b, batch in enumerate(metrics.batches)
-        for s in batch.steps
+        (metrics.label(b, s).removeprefix("step "), s) for b, batch in enumerate(metrics.batches) for s in batch.steps
     ]
     hidden = len(rows) - _MOST_STEPS
     for label, step in rows[: _MOST_STEPS if hidden > 0 else None]:
