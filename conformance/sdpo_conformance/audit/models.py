@@ -5,7 +5,8 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,8 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
     fit.
     """
     try:
+        import peft  # noqa: F401  # looked for before a large model is loaded
         import torch
-        from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise AuditError(
@@ -61,7 +62,6 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
         end_tokens = frozenset({int(tokenizer.eos_token_id)})
     present = [(name, adapter) for name, adapter in ((BEFORE, before), (AFTER, after)) if adapter is not None]
     donor = next((a.config for _, a in reversed(present) if a.config), {})
-    fields = {f.name for f in dataclasses.fields(LoraConfig)}
     model: Any = None
     for name, adapter in present:
         settings = adapter.config or donor
@@ -74,14 +74,9 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
             raise AuditError(
                 f"{shown(adapter.path)}: is a {shown(settings['peft_type'])} adapter; --model reads LoRA alone"
             )
-        known = {k: v for k, v in settings.items() if k in fields and k not in ("auto_mapping", "inference_mode")}
         try:
-            config = LoraConfig(**{**known, "inference_mode": True, "task_type": "CAUSAL_LM"})
-            if model is None:
-                model = get_peft_model(base, config, adapter_name=name)
-            else:
-                model.add_adapter(name, config)
-            _fill(model, name, adapter)
+            with _quiet():
+                model = _attach(base, model, name, adapter, settings)
         except AuditError:
             raise
         except Exception as error:
@@ -92,16 +87,34 @@ def load_adapted_model(path: Path, before: Adapter | None, after: Adapter, devic
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars: stderr is for the one line that says why the audit could not look."""
+    """No progress bars or deprecations of packages among themselves: stderr is for the audit's one line."""
     from transformers.utils import logging
 
     shown_before = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         if shown_before:
             logging.enable_progress_bar()
+
+
+def _attach(base: Any, model: Any, name: str, adapter: Adapter, settings: Mapping[str, Any]) -> Any:
+    """The PEFT model, made at the first adapter, with this one added under its name."""
+    from peft import LoraConfig, get_peft_model
+
+    # A config may name classes to import (auto_mapping); nothing from the run's files gets to do that.
+    fields = {f.name for f in dataclasses.fields(LoraConfig)} - {"auto_mapping", "inference_mode"}
+    known = {key: value for key, value in settings.items() if key in fields}
+    config = LoraConfig(**{**known, "inference_mode": True, "task_type": "CAUSAL_LM"})
+    if model is None:
+        model = get_peft_model(base, config, adapter_name=name)
+    else:
+        model.add_adapter(name, config)
+    _fill(model, name, adapter)
+    return model
 
 
 def _fill(model: Any, name: str, adapter: Adapter) -> None:

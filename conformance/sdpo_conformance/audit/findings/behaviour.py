@@ -50,10 +50,7 @@ def stopping_lost(evidence: Evidence) -> Verdicts:
         severity=severity,
         statement=(f"{start} {before}/{total} stopped, after {after}/{total}: the model forgets to end its answer"),
         evidence=tuple(told),
-        cause=(
-            "the update moved probability away from the end token: off-policy steps without the ratio push in"
-            " one direction"
-        ),
+        cause=("the update moved probability away from the end token, as off-policy steps without the ratio can"),
         next_step=("do not serve this adapter; go back to the one before and train with the ratio and the refresh"),
         data={"before": before, "after": after, "prompts": total, "max_new_tokens": result.max_new_tokens},
     )

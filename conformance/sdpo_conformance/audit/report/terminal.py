@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rich.console import Console
-from rich.padding import Padding
+from rich.padding import Padding, PaddingDimensions
 from rich.table import Table
 from rich.text import Text
 
@@ -44,7 +44,7 @@ def render(report: AuditReport, console: Console) -> None:
     if report.not_judged:
         console.print(Text("not judged", style="bold dim"))
         for item in report.not_judged:
-            console.print(Padding(Text(f"{item.id}: {item.reason}", style="dim"), (0, 0, 0, 2)))
+            console.print(_indented(Text(f"{item.id}: {item.reason}", style="dim"), (0, 0, 0, 2)))
         console.print()
     style = (
         "bold red"
@@ -66,7 +66,7 @@ def _metrics(metrics: RunMetrics, console: Console) -> None:
     hidden = len(rows) - _MOST_STEPS
     for label, step in rows[: _MOST_STEPS if hidden > 0 else None]:
         table.add_row(label, *(_number(step.values.get(name)) for name in names))
-    console.print(Padding(table, (0, 0, 0, 2)))
+    console.print(_indented(table, (0, 0, 0, 2)))
     if hidden > 0:
         console.print(Text(f"  … and {hidden} more steps", style="dim"))
     console.print()
@@ -80,8 +80,7 @@ def _change(change: AdapterChange, console: Console) -> None:
             f"{change.moved} of {len(change.compared)} tensors changed, max |delta|"
             f" {change.max_abs_delta:.4g}" + _where(change)
         )
-    console.print(Text.assemble(("  adapter  ", "dim"), told))
-    console.print()
+    console.print(_indented(Text.assemble(("adapter  ", "dim"), told), (0, 0, 1, 2)))
 
 
 def _where(change: AdapterChange) -> str:
@@ -98,17 +97,22 @@ def _generation(result: GenerationResult, console: Console) -> None:
         f"{result.repetition(AFTER):.0%}"
         + (f"; log-probs moved by {result.drift:.3g} nats per token" if result.drift is not None else "")
     )
-    console.print(Padding(Text.assemble(("generation  ", "dim"), told), (0, 0, 1, 2)))
+    console.print(_indented(Text.assemble(("generation  ", "dim"), told), (0, 0, 1, 2)))
 
 
 def _finding(finding: Finding, console: Console) -> None:
     console.print(Text.assemble((f"{finding.severity:<8}", _STYLE[finding.severity]), (finding.id, "bold")))
-    console.print(Padding(Text(finding.statement), (0, 0, 0, 8)))
+    console.print(_indented(Text(finding.statement), (0, 0, 0, 8)))
     for line in finding.evidence:
-        console.print(Padding(Text(line, style="dim"), (0, 0, 0, 10)))
+        console.print(_indented(Text(line, style="dim"), (0, 0, 0, 10)))
     for label, text in (("cause", finding.cause), ("next", finding.next_step)):
-        console.print(Padding(Text.assemble((f"{label}  ", "dim"), text), (0, 0, 0, 8)))
+        console.print(_indented(Text.assemble((f"{label}  ", "dim"), text), (0, 0, 0, 8)))
     console.print()
+
+
+def _indented(what: Text | Table, by: PaddingDimensions) -> Padding:
+    """Indented, without the blanks that would fill each line up to the terminal's width."""
+    return Padding(what, by, expand=False)
 
 
 def _number(value: float | None) -> str:
