@@ -73,7 +73,7 @@ def check_features(name: str, features: Any) -> None:
     _require(features.shape[-1] > 0, f"{name} must not be empty in its last dimension")
     _require(
         features.is_cuda or (INTERPRETED and features.device.type == "cpu"),
-        f"{name} is on {features.device}: the kernels need a CUDA device, or TRITON_INTERPRET=1 set at start for the CPU",
+        f"{name} is on {features.device}: move it to a CUDA device, or set TRITON_INTERPRET=1 at start for the CPU",
     )
 
 

@@ -20,7 +20,5 @@ def distill(model: Any, samples: Sequence[Any], training: Any, optimizer_cls: An
     For a ``PeftModel`` whose logits are its last hidden states times one weight matrix and a constant; a head
     with a bias, a final softcap or an adapter of its own is refused with a ValueError.
     """
-    kernels = Kernels.from_hidden_states(
-        compute_fused_sdpo_loss, compute_response_logprobs, compute_teacher_topk
-    )
+    kernels = Kernels.from_hidden_states(compute_fused_sdpo_loss, compute_response_logprobs, compute_teacher_topk)
     return step_loop(model, samples, training, optimizer_cls, kernels)

@@ -106,14 +106,14 @@ def add_stretches_kernel(
     blocks, stretches = _stretches(count, programs, ROWS)
     if stretches > 1:
         inner = tl.program_id(0) * INNER + tl.arange(0, INNER)
-        for block in range(0, blocks):
+        for block in range(blocks):
             listed = block * ROWS + tl.arange(0, ROWS)
             keep = listed < count
             row = tl.load(floor_rows + listed, mask=keep, other=0)
             factor = tl.load(floor_weight + row, mask=keep, other=0.0)
             factor *= tl.load(scale + row.to(tl.int64) * stride_scale, mask=keep, other=0.0)
             total = tl.zeros((ROWS, INNER), tl.float32)
-            for stretch in range(0, stretches):
+            for stretch in range(stretches):
                 own = partial + (block * stretches + stretch).to(tl.int64) * ROWS * width
                 places = own + tl.arange(0, ROWS)[:, None] * width + inner[None, :]
                 total += tl.load(places, mask=(inner < width)[None, :], other=0.0)

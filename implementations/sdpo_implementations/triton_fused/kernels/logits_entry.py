@@ -49,8 +49,12 @@ def logits_logsumexp(logits: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """(row_max, log_sum), each (N,) float32, of logits (N, V)."""
     n_rows, vocabulary = logits.shape
     device = logits.device
-    rows, columns = (min(32, next_power_of_2(n_rows)), min(1024, next_power_of_2(vocabulary))) if INTERPRETED else (1, 2048)
-    per_part = vocabulary if INTERPRETED else ceil_div(ceil_div(vocabulary, max(1, ceil_div(1024, n_rows))), columns) * columns
+    rows, columns = (
+        (min(32, next_power_of_2(n_rows)), min(1024, next_power_of_2(vocabulary))) if INTERPRETED else (1, 2048)
+    )
+    per_part = (
+        vocabulary if INTERPRETED else ceil_div(ceil_div(vocabulary, max(1, ceil_div(1024, n_rows))), columns) * columns
+    )
     parts = ceil_div(vocabulary, per_part)
     statistics = TileStatistics(
         torch.empty((parts, n_rows), dtype=torch.float32, device=device),
@@ -66,9 +70,7 @@ def logits_logsumexp(logits: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     return row_max, log_sum
 
 
-@triton.jit(
-    do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted", "token_ids", "token_logits"]
-)
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted", "token_ids", "token_logits"])
 def pick_tokens_kernel(
     logits, counted, token_ids, token_logits, n_rows, n_entries, vocabulary, stride_logits,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr,
@@ -104,7 +106,10 @@ def _dense(z, maximum, rest, is_chosen, through_chosen, through_floor):
     return tl.where(through_chosen != 0, dense, 0.0) - tl.where(through_floor != 0, softmax * through_floor, 0.0)
 
 
-@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["row_max", "log_sum", "chosen_weight", "floor_weight", "response_ids"])
+@triton.jit(
+    do_not_specialize=["n_rows"],
+    do_not_specialize_on_alignment=["row_max", "log_sum", "chosen_weight", "floor_weight", "response_ids"],
+)
 def dense_gradient_kernel(
     logits, row_max, log_sum, chosen_weight, floor_weight, response_ids, scale, gradient,
     n_rows, vocabulary, stride_logits, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -132,7 +137,8 @@ def dense_gradient_kernel(
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
-        "row_max", "log_sum", "chosen_weight", "floor_weight", "response_ids", "support", "support_weight", "support_scale",
+        "row_max", "log_sum", "chosen_weight", "floor_weight", "response_ids",
+        "support", "support_weight", "support_scale",
     ],
 )  # fmt: skip
 def support_entries_kernel(
@@ -163,13 +169,21 @@ def support_entries_kernel(
 
 
 def logits_gradient(
-    logits: Tensor, support: Tensor, response_ids: Tensor, row_max: Tensor, log_sum: Tensor, terms: TokenTerms, scale: Tensor
+    logits: Tensor,
+    support: Tensor,
+    response_ids: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    terms: TokenTerms,
+    scale: Tensor,
 ) -> Tensor:
     """(N, V) in the logits' storage dtype; ``scale`` () float32."""
     n_rows, vocabulary = logits.shape
     k_support = support.shape[1]
     gradient = torch.empty((n_rows, vocabulary), dtype=storage_dtype(logits.dtype), device=logits.device)
-    rows, columns = (min(32, next_power_of_2(n_rows)), min(1024, next_power_of_2(vocabulary))) if INTERPRETED else (1, 4096)
+    rows, columns = (
+        (min(32, next_power_of_2(n_rows)), min(1024, next_power_of_2(vocabulary))) if INTERPRETED else (1, 4096)
+    )
     shared = (logits, row_max, log_sum, terms.chosen_weight, terms.floor_weight, response_ids, scale, gradient)
     dense_gradient_kernel[(ceil_div(n_rows, rows), ceil_div(vocabulary, columns))](
         *shared, n_rows, vocabulary, logits.stride(0), ROWS=rows, COLUMNS=columns, num_warps=8

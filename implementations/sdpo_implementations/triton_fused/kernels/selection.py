@@ -29,11 +29,18 @@ def _largest(keys, k):
     """Mask of exactly k of each row's largest keys, ties by position."""
     threshold = tl.zeros((keys.shape[0], 1), tl.uint32)
     bit = tl.full((1, 1), 0x80000000, tl.uint32)
-    for _ in range(0, 32):
+    found = tl.zeros((keys.shape[0],), tl.int32)
+    step = 0
+    unfinished = 1
+    while (step < 32) & (unfinished > 0):
         candidate = threshold | bit
-        bit = bit >> 1
         count = tl.sum((keys >= candidate).to(tl.int32), 1)
-        threshold = tl.where((count >= k)[:, None], candidate, threshold)
+        threshold = tl.where(((count >= k) & (found == 0))[:, None], candidate, threshold)
+        # Exactly k at or above: the lower bits cannot matter.
+        found = tl.where(count == k, 1, found)
+        unfinished = tl.max(1 - found, 0)
+        bit = bit >> 1
+        step += 1
     above = keys > threshold
     equal = keys == threshold
     wanted = k - tl.sum(above.to(tl.int32), 1)

@@ -1,7 +1,7 @@
 """Gradient to the hidden states: the head's rows at the support, weighted, and the dense term if there is one.
 
-    dH = scale (support_scale sum_k support_weight_k W[S_k]
-                + (chosen_weight + floor_weight) e - floor_weight W[y]),      e = W[y] - sum_v softmax_v W[v]
+dH = scale (support_scale sum_k support_weight_k W[S_k]
+            + (chosen_weight + floor_weight) e - floor_weight W[y]),      e = W[y] - sum_v softmax_v W[v]
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def fill_token_logits(
         entries, inner = min(64, next_power_of_2(n_entries)), min(128, next_power_of_2(width))
         rows, warps = max(1, min(64, 2**17 // (entries * inner), next_power_of_2(n_rows))), 4
     else:
-        rows, entries, inner, warps = 1, min(4, next_power_of_2(n_entries)), min(512, next_power_of_2(width)), 2
+        rows, entries, inner, warps = 1, min(2, next_power_of_2(n_entries)), min(512, next_power_of_2(width)), 1
     token_logits_kernel[(ceil_div(n_rows, rows), ceil_div(n_entries, entries))](
         hidden, head, token_logits if counted is None else counted, token_ids, token_logits,
         n_rows, n_entries, head.shape[0], width, hidden.stride(0), head.stride(0),

@@ -113,7 +113,9 @@ def token_loss_kernel(
         on_floor = student_log_mass < LOG_MASS_FLOOR
         at_support = tl.where(on_floor[:, None], push, q * (gradient - total[:, None]))
         at_support = tl.where(active & inside, at_support, 0.0)
-        tl.store(support_weight + places, at_support.to(tl.float32), mask=present[:, None] & (entries < k_support)[None, :])
+        tl.store(
+            support_weight + places, at_support.to(tl.float32), mask=present[:, None] & (entries < k_support)[None, :]
+        )
         floor = tl.where(on_floor & read, tl.sum(tl.where(active, push, 0.0), 1), 0.0)
         slope = tl.zeros((ROWS,), tl.float64)
 

@@ -51,7 +51,9 @@ def tiling(n_rows: int, vocabulary: int, width: int, dtype: torch.dtype, device:
     """The tiling for a product of (n_rows, width) with (vocabulary, width)."""
     if INTERPRETED:
         columns = min(512, max(SUBTILE, next_power_of_2(vocabulary)))
-        return Tiling(min(64, max(16, next_power_of_2(n_rows))), columns, min(256, max(16, next_power_of_2(width))), 8, 4, 1)
+        return Tiling(
+            min(64, max(16, next_power_of_2(n_rows))), columns, min(256, max(16, next_power_of_2(width))), 8, 4, 1
+        )
     if dtype == torch.float32:
         return Tiling(64, 64, 32, 8, 4, 2)
     major, minor = torch.cuda.get_device_capability(device)
@@ -169,7 +171,16 @@ def vocabulary_product_kernel(
                 dense -= tl.where((c_floor != 0)[:, None], softmax * c_floor[:, None], 0.0)
                 dense = (dense * factor[:, None]).to(STORED)
                 _store_tile(
-                    buffer, dense, row0, column0 - column_start, n_rows, stride_buffer, ROWS, COLUMNS, DESCRIPTORS, False
+                    buffer,
+                    dense,
+                    row0,
+                    column0 - column_start,
+                    n_rows,
+                    stride_buffer,
+                    ROWS,
+                    COLUMNS,
+                    DESCRIPTORS,
+                    False,
                 )
             else:
                 if EPILOGUE == "logits":
@@ -286,9 +297,7 @@ def tile_exponentials(
     return statistics
 
 
-def tile_logits(
-    hidden: Tensor, head: Tensor, tiles: Tiling, buffer: Tensor, subtile_max: Tensor
-) -> TileStatistics:
+def tile_logits(hidden: Tensor, head: Tensor, tiles: Tiling, buffer: Tensor, subtile_max: Tensor) -> TileStatistics:
     """The same, the logits into ``buffer`` (N, whole tiles) float32, -inf beyond V, and the maximum of each
     SUBTILE columns into ``subtile_max``."""
     statistics = _empty_statistics(hidden, head.shape[0], tiles)

@@ -1,0 +1,19 @@
+"""The fused implementation against a float64 truth; in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small tensors: threads cost more than they bring, and make sums depend on the machine."""
+    torch.set_num_threads(1)
