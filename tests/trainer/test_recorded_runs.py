@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file  # noqa: E402
+
 from sdpo_conformance.oracle.step_loop import step_loop  # noqa: E402
 from sdpo_conformance.protocol import Sample, TrainingConfig  # noqa: E402
 

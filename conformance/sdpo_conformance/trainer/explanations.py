@@ -135,9 +135,8 @@ def teacher_without_feedback(moment: Moment) -> Outcome | None:
     return with_prepared(moment, teacher_of(moment, off, "prompt_token_ids"))
 
 
-def anchored_to(moment: Moment, base: Sequence[Tensor]) -> Outcome | None:
-    if moment.training.kl_reg_weight == 0:
-        return None
+def anchored_to(moment: Moment, base: Sequence[Tensor]) -> Outcome:
+    """With the anchor switched off it shows in the metric alone."""
     prepared = [replace(one, base_logprobs=b) for one, b in zip(moment.ground.prepared, base, strict=True)]
     return with_prepared(moment, prepared)
 

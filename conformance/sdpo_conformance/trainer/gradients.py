@@ -37,6 +37,7 @@ def judged_steps(observation: Observation, ground: Ground) -> Iterator[StepJudge
     """Each observed step against the truth at its own weights."""
     history: list[Weights] = []
     left_over: Weights | None = None
+    suspected: Mistake | None = None
     for step in observation.steps[: observation.scenario.steps]:
         # a parameter the optimizer never got stays where it started
         history.append(
@@ -48,7 +49,8 @@ def judged_steps(observation: Observation, ground: Ground) -> Iterator[StepJudge
         excess, tensor = furthest(got, moment.gradient, bounds.gradient)
         judgement = StepJudgement(moment, bounds, excess, tensor)
         if judgement.wrong:
-            judgement.mistake, judgement.outcome = explanation(moment, got, bounds)
+            judgement.mistake, judgement.outcome = explanation(moment, got, bounds, suspected)
+            suspected = judgement.mistake
         yield judgement
         left_over = got
 
@@ -68,18 +70,23 @@ def furthest(got: Weights, truth: Weights, bound: Mapping[str, float]) -> tuple[
     return excess[worst], worst
 
 
-def explanation(moment: Moment, got: Weights, bounds: Bounds) -> tuple[Mistake | None, Outcome | None]:
-    """The known mistake whose gradient this one equals within the bound."""
-    best: tuple[float, Mistake, Outcome] | None = None
-    for mistake in MISTAKES:
+def explanation(
+    moment: Moment, got: Weights, bounds: Bounds, suspected: Mistake | None
+) -> tuple[Mistake | None, Outcome | None]:
+    """The known mistake whose gradient this one equals within the bound; the ``suspected`` one if it fits, or
+    else the closest."""
+    best: tuple[float, Mistake | None, Outcome | None] = (1.0, None, None)
+    for mistake in sorted(MISTAKES, key=lambda one: one is not suspected):
         outcome = mistake.take(moment)
         if outcome is None:
             continue
         scale = max(1.0, float(norm(outcome[1]) / norm(moment.gradient)))
         excess, _ = furthest(got, outcome[1], {name: scale * b for name, b in bounds.gradient.items()})
-        if excess <= 1 and (best is None or excess < best[0]):
+        if excess <= best[0]:
             best = (excess, mistake, outcome)
-    return (best[1], best[2]) if best else (None, None)
+            if mistake is suspected:
+                break
+    return best[1], best[2]
 
 
 def requirements_of(mistake: Mistake | None, step: int) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from sdpo_conformance.judgement import number
 from sdpo_conformance.oracle.step_loop import norm
+from sdpo_conformance.trainer.explanations import MISTAKES, Mistake
 from sdpo_conformance.trainer.finding import Finding, finding
 from sdpo_conformance.trainer.gradients import StepJudgement
 from sdpo_conformance.trainer.observation import METRICS, Observation
@@ -52,17 +53,31 @@ def metric_findings(observation: Observation, judgements: Sequence[StepJudgement
         for key in METRICS:
             if key in entry and not accepted(entry[key], key, judgement):
                 truth, bound = judgement.moment.truth.metrics[key], judgement.bounds.metrics[key]
+                anchor = other_anchor(entry[key], judgement) if key == "kl_reg" else None
                 yield finding(
                     observation,
-                    "STEP-6",
+                    anchor.requirements if anchor else "STEP-6",
                     key,
                     expected=number(truth),
                     got=number(entry[key]),
                     step=step,
-                    detail=metric_words(key, entry[key], judgements, index),
+                    detail=f"it is that {anchor.words}"
+                    if anchor
+                    else metric_words(key, entry[key], judgements, index),
                     excess=abs(entry[key] - truth) / bound,
                     extra={"shows": "metric", "metric": key, "truth": truth, "bound": bound},
                 )
+
+
+def other_anchor(got: float, judgement: StepJudgement) -> Mistake | None:
+    """The wrong anchor whose kl_reg this is: with kl_reg_weight = 0 no gradient shows it."""
+    for mistake in MISTAKES:
+        if mistake.name.startswith("anchor-") and (outcome := mistake.take(judgement.moment)) is not None:
+            mistaken = outcome[0].metrics["kl_reg"]
+            scale = max(1.0, mistaken / max(judgement.moment.truth.metrics["kl_reg"], 1e-12))
+            if abs(got - mistaken) <= scale * judgement.bounds.metrics["kl_reg"]:
+                return mistake
+    return None
 
 
 def accepted(got: float, key: str, judgement: StepJudgement) -> bool:
