@@ -317,9 +317,7 @@ DEFECTS = (
         sentence="alpha = 0 is read as the forward KL of teacher and student.",
         violates=("GJS-7",),
         fix="At alpha = 0 the mixture is the student: the divergence is 0 and has no gradient.",
-        change=around(
-            "jensen_shannon", lambda before, w: before(w) if w.alpha > 0 else kl(w.log_p, w.log_q)
-        ),
+        change=around("jensen_shannon", lambda before, w: before(w) if w.alpha > 0 else kl(w.log_p, w.log_q)),
         seen=cite("modelscope/ms-swift#10078", "modelscope/twinkle#112"),
         usable_for="alpha > 0.",
         capabilities=DIVERGENCES,
@@ -329,9 +327,7 @@ DEFECTS = (
         sentence="alpha = 0 is read as the reverse KL of student and teacher.",
         violates=("GJS-7",),
         fix="At alpha = 0 the mixture is the student: the divergence is 0 and has no gradient.",
-        change=around(
-            "jensen_shannon", lambda before, w: before(w) if w.alpha > 0 else kl(w.log_q, w.log_p)
-        ),
+        change=around("jensen_shannon", lambda before, w: before(w) if w.alpha > 0 else kl(w.log_q, w.log_p)),
         seen=cite("modelscope/twinkle#112"),
         usable_for="alpha > 0.",
         capabilities=DIVERGENCES,
@@ -386,10 +382,10 @@ DEFECTS = (
     ),
     Defect(
         name="epsilon-in-logarithm",
-        sentence="1e-6 is added inside the logarithms.",
+        sentence="1e-5 is added inside the logarithms.",
         violates=("GJS-1", "GJS-9"),
         fix="Compute in log space, with 0 log 0 = 0; no epsilon.",
-        change=replacing(jensen_shannon=lambda w: logged_with(1e-6, w)),
+        change=replacing(jensen_shannon=lambda w: logged_with(1e-5, w)),
         capabilities=DIVERGENCES,
     ),
     Defect(
@@ -443,7 +439,7 @@ DEFECTS = (
         name="raw-logits-on-support",
         sentence="The student's logits on the support are renormalised without their logsumexp over the vocabulary,"
         " so the mass floor sees another mass.",
-        violates=("GJS-4", "GJS-8"),
+        violates=("GJS-8", "GJS-4"),
         fix="Subtract the logsumexp over the whole vocabulary before the support's mass is compared with 1e-8.",
         change=replacing(student_at_support=lambda w: w.z.gather(-1, w.support).clamp(min=LOG_ZERO)),
         usable_for="Students whose mass on the support is above 1e-8, with logits not far below 0.",
@@ -612,7 +608,9 @@ DEFECTS = (
         fix="Keep log-probs in float32.",
         change=replacing(
             student_at_support=lambda w: (
-                valued(F.log_softmax(w.z, -1).bfloat16().to(w.z), w.l).gather(-1, w.support).clamp(min=LOG_ZERO)
+                valued(F.log_softmax(w.z, -1).bfloat16().to(w.z), w.l)
+                .gather(-1, w.support)
+                .clamp(min=LOG_ZERO)
             )
         ),
         seen=cite("genlm/genlm-backend#66", "erfanzar/EasyDeL#267"),
@@ -634,4 +632,12 @@ DEFECTS = (
     ),
 )
 
-__all__ = ["DEFECTS", "log_of", "onto_student_support", "valued", "with_alpha", "with_tail", "keeping_support"]
+__all__ = [
+    "DEFECTS",
+    "keeping_support",
+    "log_of",
+    "onto_student_support",
+    "valued",
+    "with_alpha",
+    "with_tail",
+]

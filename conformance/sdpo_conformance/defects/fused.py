@@ -218,7 +218,7 @@ DEFECTS = (
     Defect(
         name="offset-overflow",
         sentence="The response token is read at an offset that wraps at 32768 elements, as int32 does at 2^31.",
-        violates=("IS-1", "KL-1", "FUS-6"),
+        violates=("IS-6", "KL-1", "FUS-6"),
         fix="Compute offsets into B x T x V in int64.",
         change=replacing(chosen=wrapped),
         usable_for="Batches with fewer than 2^15 logits (2^31 in the int32 form).",
@@ -289,7 +289,7 @@ DEFECTS = (
     Defect(
         name="hidden-gradient-lost-with-head",
         sentence="When the head asks for a gradient, the hidden states get none.",
-        violates=("FUS-2", "FUS-3"),
+        violates=("FUS-3", "FUS-2"),
         fix="Return both gradients.",
         change=replacing(logits=hidden_or_head),
         usable_for="Frozen heads.",
@@ -343,4 +343,3 @@ DEFECTS = (
         capabilities=FUSED,
     ),
 )
-

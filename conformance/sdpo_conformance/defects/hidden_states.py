@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo_conformance.defects.model import Defect, replacing
-from sdpo_conformance.defects.parts import logprobs_of, project, response_logprobs, teacher_topk, working_dtype
+from sdpo_conformance.defects.parts import (
+    logprobs_of,
+    project,
+    response_logprobs,
+    teacher_topk,
+    working_dtype,
+)
 from sdpo_conformance.defects.sources import cite
 from sdpo_conformance.protocol import Capability
 
@@ -69,7 +75,9 @@ def with_graph(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
     return logprobs_of(hidden, head).gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
 
 
-def topk_of(of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_of(
+    of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     """The top-k of a function of the logits, without graph."""
     with torch.no_grad():
         values, ids = of(hidden, head).topk(min(max(1, k), head.shape[0]), dim=-1)

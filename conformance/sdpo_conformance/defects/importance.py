@@ -11,7 +11,9 @@ from sdpo_conformance.defects.model import Defect, around, both, replacing
 from sdpo_conformance.defects.parts import Work, ratio, token_mean, weighted
 from sdpo_conformance.defects.sources import cite
 
-ON_POLICY = "steps_per_batch = 1 with log-probs recorded by the same policy and software: the ratio is 1 there."
+ON_POLICY = (
+    "steps_per_batch = 1 with log-probs recorded by the same policy and software: the ratio is 1 there."
+)
 TRAINING = "Training: loss and gradient are right, the metric is not."
 
 APPLY_RATIO = (
@@ -33,7 +35,6 @@ def row_mean(w: Work, values: Tensor) -> Tensor:
 def batch_mean(w: Work, values: Tensor) -> Tensor:
     """The mean over all tokens, at every token."""
     return ((values * w.mask).sum() / w.mask.sum().clamp(min=1.0)).expand_as(values)
-
 
 
 def tile_start(length: int, tile: int) -> Tensor:
@@ -189,9 +190,7 @@ DEFECTS = (
         sentence="The ratio is clipped from below as well, to [1 / is_clip, is_clip].",
         violates=("IS-5",),
         fix="Cap above only: clamp(max=is_clip).",
-        change=replacing(
-            ratio=lambda w: w.log_ratio.exp().clamp(min(1 / w.is_clip, w.is_clip), w.is_clip)
-        ),
+        change=replacing(ratio=lambda w: w.log_ratio.exp().clamp(min(1 / w.is_clip, w.is_clip), w.is_clip)),
         seen=cite("NVIDIA-NeMo/RL#2886", "thinking-machines-lab/tinker-cookbook#763"),
         usable_for="Ratios above 1 / is_clip, and on-policy steps.",
     ),
@@ -244,9 +243,7 @@ DEFECTS = (
         sentence="Tokens whose ratio exceeds the cap are dropped, not capped.",
         violates=("IS-5",),
         fix="Cap: a ratio above is_clip counts as is_clip.",
-        change=replacing(
-            ratio=lambda w: torch.where(w.log_ratio.exp() <= w.is_clip, w.log_ratio.exp(), 0.0)
-        ),
+        change=replacing(ratio=lambda w: torch.where(w.log_ratio.exp() <= w.is_clip, w.log_ratio.exp(), 0.0)),
         seen=cite("huggingface/trl#4732", "allenai/open-instruct#1503"),
         usable_for="Ratios below is_clip, and on-policy steps.",
     ),
@@ -401,9 +398,7 @@ DEFECTS = (
         sentence="An infinite behaviour log-prob makes the loss NaN: exp(new) / exp(old) by multiplication.",
         violates=("NUM-7",),
         fix="Clamp new - old before exp; an infinite old then saturates.",
-        change=around(
-            "ratio", lambda before, w: before(w) + 0 * w.old
-        ),
+        change=around("ratio", lambda before, w: before(w) + 0 * w.old),
         seen=cite("THUDM/slime#2198", "MakazhanAlpamys/Soup#342"),
         usable_for="Finite behaviour log-probs.",
     ),
@@ -453,23 +448,15 @@ DEFECTS = (
         usable_for=TRAINING,
     ),
     Defect(
-        name="clip-fraction-strict-before-cap",
-        sentence="clip_fraction counts uncapped ratios strictly above the cap, and so misses those at it.",
-        violates=("IS-10",),
-        fix="Compare the capped ratio with >=.",
-        change=replacing(
-            clip_fraction=lambda w: token_mean(w, (w.log_ratio > math.log(w.is_clip)).to(w.ratio))
-        ),
-        usable_for=TRAINING,
-    ),
-    Defect(
         name="clip-fraction-two-sided",
         sentence="clip_fraction counts ratios below 1 / is_clip too.",
         violates=("IS-10",),
         fix="Count r >= is_clip alone.",
         change=around(
             "clip_fraction",
-            lambda before, w: before(w) + token_mean(w, (w.log_ratio < -abs(math.log(w.is_clip))).to(w.ratio)),
+            lambda before, w: (
+                before(w) + token_mean(w, (w.log_ratio < -abs(math.log(w.is_clip))).to(w.ratio))
+            ),
         ),
         usable_for=TRAINING,
     ),
@@ -533,7 +520,9 @@ DEFECTS = (
         fix="Report what enters the loss: sum(D r mask)/n.",
         change=around(
             "result",
-            lambda before, w, metrics: before(w, {**metrics, "distill_loss": token_mean(w, w.divergence.detach())}),
+            lambda before, w, metrics: before(
+                w, {**metrics, "distill_loss": token_mean(w, w.divergence.detach())}
+            ),
         ),
         usable_for=TRAINING,
     ),

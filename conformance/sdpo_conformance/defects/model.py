@@ -129,4 +129,15 @@ def combine(first: Defect, second: Defect) -> Defect:
     )
 
 
-__all__ = ["DIVERGENCES", "LOSSES", "Change", "Defect", "Implementation", "Work", "around", "both", "combine", "replacing"]
+__all__ = [
+    "DIVERGENCES",
+    "LOSSES",
+    "Change",
+    "Defect",
+    "Implementation",
+    "Work",
+    "around",
+    "both",
+    "combine",
+    "replacing",
+]

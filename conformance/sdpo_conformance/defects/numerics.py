@@ -13,6 +13,7 @@ from sdpo_conformance.defects.divergence import valued
 from sdpo_conformance.defects.model import DIVERGENCES, Defect, around, replacing
 from sdpo_conformance.defects.parts import Work, renormalise, token_mean, weighted
 from sdpo_conformance.defects.sources import cite
+from sdpo_conformance.protocol import Capability
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOAT32_INPUT = "float32 input."
@@ -93,7 +94,7 @@ DEFECTS = (
         name="half-logsumexp-without-max",
         sentence="bfloat16 and float16 take a path whose logsumexp stays in the input's precision, without the largest"
         " logit subtracted.",
-        violates=("NUM-2",),
+        violates=("NUM-6", "NUM-2"),
         fix="Upcast before the logsumexp, and subtract the largest logit.",
         change=around("log_softmax", log_of_sum_in_half),
         seen=cite("huggingface/trl#7084", "google-deepmind/optax#1020"),
@@ -166,7 +167,7 @@ DEFECTS = (
         fix="Stay in log space, or take 0 log 0 for 0.",
         change=replacing(student_distribution=lambda w: logged_probabilities(w.l_k)),
         usable_for="Everything upstream itself is usable for: upstream does the same.",
-        capabilities=DIVERGENCES,
+        capabilities=(Capability.LOSS,),
     ),
     Defect(
         name="teacher-zero-log-zero",
@@ -192,7 +193,8 @@ DEFECTS = (
         violates=("NUM-4",),
         fix="Let a logit of -inf have probability 0 and no gradient.",
         change=around(
-            "log_softmax", lambda before, w: before(w) + 0 * torch.where(w.z.isinf(), w.z, 0.0).sum(-1, keepdim=True)
+            "log_softmax",
+            lambda before, w: before(w) + 0 * torch.where(w.z.isinf(), w.z, 0.0).sum(-1, keepdim=True),
         ),
         usable_for="Models that mask no logits out.",
         capabilities=DIVERGENCES,
@@ -203,9 +205,7 @@ DEFECTS = (
         violates=("NUM-5",),
         fix="Select with where before multiplying with the mask.",
         change=around("accept", reduction.without_blanking),
-        seen=cite(
-            "modelscope/ms-swift#9767", "huggingface/trl#5594", "NVIDIA-NeMo/Megatron-Bridge#3117"
-        ),
+        seen=cite("modelscope/ms-swift#9767", "huggingface/trl#5594", "NVIDIA-NeMo/Megatron-Bridge#3117"),
         usable_for="Padding with finite numbers, as upstream needs too.",
     ),
     Defect(
@@ -217,4 +217,3 @@ DEFECTS = (
         usable_for="Responses with at least one token.",
     ),
 )
-

@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpo_conformance.protocol import MASS_FLOOR, RATIO_LOG_CLAMP, RKL_FLOOR_LOGPROB, FusedSDPOLossInput, TrainingConfig
+from sdpo_conformance.protocol import (
+    MASS_FLOOR,
+    RATIO_LOG_CLAMP,
+    RKL_FLOOR_LOGPROB,
+    FusedSDPOLossInput,
+    TrainingConfig,
+)
 
 LOG_ZERO = -1e4
 """Stands for log 0: exp of it is 0 in every dtype, and no product or difference with it is NaN."""
@@ -379,7 +385,12 @@ def enter(parts: Parts, loss_input: Any) -> Result:
 
 
 def enter_divergence(
-    parts: Parts, hidden: Tensor, head: Tensor, teacher_logprobs: Tensor, teacher_indices: Tensor, alpha: float
+    parts: Parts,
+    hidden: Tensor,
+    head: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_indices: Tensor,
+    alpha: float,
 ) -> Tensor:
     """The divergence entry: D (B, T) for alpha < 1."""
     tokens = hidden.new_zeros(hidden.shape[:2])

@@ -419,4 +419,3 @@ DEFECTS = (
         change=numbered(lambda returned: (returned.pop("loss"), returned)),
     ),
 )
-

@@ -140,8 +140,8 @@ DEFECTS = (
         violates=("RKL-1",),
         fix="Take the teacher's log-prob as it came, normalised over the vocabulary.",
         change=replacing(
-            teacher_at_response=lambda w: (
-                torch.where(found(w)[1], found(w)[0] - torch.logsumexp(w.tau, -1), -20.0)
+            teacher_at_response=lambda w: torch.where(
+                found(w)[1], found(w)[0] - torch.logsumexp(w.tau, -1), -20.0
             )
         ),
         usable_for=BELOW_ONE,

@@ -1,0 +1,23 @@
+"""float64 inside, whatever comes in; the loss goes out in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .shared import NOWHERE, at, batch_of, jensen_shannon, reduced, renormalised, surrogate
+
+
+def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Any]:
+    batch = batch_of(loss_input, torch.float64)
+    l = batch.z - torch.logsumexp(batch.z, -1, keepdim=True)  # noqa: E741
+    chosen = at(l, batch.y)
+    if batch.alpha >= 1:
+        return reduced(batch, surrogate(batch, chosen), chosen)
+    log_q = renormalised(l.gather(-1, batch.support).clamp(min=NOWHERE))
+    return reduced(batch, jensen_shannon(renormalised(batch.tau), log_q, batch.alpha), chosen)
+
+
+compute_fused_sdpo_loss = compute_sdpo_loss
