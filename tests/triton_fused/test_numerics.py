@@ -109,3 +109,17 @@ def test_alpha_zero_is_exactly_nothing(device: torch.device) -> None:
     out["loss"].backward()
     assert out["loss"] == 0
     assert bool((got.student_hidden.grad == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_response_tokens_of_vanishing_probability(device: torch.device, dtype: torch.dtype, alpha: float) -> None:
+    """The dense direction is stored relative to the response's logit, which here lies far below the others."""
+    batch = make_batch((1, 8), 300, 40, 6, dtype, spread=14.0).with_training(alpha=alpha, kl_reg_weight=0.1)
+    batch.response_mask.fill_(1.0)
+    z = batch.logits()
+    batch.response_ids[0, :6] = z.argmin(-1)[0, :6]
+    chosen = z.log_softmax(-1).gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
+    assert chosen.min() < -65
+    batch.old_student_logprobs = batch.base_logprobs = (chosen + 0.3).float()
+    check_fused(batch, device, slack=30.0)

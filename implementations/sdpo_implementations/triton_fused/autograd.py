@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdpo_implementations.triton_fused.inputs import Tokens
-from sdpo_implementations.triton_fused.kernels.expected_row import expected_rows
+from sdpo_implementations.triton_fused.kernels.expected_row import ExpectedRows, expected_rows
 from sdpo_implementations.triton_fused.kernels.floor_rows import add_floor_rows
 from sdpo_implementations.triton_fused.kernels.head_gradient import head_gradient
 from sdpo_implementations.triton_fused.kernels.logits_entry import (
@@ -31,12 +31,12 @@ METRICS = ("distill_loss", "kl_reg", "mean_is_ratio", "clip_fraction")
 
 @dataclass(frozen=True)
 class Forward:
-    """What the backward needs of the forward; ``expected`` e (N, H) where the dense term was asked for."""
+    """What the backward needs of the forward; ``expected`` e where the dense term was asked for."""
 
     terms: TokenTerms
     row_max: Tensor
     log_sum: Tensor
-    expected: Tensor | None
+    expected: ExpectedRows | None
 
 
 def policy_terms(tokens: Tokens) -> PolicyTerms:
@@ -54,7 +54,7 @@ def forward_from_hidden(
     if tokens.alpha < 1:
         at_support = torch.empty(tokens.support.shape, dtype=torch.float32, device=hidden.device)
     start = Fork(hidden.device)
-    expected = None
+    expected: ExpectedRows | None = None
     # The product is bound by arithmetic, gathering the support's rows by memory: they share the device.
     if dense:
         chosen = chosen_token_logits(hidden, head, tokens.response_ids, counted)

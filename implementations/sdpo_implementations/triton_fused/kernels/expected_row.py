@@ -7,6 +7,8 @@ held at a time.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,11 @@ import triton.language as tl  # isort: skip
 BUFFER_BYTES = 300 * 2**20
 """Bound on the buffer that holds some rows of the vocabulary's width."""
 
-HALF_SCALE = 64.0
-"""float16 flushes probabilities below 6e-8; scaled by this, below 1e-9. Small enough that no product overflows."""
+MOST_ABOVE = {torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 8.0}
+"""How far above a row's reference a logit, or the logsumexp, may lie for exp(logit - reference) to be stored."""
+
+HALF_OFFSET = 2.0
+"""float16 flushes what lies 17 below the reference; this lowers the reference from the response's logit."""
 
 
 def rows_per_buffer(n_rows: int, columns: int, element_size: int) -> int:
@@ -35,59 +40,82 @@ def rows_per_buffer(n_rows: int, columns: int, element_size: int) -> int:
     return min(n_rows, fitting if fitting < 128 else fitting // 128 * 128)
 
 
+@dataclass(frozen=True)
+class ExpectedRows:
+    """e = scale * rows: (N,) float32 and (N, H) in the head's storage dtype. Anything at rows that do not count."""
+
+    rows: Tensor
+    scale: Tensor
+
+
 @triton.jit(
     do_not_specialize=["n_rows"],
-    do_not_specialize_on_alignment=["counted", "row_max", "log_sum", "response_ids", "chosen_logits"],
-)
+    do_not_specialize_on_alignment=[
+        "counted", "row_max", "log_sum", "response_ids", "chosen_logits", "reference", "scale",
+    ],
+)  # fmt: skip
 def onehot_minus_softmax_kernel(
-    buffer, tile_max, counted, row_max, log_sum, response_ids, chosen_logits,
-    n_rows, n_tiles, stride_buffer, stride_logits, factor,
-    TILES: tl.constexpr, COLUMNS: tl.constexpr,
+    buffer, tile_max, counted, row_max, log_sum, response_ids, chosen_logits, reference, scale,
+    n_rows, n_tiles, stride_buffer, most_above, TILES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """In place: exp(logit - tile maximum) becomes factor * (onehot(y) - softmax)."""
+    """In place: -exp(logit - shift of its tile) becomes (onehot(y) - softmax) / scale.
+
+    Where all tiles of a row are shifted by the reference, that is one element, at y. Where one is not, the
+    row is rescaled to 1.
+    """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(counted + row) != 0:
-        tiles = tl.program_id(1) * TILES + tl.arange(0, TILES)
-        columns = tiles[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        here = tiles < n_tiles
         maximum = tl.load(row_max + row)
         rest = tl.load(log_sum + row)
-        shift = tl.load(tile_max + tiles.to(tl.int64) * n_rows + row, mask=here, other=float("-inf"))
-        share = tl.exp((shift - maximum) - rest) * factor
-        places = buffer + row * stride_buffer + columns
-        others = -tl.load(places, mask=here[:, None], other=0.0).to(tl.float32) * share[:, None]
-        y = tl.load(response_ids + row)
-        chosen = (tl.load(chosen_logits + row * stride_logits).to(tl.float64) - maximum) - rest
-        # At y directly from l[y]: 1 - softmax taken after rounding would lose all where softmax is near 1.
-        at_chosen = ((1.0 - tl.exp(chosen)) * factor).to(tl.float32)
-        tl.store(places, tl.where(columns == y, at_chosen, others).to(buffer.dtype.element_ty), mask=here[:, None])
+        uniform = (maximum == tl.load(reference + row)) & (rest < most_above)
+        y = tl.load(response_ids + row).to(tl.int64)
+        # At y from l[y]: 1 - softmax taken after rounding would lose all where softmax is near 1.
+        l_chosen = (tl.load(chosen_logits + row).to(tl.float64) - maximum) - rest
+        at_chosen = 1.0 - tl.exp(l_chosen)
+        if uniform:
+            if tl.program_id(1) == 0:
+                tl.store(scale + row, tl.exp(-rest))
+                at_chosen = at_chosen * tl.exp(rest.to(tl.float64))
+                tl.store(buffer + row * stride_buffer + y, at_chosen.to(tl.float32).to(buffer.dtype.element_ty))
+        else:
+            if tl.program_id(1) == 0:
+                tl.store(scale + row, 1.0)
+            tiles = tl.program_id(1) * TILES + tl.arange(0, TILES)
+            here = tiles < n_tiles
+            columns = tiles[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            shift = tl.load(tile_max + tiles.to(tl.int64) * n_rows + row, mask=here, other=float("-inf"))
+            share = tl.exp((shift - maximum) - rest)
+            places = buffer + row * stride_buffer + columns
+            values = tl.load(places, mask=here[:, None], other=0.0).to(tl.float32) * share[:, None]
+            values = tl.where(columns == y, at_chosen.to(tl.float32), values)
+            tl.store(places, values.to(buffer.dtype.element_ty), mask=here[:, None])
 
 
 def _normalise(
     buffer: Tensor, statistics: TileStatistics, columns: int, counted: Tensor, row_max: Tensor, log_sum: Tensor,
-    response_ids: Tensor, chosen_logits: Tensor, factor: float,
+    response_ids: Tensor, chosen_logits: Tensor, reference: Tensor, scale: Tensor, most_above: float,
 ) -> None:  # fmt: skip
     n_tiles, n_rows = statistics.maxima.shape
-    tiles = max(1, (2**16 if INTERPRETED else 4096) // columns)
+    tiles = max(1, (2**16 if INTERPRETED else 2**14) // columns)
     onehot_minus_softmax_kernel[(n_rows, ceil_div(n_tiles, tiles))](
-        buffer, statistics.maxima, counted, row_max, log_sum, response_ids, chosen_logits,
-        n_rows, n_tiles, buffer.stride(0), chosen_logits.stride(0), factor,
-        TILES=tiles, COLUMNS=columns, num_warps=4,
+        buffer, statistics.maxima, counted, row_max, log_sum, response_ids, chosen_logits, reference, scale,
+        n_rows, n_tiles, buffer.stride(0), most_above, TILES=tiles, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
 
 
 def expected_rows(
     hidden: Tensor, head: Tensor, response_ids: Tensor, chosen_logits: Tensor, counted: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(e, row_max, log_sum): (N, H) in the head's storage dtype, and (N,) float32 twice. ``chosen_logits`` (N,)
-    are the logits of y. Rows of e that do not count hold anything."""
+) -> tuple[ExpectedRows, Tensor, Tensor]:
+    """(e, row_max, log_sum), the last two (N,) float32. ``chosen_logits`` (N,) are the logits of y."""
     n_rows, width = hidden.shape
     vocabulary = head.shape[0]
     device = hidden.device
     row_max = torch.empty(n_rows, dtype=torch.float32, device=device)
     log_sum = torch.empty_like(row_max)
+    scale = torch.empty_like(row_max)
+    reference = chosen_logits - HALF_OFFSET if head.dtype == torch.float16 else chosen_logits
+    most_above = MOST_ABOVE[head.dtype]
     dtype = storage_dtype(head.dtype)
-    factor = HALF_SCALE if dtype == torch.float16 else 1.0
     tiles = tiling(n_rows, vocabulary, width, hidden.dtype, device)
     padded = buffer_columns(vocabulary, tiles)
     block = rows_per_buffer(n_rows, padded, dtype.itemsize)
@@ -97,13 +125,11 @@ def expected_rows(
     for start in range(0, n_rows, block):
         rows = slice(start, min(start + block, n_rows))
         part = buffer[: rows.stop - rows.start]
-        statistics = tile_exponentials(hidden[rows], head, tiles, counted[rows], part)
+        statistics = tile_exponentials(hidden[rows], head, tiles, counted[rows], reference[rows], most_above, part)
         combine(statistics, counted[rows], row_max[rows], log_sum[rows])
         _normalise(
             part, statistics, tiles.columns, counted[rows], row_max[rows], log_sum[rows],
-            response_ids[rows], chosen_logits[rows], factor,
+            response_ids[rows], chosen_logits[rows], reference[rows], scale[rows], most_above,
         )  # fmt: skip
         torch.mm(part[:, :vocabulary], table, out=expected[rows])
-    if factor != 1.0:
-        expected.mul_(1.0 / factor)
-    return expected, row_max, log_sum
+    return ExpectedRows(expected, scale), row_max, log_sum

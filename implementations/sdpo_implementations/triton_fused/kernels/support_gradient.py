@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdpo_implementations.triton_fused.kernels.expected_row import ExpectedRows
 from sdpo_implementations.triton_fused.kernels.token_loss import TokenTerms
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2, storage_dtype
 
@@ -20,11 +21,12 @@ import triton.language as tl  # isort: skip
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
         "support", "response_ids", "support_weight", "support_scale", "chosen_weight", "floor_weight", "scale",
+        "expected_scale",
     ],
 )  # fmt: skip
 def support_gradient_kernel(
     head, support, response_ids, support_weight, support_scale, chosen_weight, floor_weight, scale, expected,
-    gradient, n_rows, k_support, vocabulary, width, stride_head, stride_scale,
+    expected_scale, gradient, n_rows, k_support, vocabulary, width, stride_head, stride_scale,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, INNER: tl.constexpr, SUPPORT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -57,6 +59,7 @@ def support_gradient_kernel(
             expected + wide[:, None] * width + inner[None, :],
             mask=((through_chosen != 0) | (through_floor != 0))[:, None] & in_width[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
+        e *= tl.load(expected_scale + rows, mask=present, other=0.0)[:, None]
         y = tl.load(response_ids + rows, mask=present, other=0).to(tl.int64)
         w = tl.load(head + y[:, None] * stride_head + inner[None, :], mask=on_floor, other=0.0).to(tl.float32)
         total += c[:, None] * e - through_floor[:, None] * w
@@ -68,9 +71,9 @@ def support_gradient_kernel(
 
 
 def hidden_gradient(
-    head: Tensor, support: Tensor, response_ids: Tensor, terms: TokenTerms, scale: Tensor, expected: Tensor | None
+    head: Tensor, support: Tensor, response_ids: Tensor, terms: TokenTerms, scale: Tensor, expected: ExpectedRows | None
 ) -> Tensor:
-    """(N, H) in the storage dtype of the head; ``scale`` () or (N,) float32; ``expected`` e (N, H) or None."""
+    """(N, H) in the storage dtype of the head; ``scale`` () or (N,) float32; ``expected`` e or None."""
     n_rows, k_support = support.shape
     width = head.shape[1]
     gradient = torch.empty((n_rows, width), dtype=storage_dtype(head.dtype), device=head.device)
@@ -82,7 +85,8 @@ def hidden_gradient(
     support_gradient_kernel[(ceil_div(n_rows, rows), ceil_div(width, inner))](
         head, support, response_ids,
         terms.support_scale if terms.support_weight is None else terms.support_weight, terms.support_scale,
-        terms.chosen_weight, terms.floor_weight, scale, gradient if expected is None else expected, gradient,
+        terms.chosen_weight, terms.floor_weight, scale, gradient if expected is None else expected.rows,
+        scale if expected is None else expected.scale, gradient,
         n_rows, k_support, head.shape[0], width, head.stride(0), scale.stride(0) if scale.dim() == 1 else 0,
         ROWS=rows, ENTRIES=entries, INNER=inner,
         SUPPORT=terms.support_weight is not None, DENSE=expected is not None, num_warps=warps,

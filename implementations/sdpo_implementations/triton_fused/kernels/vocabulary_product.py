@@ -3,7 +3,8 @@
 One persistent kernel; what becomes of a tile of logits is its epilogue:
 
 * ``statistics``: the tile's row maxima and sums of exponentials alone, for the logsumexp;
-* ``exponentials``: these, and exp(logit - tile maximum) into a buffer that holds some rows of the vocabulary;
+* ``exponentials``: these, and -exp(logit - shift) into a buffer that holds some rows of the vocabulary. The
+  shift is the row's reference, one for all tiles, unless the tile's maximum lies too far above it;
 * ``logits``: these, the float32 logits into a buffer, and the maximum of every SUBTILE columns;
 * ``gradient``: given each row's logsumexp, the gradient of the loss with respect to the logits, dense part.
 """
@@ -119,11 +120,11 @@ def _store_tile(
 
 @triton.jit(
     do_not_specialize=["n_rows", "column_start", "column_end"],
-    do_not_specialize_on_alignment=["counted", "response_ids", "row_max", "log_sum"],
+    do_not_specialize_on_alignment=["counted", "response_ids", "row_max", "log_sum", "reference"],
 )
 def vocabulary_product_kernel(
     hidden, head, counted, tile_max, tile_sum, buffer, subtile_max,
-    row_max, log_sum, chosen_weight, floor_weight, scale, response_ids,
+    row_max, log_sum, chosen_weight, floor_weight, scale, response_ids, reference, most_above,
     n_rows, column_start, column_end, width, stride_hidden, stride_head, stride_buffer, stride_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     SUBTILE: tl.constexpr, EPILOGUE: tl.constexpr, MASKED: tl.constexpr,
@@ -194,6 +195,9 @@ def vocabulary_product_kernel(
                     _store_tile(buffer, logits, row0, column0, n_rows, stride_buffer, ROWS, COLUMNS, DESCRIPTORS, True)
                 else:
                     maximum = tl.max(logits, 1)
+                if EPILOGUE == "exponentials":
+                    common = tl.load(reference + rows, mask=present, other=0.0)
+                    maximum = tl.where(maximum - common <= most_above, common, maximum)
                 # Subtract, then scale: a logit of 1e4 keeps its low bits.
                 finite = tl.where(maximum == float("-inf"), 0.0, maximum)
                 exponentials = tl.exp2((logits - finite[:, None]) * LOG2_E)
@@ -202,7 +206,7 @@ def vocabulary_product_kernel(
                 tl.store(tile_sum + statistic, tl.sum(exponentials, 1), mask=present)
                 if EPILOGUE == "exponentials":
                     _store_tile(
-                        buffer, exponentials.to(STORED), row0, column0, n_rows, stride_buffer,
+                        buffer, (-exponentials).to(STORED), row0, column0, n_rows, stride_buffer,
                         ROWS, COLUMNS, DESCRIPTORS, False,
                     )  # fmt: skip
         elif EPILOGUE == "gradient":
@@ -257,7 +261,7 @@ def _launch(
         tensors.get("tile_max", unused), tensors.get("tile_sum", unused), place,
         tensors.get("subtile_max", unused), tensors.get("row_max", unused), tensors.get("log_sum", unused),
         tensors.get("chosen_weight", unused), tensors.get("floor_weight", unused), scale,
-        tensors.get("response_ids", unused),
+        tensors.get("response_ids", unused), tensors.get("reference", unused), tensors.get("most_above", 0.0),
         n_rows, columns[0], columns[1], width, hidden.stride(0), head.stride(0),
         buffer.stride(0), scale.stride(0) if scale.dim() == 1 else 0,
         ROWS=tiles.rows, COLUMNS=tiles.columns, INNER=tiles.inner, GROUP=tiles.group,
@@ -286,13 +290,24 @@ def tile_statistics(hidden: Tensor, head: Tensor, tiles: Tiling, counted: Tensor
 
 
 def tile_exponentials(
-    hidden: Tensor, head: Tensor, tiles: Tiling, counted: Tensor | None, buffer: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    tiles: Tiling,
+    counted: Tensor,
+    reference: Tensor,
+    most_above: float,
+    buffer: Tensor,
 ) -> TileStatistics:
-    """The same, and exp(logit - tile maximum) into ``buffer`` (N, whole tiles)."""
+    """The same, and -exp(logit - shift) into ``buffer`` (N, whole tiles).
+
+    A tile's shift, which stands among the maxima, is the row's ``reference`` (N,) float32, or its maximum
+    where that lies more than ``most_above`` above the reference.
+    """
     statistics = _empty_statistics(hidden, head.shape[0], tiles)
     _launch(
         "exponentials", hidden, head, tiles, (0, head.shape[0]), counted,
         tile_max=statistics.maxima, tile_sum=statistics.sums, buffer=buffer,
+        reference=reference, most_above=most_above,
     )  # fmt: skip
     return statistics
 
