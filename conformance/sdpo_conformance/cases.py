@@ -81,9 +81,7 @@ class LossCase:
 
     def rows(self, keep: Tensor) -> LossCase:
         """The case with only the batch rows ``keep`` (int64), in that order."""
-        changes = {
-            key: value[keep].contiguous() for key, value in self.tensors().items() if key != "lm_head_weight"
-        }
+        changes = {key: value[keep].contiguous() for key, value in self.tensors().items() if key != "lm_head_weight"}
         return self.with_fields(**changes)
 
     def to_fused(self) -> LossCase:

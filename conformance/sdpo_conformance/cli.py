@@ -20,9 +20,7 @@ app = typer.Typer(
 
 Implementation = Annotated[
     str,
-    typer.Argument(
-        metavar="IMPL", help="module, module:object, path/to/file.py, reference, triton_fused, defect:NAME"
-    ),
+    typer.Argument(metavar="IMPL", help="module, module:object, path/to/file.py, reference, triton_fused, defect:NAME"),
 ]
 Profile = Annotated[str, typer.Option(help="quick, default, thorough or fuzz")]
 Seed = Annotated[int, typer.Option(help="reproduces a run")]
@@ -46,12 +44,8 @@ def run_command(
         list[str] | None, typer.Option(help="a requirement or family, such as IS-2 or IS (repeatable)")
     ] = None,
     jobs: Annotated[int, typer.Option(help="worker processes; 0: one per core, at most 8")] = 0,
-    call_timeout: Annotated[
-        float, typer.Option(help="seconds one call of the implementation may take")
-    ] = 120.0,
-    out: Annotated[
-        Path | None, typer.Option(help="folder for results; default .sdpo-conformance/IMPL")
-    ] = None,
+    call_timeout: Annotated[float, typer.Option(help="seconds one call of the implementation may take")] = 120.0,
+    out: Annotated[Path | None, typer.Option(help="folder for results; default .sdpo-conformance/IMPL")] = None,
     json: Annotated[Path | None, typer.Option(help="also write results.json here")] = None,
     junit: Annotated[Path | None, typer.Option(help="also write JUnit XML here")] = None,
 ) -> None:
@@ -110,9 +104,7 @@ def explain(
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="the adapter to write")] = Path(
-        "sdpo_adapter.py"
-    ),
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="the adapter to write")] = Path("sdpo_adapter.py"),
 ) -> None:
     """Write a ten-line adapter that makes your loss callable by the suite."""
     from sdpo_conformance.adapter_template import write_adapter

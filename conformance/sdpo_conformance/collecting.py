@@ -29,12 +29,8 @@ def collect(run: Any) -> None:
     records = read_records(folder)
     ordered = [records[record_key(entry["requirement"], entry["entry"])] for entry in plan]
     order = list(load_all())
-    ordered.sort(
-        key=lambda record: (list(Capability).index(Capability(record.entry)), order.index(record.requirement))
-    )
-    dtypes = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "dtypes").glob("*.json"))
-    ]
+    ordered.sort(key=lambda record: (list(Capability).index(Capability(record.entry)), order.index(record.requirement)))
+    dtypes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "dtypes").glob("*.json"))]
     results = results_of(
         run.implementation,
         ordered,
@@ -63,9 +59,7 @@ def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> R
         pid = json.loads(running.read_text(encoding="utf-8"))["pid"]
         path = run.folder / "crashes" / f"{pid}.log"
         log = path.read_text(encoding="utf-8") if path.exists() else ""
-    error = ImplementationError(
-        cause_of_death(log, entry, running.exists()), "\n".join(log.splitlines()[:12])
-    )
+    error = ImplementationError(cause_of_death(log, entry, running.exists()), "\n".join(log.splitlines()[:12]))
     case = running.with_suffix(".safetensors")
     if case.exists():
         error.case = LossCase.load(case)

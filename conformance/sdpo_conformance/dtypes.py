@@ -51,9 +51,7 @@ def is_refusal(error: ImplementationError, dtype: str) -> bool:
         "half",
         "precision",
     )
-    return any(f"raised {kind}" in error.summary for kind in REFUSALS) and any(
-        word in text for word in mentions
-    )
+    return any(f"raised {kind}" in error.summary for kind in REFUSALS) and any(word in text for word in mentions)
 
 
 def tiny_case(dtype: str, entry: Capability) -> LossCase:

@@ -191,9 +191,7 @@ def incoming_gradient(case: LossCase, entry: Capability, output: Tensor) -> Tens
     return torch.full_like(output, case.incoming)
 
 
-def gradients_of(
-    loss_input: Any, case: LossCase, entry: Capability, output: Tensor
-) -> dict[str, Tensor | None]:
+def gradients_of(loss_input: Any, case: LossCase, entry: Capability, output: Tensor) -> dict[str, Tensor | None]:
     """Backward through one output; gradients by field as float64 on the CPU."""
     leaves = [getattr(loss_input, key) for key in case.differentiable]
     with implementation_errors("backward"):
@@ -240,9 +238,7 @@ def evaluate(
     if gradient:
         gradients = gradients_of(loss_input, case, entry, differentiable_output(result, entry))
     with implementation_errors(entry.value):
-        frozen = {
-            key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in result.items()
-        }
+        frozen = {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in result.items()}
         touched = touched_inputs(case, loss_input)
     return Outcome(frozen, gradients, touched)
 

@@ -57,9 +57,7 @@ def failure_of(
         found["words"] = describe(case)
         found["observed"] = save_observed(folder, key, case, outcome)
         other = error.extra.get("other") if isinstance(error, Disagreement) else None
-        found["reproduction"] = write_reproduction(
-            folder, key, target, device, requirement, entry, found, case, other
-        )
+        found["reproduction"] = write_reproduction(folder, key, target, device, requirement, entry, found, case, other)
     else:
         found["words"] = error.extra.get("words", "") if isinstance(error, Disagreement) else ""
         if isinstance(error, Disagreement) and "reproduction" in error.extra:

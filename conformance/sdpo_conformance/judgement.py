@@ -66,9 +66,7 @@ def scalar_disagreement(key: str, expectation: Expectation, outcome: Outcome) ->
     got = outcome.number(key)
     if got.shape != expectation.value.shape:
         if got.numel() != 1 or expectation.value.dim() != 0:
-            raise ImplementationError(
-                f"{key} has shape {tuple(got.shape)}, expected {tuple(expectation.value.shape)}"
-            )
+            raise ImplementationError(f"{key} has shape {tuple(got.shape)}, expected {tuple(expectation.value.shape)}")
         got = got.reshape(())
     excess, where = worst(expectation, got)
     if excess <= 1:

@@ -36,9 +36,7 @@ class Implementation:
 def load_implementation(target: str) -> Implementation:
     """Import ``target`` and see what it offers; raises LoadingError. ``sys.exit`` at import included."""
     found = _find(target)
-    offered = tuple(
-        capability for capability in Capability if callable(getattr(found, capability.value, None))
-    )
+    offered = tuple(capability for capability in Capability if callable(getattr(found, capability.value, None)))
     if not offered:
         names = ", ".join(capability.value for capability in SIGNATURES)
         raise LoadingError(
@@ -83,9 +81,7 @@ def _defect(name: str) -> Any:
     try:
         return defects.load(name)
     except KeyError:
-        raise LoadingError(
-            f"no catalogued defect {name!r}; 'sdpo-conformance defects' lists the names"
-        ) from None
+        raise LoadingError(f"no catalogued defect {name!r}; 'sdpo-conformance defects' lists the names") from None
 
 
 def _from_file(path: Path) -> Any:
@@ -123,9 +119,7 @@ def _import(name: str, target: str) -> Any:
             ) from None
         except TypeError as error:
             if name.startswith("."):
-                raise LoadingError(
-                    f"{target} is a relative module name; give the full dotted path"
-                ) from error
+                raise LoadingError(f"{target} is a relative module name; give the full dotted path") from error
             raise
 
 
@@ -150,6 +144,4 @@ class _import_errors:
         if isinstance(error, SyntaxError) and error.filename:
             where = f"{Path(error.filename).name}:{error.lineno}"
         text = " ".join(str(error).split()) or "no message"
-        raise LoadingError(
-            f"importing {self.target} raised {type(error).__name__} at {where}: {text[:300]}"
-        ) from error
+        raise LoadingError(f"importing {self.target} raised {type(error).__name__} at {where}: {text[:300]}") from error

@@ -63,9 +63,7 @@ class Session:
         import torch
 
         if not torch.cuda.is_available():
-            raise LoadingError(
-                "--device=cuda: torch sees no CUDA device here; use --device=cpu, or run on a GPU box"
-            )
+            raise LoadingError("--device=cuda: torch sees no CUDA device here; use --device=cpu, or run on a GPU box")
 
     def check_claims(self) -> None:
         from sdpo_conformance.loading import LoadingError
@@ -78,9 +76,7 @@ class Session:
                 f"{self.target} claims the devices {', '.join(claims.devices)} in SDPO_CLAIMS; name one with --device"
             )
         if unknown := sorted(set(claims.expected_failures) - set(load_all())):
-            raise LoadingError(
-                f"{self.target}: SDPO_CLAIMS expects failures of unknown requirements {unknown}"
-            )
+            raise LoadingError(f"{self.target}: SDPO_CLAIMS expects failures of unknown requirements {unknown}")
 
     def arm(self, seconds: float) -> None:
         """Leave a trace of crashes and hangs; one thread, because workers share the cores."""
@@ -111,15 +107,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--profile", default="default", choices=list(PROFILES), help="how many examples")
     group.addoption("--seed", default=0, type=int, help="reproduces a run")
     group.addoption("--device", default="cpu", help="cpu, cuda or cuda:N")
-    group.addoption(
-        "--dtype", action="append", choices=list(DTYPES), help="judge only in this dtype (repeatable)"
-    )
+    group.addoption("--dtype", action="append", choices=list(DTYPES), help="judge only in this dtype (repeatable)")
     group.addoption("--only", action="append", help="a requirement or a family, such as IS (repeatable)")
     group.addoption("--out", default="", help="folder for results; default .sdpo-conformance/IMPL")
     group.addoption("--jobs", default=0, type=int, help="worker processes; 0: one per core, at most 8")
-    group.addoption(
-        "--call-timeout", default=120.0, type=float, help="seconds one call of the implementation may take"
-    )
+    group.addoption("--call-timeout", default=120.0, type=float, help="seconds one call of the implementation may take")
 
 
 def jobs_for(asked: int, device: str) -> int:
@@ -152,9 +144,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     offered = metafunc.config.stash[SESSION].implementation.offered
     entries = [entry for entry in found.capabilities if entry in offered]
-    metafunc.parametrize(
-        "subject", entries or [None], ids=[e.value for e in entries] or ["absent"], indirect=True
-    )
+    metafunc.parametrize("subject", entries or [None], ids=[e.value for e in entries] or ["absent"], indirect=True)
 
 
 @pytest.hookimpl(trylast=True)
@@ -238,6 +228,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         status, reason = (Status.EXPECTED_FAILURE, expected) if expected else (Status.FAILED, "")
     except pytest.skip.Exception as skipped:
         status, reason, error = Status.NOT_JUDGED, str(skipped.msg), skipped
+    except Exception as bug:
+        status, error = Status.INTERNAL_ERROR, bug
+        reason = f"{type(bug).__name__}: {bug}"[:500]
     tally = subject.tally
     record = Record(
         requirement=found.id,
@@ -261,7 +254,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         pytest.xfail(reason)
     if status is Status.UNEXPECTED_PASS:
         pytest.fail(f"{found.id} passed, but SDPO_CLAIMS says: {expected}", pytrace=False)
-    if isinstance(error, pytest.skip.Exception):
+    if isinstance(error, pytest.skip.Exception) or status is Status.INTERNAL_ERROR:
+        assert error is not None
         raise error
     if error is not None:
         pytest.fail(f"{found.id}: {found.statement}\n{failure['summary']}", pytrace=False)
@@ -272,12 +266,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """In the controlling process, put the records together."""
     run = session.config.stash.get(SESSION, None)
-    if (
-        run is None
-        or run.worker
-        or session.config.option.collectonly
-        or not (run.folder / "plan.json").exists()
-    ):
+    if run is None or run.worker or session.config.option.collectonly or not (run.folder / "plan.json").exists():
         return
     from sdpo_conformance.collecting import collect
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """``examples`` that Hypothesis draws per requirement and entry; ``shrink_seconds`` spent on making a
-    failure small; ``requirement_seconds`` after which a slow implementation gets no more examples."""
+    """Per requirement and entry: ``visits`` to each kind of each dimension of the input space, the ``costly``
+    sizes among them or not, and ``examples`` that Hypothesis draws. ``shrink_seconds`` are spent on making a
+    failure small; after ``requirement_seconds`` a slow implementation gets no more examples."""
 
     name: str
+    visits: int
+    costly: bool
     examples: int
     shrink_seconds: float
     requirement_seconds: float
@@ -20,9 +23,9 @@ class Profile:
 PROFILES: Mapping[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("quick", 25, 2.0, 20.0),
-        Profile("default", 100, 4.0, 90.0),
-        Profile("thorough", 500, 20.0, 600.0),
-        Profile("fuzz", 10_000, 60.0, 7200.0),
+        Profile("quick", 1, False, 10, 2.0, 20.0),
+        Profile("default", 2, True, 50, 4.0, 90.0),
+        Profile("thorough", 10, True, 400, 20.0, 600.0),
+        Profile("fuzz", 100, True, 10_000, 60.0, 7200.0),
     )
 }

@@ -185,9 +185,7 @@ class Claims:
         if dtypes is not None:
             names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
             if not names or (bad := [name for name in names if name not in DTYPES]):
-                raise ValueError(
-                    f"SDPO_CLAIMS['dtypes'] must name some of {list(DTYPES)}, got {bad if names else []}"
-                )
+                raise ValueError(f"SDPO_CLAIMS['dtypes'] must name some of {list(DTYPES)}, got {bad if names else []}")
             dtypes = names
         devices = declared.get("devices")
         steps = declared.get("max_steps_per_batch")
@@ -195,8 +193,7 @@ class Claims:
             raise ValueError(f"SDPO_CLAIMS['max_steps_per_batch'] must be a positive integer, got {steps!r}")
         failures = declared.get("expected_failures") or {}
         if not isinstance(failures, Mapping) or not all(
-            isinstance(key, str) and isinstance(reason, str) and reason.strip()
-            for key, reason in failures.items()
+            isinstance(key, str) and isinstance(reason, str) and reason.strip() for key, reason in failures.items()
         ):
             raise ValueError("SDPO_CLAIMS['expected_failures'] must map requirement ids to non-empty reasons")
         return cls(

@@ -25,6 +25,7 @@ class Status(StrEnum):
     EXPECTED_FAILURE = "expected failure"
     UNEXPECTED_PASS = "unexpected pass"
     NOT_JUDGED = "not judged"
+    INTERNAL_ERROR = "internal error"
 
 
 BAD = (Status.FAILED, Status.UNEXPECTED_PASS)

@@ -88,6 +88,15 @@ for name in {differentiable}:
     gradient = getattr(loss_input, name).grad
     judge(f"gradient.{{name}}", None if gradient is None else gradient / 2)
 """,
+    "backward_twice": """\
+loss_input = fresh_input()
+output = call(loss_input)[{output!r}]
+leaves = [getattr(loss_input, name) for name in {differentiable}]
+incoming = stored["incoming"].to(output)
+torch.autograd.grad(output, leaves, incoming, retain_graph=True, allow_unused=True)
+for name, gradient in zip({differentiable}, torch.autograd.grad(output, leaves, incoming, allow_unused=True)):
+    judge(f"gradient.{{name}}", gradient)
+""",
     "no_grad": """\
 with torch.no_grad():
     result = call(fresh_input())
@@ -157,9 +166,7 @@ def write_reproduction(
     expected = expectations(case, entry)
     fields = list(case.tensors())
     output = "divergence" if entry is Capability.DIVERGENCE else "loss"
-    body = BODIES[failure["probe"]].format(
-        differentiable=list(case.differentiable), fields=fields, output=output
-    )
+    body = BODIES[failure["probe"]].format(differentiable=list(case.differentiable), fields=fields, output=output)
     program = (
         environment()
         .get_template("reproduction.py.jinja")

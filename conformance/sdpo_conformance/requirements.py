@@ -126,9 +126,7 @@ def selected(ids: Mapping[str, Requirement], only: tuple[str, ...]) -> set[str]:
         wanted = name.strip().upper()
         matches = {id for id, entry in ids.items() if wanted in (id, entry.family)}
         if not matches:
-            raise ValueError(
-                f"no requirement or family {name!r}; families: {', '.join(FAMILIES)}; ids look like IS-2"
-            )
+            raise ValueError(f"no requirement or family {name!r}; families: {', '.join(FAMILIES)}; ids look like IS-2")
         found |= matches
     return found
 

@@ -30,11 +30,7 @@ def start_afresh(folder: Path) -> None:
         raise ValueError(f"{folder} is a file; name a folder for the results with --out")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
-            raise ValueError(
-                f"{folder} holds files that no run of this suite wrote; name another folder with --out"
-            )
+            raise ValueError(f"{folder} holds files that no run of this suite wrote; name another folder with --out")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text(
-        "Written by sdpo-conformance; the next run of the same implementation empties it.\n"
-    )
+    (folder / MARKER).write_text("Written by sdpo-conformance; the next run of the same implementation empties it.\n")

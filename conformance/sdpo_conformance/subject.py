@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import HypothesisException
 from hypothesis.strategies import SearchStrategy
 
 from sdpo_conformance.cases import LossCase, recorded_cases
@@ -19,7 +20,9 @@ from sdpo_conformance.judgement import Disagreement, compare
 from sdpo_conformance.profiles import Profile
 from sdpo_conformance.protocol import DTYPES, Capability, Claims
 from sdpo_conformance.requirements import Requirement
-from sdpo_conformance.strategies import Corner, loss_cases
+from sdpo_conformance.strategies import Corner, build_case, loss_cases, visits
+from sdpo_conformance.strategies.loss import ShapeOf
+from sdpo_conformance.strategies.source import SeededSource
 from sdpo_conformance.tolerances import Expectations, expectations
 
 
@@ -88,20 +91,32 @@ class Subject:
 
     # --- running examples ---
 
-    def for_all(self, corner: Corner, check: Callable[[LossCase], object], share: float = 1.0) -> None:
-        """Run ``check`` on every recorded case within ``corner`` and on drawn ones; ``share`` of the profile's
-        examples. Raises the failure on the smallest example found."""
+    def for_all(
+        self,
+        corner: Corner,
+        check: Callable[[LossCase], object],
+        share: float = 1.0,
+        shape_of: ShapeOf | None = None,
+    ) -> None:
+        """Run ``check`` within ``corner``: on every recorded case, on a visit to each kind of each field, and on
+        drawn cases, ``share`` of the profile's number. Raises the failure on the smallest example found."""
         self._smallest = None
-        dtypes = self.torch_dtypes
-        for case in recorded_within(corner, self.entry, tuple(dtypes)):
-            self.tally.recorded += 1
-            try:
+        dtypes, within = self.torch_dtypes, corner
+        try:
+            for case in recorded_within(corner, self.entry, tuple(dtypes)):
+                self.tally.recorded += 1
                 self._attempt(check, case)
-            except (Disagreement, ImplementationError):
-                break
-            except Enough:
-                break
-        self._draw(loss_cases(corner, self.entry, dtypes), check, share)
+            for round_ in range(self.profile.visits):
+                for number, visit in enumerate(visits(corner, self.profile.costly)):
+                    source = SeededSource(f"{self.seed}/{round_}/{number}")
+                    within = visit
+                    self._attempt(check, build_case(source, visit, self.entry, dtypes, shape_of))
+            within = corner
+        except (Disagreement, ImplementationError):
+            pass
+        except Enough:
+            return self._raise_smallest()
+        self._draw(loss_cases(within, self.entry, dtypes, shape_of), check, share)
 
     def given(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float = 1.0) -> None:
         """Run ``check`` on drawn examples and raise the failure on the smallest."""
@@ -127,6 +142,13 @@ class Subject:
             pass
         except (Disagreement, ImplementationError):
             pass
+        except (HypothesisException, BaseExceptionGroup):
+            # An implementation that is not repeatable: what it did wrong once stands.
+            if self._smallest is None:
+                raise
+        self._raise_smallest()
+
+    def _raise_smallest(self) -> None:
         if self._smallest is not None:
             raise self._smallest[1]
 
@@ -253,9 +275,7 @@ def admits(corner: Corner, case: LossCase) -> bool:
     if training.kl_reg_weight != 0 and "on" not in corner.anchor:
         return False
     alpha_kind = {0.0: "zero", 1.0: "one"}.get(training.alpha, "inside")
-    if alpha_kind not in corner.alpha and not (
-        alpha_kind == "inside" and set(corner.alpha) - {"zero", "one"}
-    ):
+    if alpha_kind not in corner.alpha and not (alpha_kind == "inside" and set(corner.alpha) - {"zero", "one"}):
         return False
     mask = loss_input.response_mask.double()
     if not bool((mask == 1).all()) and set(corner.mask) <= {"full"}:

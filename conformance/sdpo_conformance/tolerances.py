@@ -113,9 +113,7 @@ def token_errors(case: LossCase) -> TokenErrors:
     logprobs = z - truth.logsumexp.unsqueeze(-1)
     softmax = logprobs.exp()
     finite_logprobs = torch.where(logprobs.isinf(), 0.0, logprobs)
-    logsumexp_error = (softmax * z_error).sum(-1, keepdim=True) + eps_z * (
-        truth.logsumexp.abs().unsqueeze(-1) + 2
-    )
+    logsumexp_error = (softmax * z_error).sum(-1, keepdim=True) + eps_z * (truth.logsumexp.abs().unsqueeze(-1) + 2)
     l_error = z_error + logsumexp_error + eps_z * (finite_logprobs.abs() + 2)
     chosen_error = l_error.gather(-1, y.unsqueeze(-1)).squeeze(-1)
     onehot = torch.zeros_like(softmax).scatter_(-1, y.unsqueeze(-1), 1.0)
@@ -139,9 +137,7 @@ def token_errors(case: LossCase) -> TokenErrors:
     d_rounding = chosen_error + eps_base * torch.nan_to_num(base.abs() + d.abs(), posinf=0.0)
     near_clamp = ((truth.chosen - base).abs() - RATIO_LOG_CLAMP).abs() <= 8 * d_rounding
     k3_error = torch.where(outside & ~near_clamp, 0.0, torch.expm1(d).abs() * d_rounding)
-    k3_error = (
-        k3_error + eps_base * (d.exp() + 1 + d.abs()) + torch.where(outside, 0.0, d.exp() * d_rounding**2)
-    )
+    k3_error = k3_error + eps_base * (d.exp() + 1 + d.abs()) + torch.where(outside, 0.0, d.exp() * d_rounding**2)
     k3_slope_error = d.exp() * d_rounding + eps_base * (d.exp() + 1)
     k3_slope_error = torch.where(outside & ~near_clamp, 0.0, k3_slope_error)
     k3_slope_error = k3_slope_error + torch.where(near_clamp, torch.expm1(d).abs(), 0.0)
@@ -205,21 +201,17 @@ def _divergence_errors(
     curved = (1 - alpha) * q * teacher_share * q_error**2 + alpha * p * (1 - teacher_share) * p_error**2
     moved = q * (1 - alpha) * student_log.abs() * q_error + alpha * p * teacher_log.abs() * p_error
     of_alpha = (p * teacher_log).sum(-1).abs() + (q * student_log).sum(-1).abs()
-    d_error = (2 * eps * terms + moved + curved).sum(-1) + eps * (
-        alpha * 1.0 if alpha < 0.5 else 1.0
-    ) * of_alpha
+    d_error = (2 * eps * terms + moved + curved).sum(-1) + eps * (alpha * 1.0 if alpha < 0.5 else 1.0) * of_alpha
 
-    slope_error = (1 - alpha) * (
-        eps * (log_q.abs() + log_m.abs() + 2) + teacher_share * (q_error + p_error)
-    ) + eps * (alpha if alpha < 0.5 else 1.0) * student_log.abs()
+    slope_error = (1 - alpha) * (eps * (log_q.abs() + log_m.abs() + 2) + teacher_share * (q_error + p_error)) + eps * (
+        alpha if alpha < 0.5 else 1.0
+    ) * student_log.abs()
     slope = divergence.slope.abs()
     push, push_error = q * slope, q * (slope_error + slope * (q_error + eps))
     on_floor = divergence.on_floor.unsqueeze(-1)
     all_push, all_push_error = push.sum(-1, keepdim=True), push_error.sum(-1, keepdim=True)
     at_support = push_error + torch.where(on_floor, 0.0, q * (all_push_error + all_push * (q_error + eps)))
-    everywhere = softmax * (
-        all_push_error + torch.where(on_floor, all_push * (l_error + eps), eps * all_push)
-    )
+    everywhere = softmax * (all_push_error + torch.where(on_floor, all_push * (l_error + eps), eps * all_push))
     return d_error, everywhere.scatter_add(-1, support, at_support)
 
 
@@ -257,9 +249,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
         except RuntimeError:
             attainable = False
     factor = HALF_FACTOR if half else FLOAT_FACTOR
-    floating = [
-        t.dtype for key, t in case.tensors().items() if t.is_floating_point() and key != "response_mask"
-    ]
+    floating = [t.dtype for key, t in case.tensors().items() if t.is_floating_point() and key != "response_mask"]
     smallest = max(SMALLEST[dtype] for dtype in floating)
     eps = max(torch.finfo(dtype).eps for dtype in floating)
 
@@ -272,9 +262,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
     if divergence_only:
         per_token = expect(truth.per_token, errors.divergence, eager.per_token if eager else None)
         incoming = divergence_incoming(case).unsqueeze(-1)
-        logits_gradient = incoming * _signed_divergence_gradient(
-            truth, indices(case.loss_input.teacher_indices)
-        )
+        logits_gradient = incoming * _signed_divergence_gradient(truth, indices(case.loss_input.teacher_indices))
         gradients = _input_gradients(
             case,
             logits_gradient,
@@ -295,9 +283,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
 
     weight = truth.weight
     ratio_relative = errors.ratio + errors.weight + 2 * eps
-    distill_error = (
-        weight * truth.ratio * (errors.divergence + truth.per_token.abs() * ratio_relative)
-    ).sum()
+    distill_error = (weight * truth.ratio * (errors.divergence + truth.per_token.abs() * ratio_relative)).sum()
     k3_error = (weight * (errors.k3 + truth.k3.abs() * (errors.weight + 2 * eps))).sum()
     loss_error = distill_error + abs(training.kl_reg_weight) * k3_error + eps * truth.distill_loss.abs()
     results = {
@@ -333,9 +319,7 @@ def _signed_divergence_gradient(truth: LossTruth, support: Tensor) -> Tensor:
 def _clip_fraction(case: LossCase, errors: TokenErrors, factor: float) -> Expectation:
     truth, training = case.truth, case.training
     old = upcast(case.loss_input.old_student_logprobs)
-    log_ratio = torch.where(truth.weight != 0, truth.chosen - old, 0.0).clamp(
-        -RATIO_LOG_CLAMP, RATIO_LOG_CLAMP
-    )
+    log_ratio = torch.where(truth.weight != 0, truth.chosen - old, 0.0).clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)
     margin = CAP_MARGIN * errors.ratio.clamp(min=1e-15)
     above = log_ratio - math.log(training.is_clip)
     surely = (truth.weight * (above > margin)).sum()

@@ -5,7 +5,7 @@ The first kind of each field is the one that examples shrink to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -39,12 +39,19 @@ class Corner:
 
     def but(self, **changes: Any) -> Corner:
         """This corner with fields replaced; a single kind may be given bare."""
-        return replace(
-            self, **{key: value if isinstance(value, tuple) else (value,) for key, value in changes.items()}
-        )
+        return replace(self, **{key: value if isinstance(value, tuple) else (value,) for key, value in changes.items()})
 
 
 NEUTRAL = Corner()
+
+TALL = (17, 33, 65, 131, 40, 257, 67, 301, 1025)
+"""Responses past tiles of 16 to 1024 tokens."""
+
+WIDE = (257, 1000, 1537, 2500, 4099, 1025, 8209, 513, 33001, 777, 70001)
+"""Vocabularies past tiles of 256 to 65536, none a multiple of anything."""
+
+MANY = (65, 100, 129, 257, 1025)
+"""Supports past tiles of 64 to 1024."""
 
 EVERYTHING = Corner(
     alpha=("half", "inside", "near_zero", "near_one", "zero", "one"),
@@ -58,3 +65,23 @@ EVERYTHING = Corner(
     incoming=(1.0, 1.0, -0.5, 3.0),
 )
 """Every kind that a MUST may ask for at once."""
+
+
+EXPANDED = {"tall": TALL, "wide": WIDE, "many": MANY}
+COSTLY = (1025, 8209, 33001, 70001)
+"""Sizes that a quick run leaves to chance."""
+
+
+def visits(corner: Corner, costly: bool) -> list[Corner]:
+    """``corner`` once for each kind of each of its fields, so that no kind is left to chance; the kinds that
+    stand for a list of sizes once for each of them."""
+    found = []
+    for dimension in fields(corner):
+        kinds: tuple[Any, ...] = getattr(corner, dimension.name)
+        for kind in dict.fromkeys(kinds):
+            if kind in EXPANDED:
+                sizes = [size for size in EXPANDED[kind] if costly or size not in COSTLY]
+                found += [corner.but(**{dimension.name: f"{kind}:{size}"}) for size in sizes]
+            elif len(kinds) > 1:
+                found.append(corner.but(**{dimension.name: kind}))
+    return found

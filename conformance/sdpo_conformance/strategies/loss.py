@@ -1,14 +1,15 @@
-"""Building loss inputs: Hypothesis draws the structure, a seeded generator fills in the numbers.
+"""Building loss inputs: a source chooses the structure, a seeded generator fills in the numbers.
 
-Examples so shrink to small shapes and plain kinds; what a kind means for the numbers stands here once.
+Hypothesis's examples so shrink to small shapes and plain kinds; what a kind means for the numbers stands here
+once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from hypothesis import strategies as st
@@ -18,9 +19,8 @@ from torch import Tensor
 from sdpo_conformance.cases import Layout, LossCase
 from sdpo_conformance.execution import is_fused_entry
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
-from sdpo_conformance.strategies.corners import Corner
-
-Kind = TypeVar("Kind")
+from sdpo_conformance.strategies.corners import MANY, TALL, WIDE, Corner
+from sdpo_conformance.strategies.source import HypothesisSource, Source
 
 ALPHAS: dict[str, tuple[float, ...]] = {
     "half": (0.5,),
@@ -41,12 +41,6 @@ KL_WEIGHTS = (0.1, 1.0, 0.01, 2.5)
 FLOOR_TARGETS = (-17.5, -19.4, -15.0, -21.0, -25.0)
 """log of the support's mass, on both sides of log 1e-8 = -18.42 and never within rounding of it."""
 
-WIDE = (257, 1000, 1537, 2500, 4099, 1025, 8209, 513, 33001, 777, 70001)
-"""Vocabularies past tiles of 256 to 65536, none a multiple of anything."""
-
-TALL = (17, 33, 65, 130, 40, 257, 66, 1025)
-"""Responses past tiles of 16 to 1024 tokens."""
-
 MIXES = ("uniform", "upstream", "float32_sides")
 """Half precision with everything in it; with float32 old log-probs and mask, as CLaaS's trainer has it; with
 only the logits in half precision."""
@@ -63,32 +57,31 @@ class Shape:
     h: int
 
 
-def pick(draw: DrawFn, kinds: Sequence[Kind]) -> Kind:
-    """One of ``kinds``; shrinks to the first."""
-    return draw(st.sampled_from(list(kinds)))
+ShapeOf = Callable[[Source], Shape]
 
 
-def draw_shape(draw: DrawFn, corner: Corner, fused: bool) -> Shape:
+def draw_shape(source: Source, corner: Corner, fused: bool) -> Shape:
     """Small shapes mostly; tall ones cross tiles of tokens, wide ones tiles of the vocabulary."""
-    size, support = pick(draw, corner.size), pick(draw, corner.support)
-    b = draw(st.integers(1, 3))
+    size, _, length = source.pick(corner.size).partition(":")
+    support, _, members = source.pick(corner.support).partition(":")
+    b = source.integer(1, 3)
     if size == "tall":
-        b, t = min(b, 2), pick(draw, TALL)
+        b, t = min(b, 2), int(length) if length else source.pick(TALL)
     else:
-        t = draw(st.integers(1, 5))
+        t = source.integer(1, 5)
     if support == "many":
-        k = pick(draw, (65, 100, 129, 257, 1025))
-        v = k + draw(st.integers(3, 70))
+        k = int(members) if members else source.pick(MANY)
+        v = k + source.integer(3, 70)
         t = min(t, 3 if k > 200 else 33)
     elif support == "whole":
-        k = v = draw(st.integers(2, 40))
+        k = v = source.integer(2, 40)
     else:
-        k = 1 if support == "one" else draw(st.integers(2, 8))
-        v = k + draw(st.integers(2, 40))
+        k = 1 if support == "one" else source.integer(2, 8)
+        v = k + source.integer(2, 40)
     if size == "wide" and support != "whole":
-        v = max(v, pick(draw, WIDE))
+        v = max(v, int(length) if length else source.pick(WIDE))
         b, t = (1, min(t, 2)) if v > 5000 else (b, min(t, 3))
-    h = pick(draw, (8, 4, 17, 33, 65)) if fused else 0
+    h = source.pick((8, 4, 17, 33, 65)) if fused else 0
     return Shape(b, t, v, k, h)
 
 
@@ -112,17 +105,15 @@ class Numbers:
         return torch.randint(bound, shape, generator=self.generator)
 
 
-def draw_per_token(
-    draw: DrawFn, numbers: Numbers, kinds: Sequence[str], b: int, t: int
-) -> tuple[list[str], Tensor]:
+def draw_per_token(source: Source, numbers: Numbers, kinds: Sequence[str], b: int, t: int) -> tuple[list[str], Tensor]:
     """Kinds by token: all tokens of one kind, one token apart, or mixed. Returns the kinds and, per token, an
     index into them."""
     unique = list(dict.fromkeys(kinds))
-    first = draw(st.sampled_from(unique))
-    pattern = pick(draw, ("all", "one", "mixed"))
+    first = source.pick(unique)
+    pattern = source.pick(("all", "one", "mixed"))
     index = torch.full((b, t), unique.index(first))
     if len(unique) > 1 and pattern == "one":
-        other = draw(st.sampled_from([kind for kind in unique if kind != first]))
+        other = source.pick([kind for kind in unique if kind != first])
         index.view(-1)[int(numbers.below(b * t, 1))] = unique.index(other)
     elif len(unique) > 1 and pattern == "mixed":
         index = numbers.below(len(unique), b, t)
@@ -138,24 +129,24 @@ def by_kind(kinds: list[str], index: Tensor, values: dict[str, Tensor]) -> Tenso
 
 
 def draw_logits(
-    draw: DrawFn, numbers: Numbers, corner: Corner, shape: Shape, dtype: torch.dtype
+    source: Source, numbers: Numbers, corner: Corner, shape: Shape, dtype: torch.dtype
 ) -> tuple[Tensor, float]:
     """(B, T, V) float64 student logits before hot tokens and offsets, and the offset common to a token."""
-    kind = pick(draw, corner.logits)
+    kind = source.pick(corner.logits)
     half16 = dtype == torch.float16
     scale = {"flat": 0.05, "peaked": 2.0 if half16 else 5.0}.get(kind, 1.0 if half16 else 1.5)
     logits = scale * numbers.normal(shape.b, shape.t, shape.v)
-    if draw(st.booleans()):
+    if source.pick((False, True)):
         logits = (logits * 8).round() / 8
     offset = 0.0
     if kind == "large":
         largest = {torch.bfloat16: 256.0, torch.float16: 1000.0}.get(dtype, 1e4)
-        offset = pick(draw, (largest, -largest))
+        offset = source.pick((largest, -largest))
     return logits, offset
 
 
 def draw_teacher(
-    draw: DrawFn,
+    source: Source,
     numbers: Numbers,
     corner: Corner,
     shape: Shape,
@@ -165,26 +156,26 @@ def draw_teacher(
 ) -> tuple[Tensor, Tensor]:
     """Teacher log-probs and indices, (B, T, K): the top-k of a distribution related to the student's."""
     half16 = dtype == torch.float16
-    scale = (0.5 if half16 else 1.5) * pick(draw, (1.0, 0.2, 2.0))
-    if "equal" in corner.logits and pick(draw, (True, False)):
+    scale = (0.5 if half16 else 1.5) * source.pick((1.0, 0.2, 2.0))
+    if "equal" in corner.logits and source.pick((True, False)):
         scale = 0.0
     teacher = logits + scale * numbers.normal(*logits.shape)
-    if pick(draw, (False, True, False)):
-        edge = pick(draw, (0, shape.v - 1))
+    if source.pick((False, True, False)):
+        edge = source.pick((0, shape.v - 1))
         teacher[..., edge] = teacher.amax(-1) + 0.5
     if hot is not None:
         teacher.scatter_(-1, hot, -100.0)
     logprobs, support = torch.topk(teacher.log_softmax(-1), shape.k, dim=-1)
-    if pick(draw, (False, True)):
+    if source.pick((False, True)):
         order = numbers.uniform(0, 1, *logprobs.shape).argsort(-1)
         logprobs, support = logprobs.gather(-1, order), support.gather(-1, order)
     return logprobs, support
 
 
-def draw_response(draw: DrawFn, numbers: Numbers, corner: Corner, shape: Shape, support: Tensor) -> Tensor:
+def draw_response(source: Source, numbers: Numbers, corner: Corner, shape: Shape, support: Tensor) -> Tensor:
     """(B, T) response ids inside or outside the support, ids 0 and V - 1 more often than chance has them."""
     kinds, index = draw_per_token(
-        draw,
+        source,
         numbers,
         [k for k in corner.response if k != "either"] or ["inside", "outside"],
         shape.b,
@@ -192,7 +183,7 @@ def draw_response(draw: DrawFn, numbers: Numbers, corner: Corner, shape: Shape, 
     )
     member = torch.zeros(shape.b, shape.t, shape.v, dtype=torch.bool).scatter_(-1, support, True)
     liking = numbers.uniform(0, 1, shape.b, shape.t, shape.v)
-    if draw(st.booleans()):
+    if source.pick((False, True)):
         liking[..., 0] += 0.8
         liking[..., -1] += 0.8
     inside = torch.where(member, liking, -1.0).argmax(-1)
@@ -203,9 +194,9 @@ def draw_response(draw: DrawFn, numbers: Numbers, corner: Corner, shape: Shape, 
     return torch.where(wants_inside, inside, outside)
 
 
-def draw_mask(draw: DrawFn, numbers: Numbers, corner: Corner, b: int, t: int, side: torch.dtype) -> Tensor:
+def draw_mask(source: Source, numbers: Numbers, corner: Corner, b: int, t: int, side: torch.dtype) -> Tensor:
     """(B, T) in one of the dtypes that upstream accepts."""
-    kind = pick(draw, corner.mask)
+    kind = source.pick(corner.mask)
     whole: list[torch.dtype] = [side, torch.bool, torch.int64, torch.int32, torch.uint8]
     if kind == "full":
         mask = torch.ones(b, t, dtype=torch.float64)
@@ -223,7 +214,7 @@ def draw_mask(draw: DrawFn, numbers: Numbers, corner: Corner, b: int, t: int, si
     else:
         mask = (numbers.below(8, b, t) + 1).double() / (16 * b * t)
         return mask.to(side)
-    return mask.to(pick(draw, whole))
+    return mask.to(source.pick(whole))
 
 
 @st.composite
@@ -232,30 +223,39 @@ def loss_cases(
     corner: Corner,
     entry: Capability,
     dtypes: Sequence[torch.dtype],
-    shapes: st.SearchStrategy[Shape] | None = None,
+    shape_of: ShapeOf | None = None,
 ) -> LossCase:
-    """Cases for ``entry`` within ``corner``, in one of ``dtypes`` for logits or hidden states; ``shapes``
-    instead of those that the corner's size and support give."""
+    """``build_case`` as a Hypothesis strategy."""
+    return build_case(HypothesisSource(draw), corner, entry, dtypes, shape_of)
+
+
+def build_case(
+    source: Source,
+    corner: Corner,
+    entry: Capability,
+    dtypes: Sequence[torch.dtype],
+    shape_of: ShapeOf | None = None,
+) -> LossCase:
+    """A case for ``entry`` within ``corner``, in one of ``dtypes`` for logits or hidden states; ``shape_of``
+    instead of what the corner's size and support give."""
     fused = is_fused_entry(entry)
-    dtype = pick(draw, dtypes)
+    dtype = source.pick(dtypes)
     half = dtype in (torch.bfloat16, torch.float16)
     half16 = dtype == torch.float16
-    mix = pick(draw, MIXES) if half else "uniform"
+    mix = source.pick(MIXES) if half else "uniform"
     near = dtype if mix in ("uniform", "upstream") else torch.float32
     side = dtype if mix == "uniform" else torch.float32
-    shape = draw(shapes) if shapes is not None else draw_shape(draw, corner, fused)
+    shape = shape_of(source) if shape_of is not None else draw_shape(source, corner, fused)
     b, t = shape.b, shape.t
-    numbers = Numbers(draw(st.integers(0, 2**16)))
+    numbers = Numbers(source.integer(0, 2**16))
 
-    logits, offset = draw_logits(draw, numbers, corner, shape, dtype)
-    masses = [
-        kind for kind in corner.mass if not (half16 and kind in ("teacher_floor", "student_floor", "deep"))
-    ]
-    mass_kinds, mass = draw_per_token(draw, numbers, masses or ["normal"], b, t)
+    logits, offset = draw_logits(source, numbers, corner, shape, dtype)
+    masses = [kind for kind in corner.mass if not (half16 and kind in ("teacher_floor", "student_floor", "deep"))]
+    mass_kinds, mass = draw_per_token(source, numbers, masses or ["normal"], b, t)
     hot = None
     if "student_floor" in mass_kinds and shape.k < shape.v:
         hot = numbers.below(shape.v, 1).expand(b, t, 1)
-    tau, support = draw_teacher(draw, numbers, corner, shape, logits, hot, dtype)
+    tau, support = draw_teacher(source, numbers, corner, shape, logits, hot, dtype)
     at_floor = numbers.choice(FLOOR_TARGETS, b, t)
     height = torch.zeros(b, t, dtype=torch.float64)
     if hot is not None:
@@ -267,7 +267,7 @@ def loss_cases(
     if "teacher_floor" in mass_kinds:
         shift = at_floor - tau.logsumexp(-1)
         tau = tau + torch.where(mass == mass_kinds.index("teacher_floor"), shift, 0.0).unsqueeze(-1)
-    y = draw_response(draw, numbers, corner, shape, support)
+    y = draw_response(source, numbers, corner, shape, support)
     if "deep" in mass_kinds:
         deep = (mass == mass_kinds.index("deep")).unsqueeze(-1) & (support == y.unsqueeze(-1))
         tau = torch.where(deep, numbers.uniform(-40, -21, b, t).unsqueeze(-1), tau)
@@ -284,27 +284,25 @@ def loss_cases(
         z = leading["student_logits"].double()
     chosen = z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
-    is_clip = pick(
-        draw, IS_CLIPS[pick(draw, [k for k in corner.is_clip if not (half16 and k == "huge")] or ["default"])]
-    )
+    is_clip = source.pick(IS_CLIPS[source.pick([k for k in corner.is_clip if not (half16 and k == "huge")] or ["default"])])
     training = TrainingConfig(
-        alpha=pick(draw, ALPHAS[pick(draw, corner.alpha)]),
+        alpha=source.pick(ALPHAS[source.pick(corner.alpha)]),
         is_clip=is_clip,
-        kl_reg_weight=pick(draw, KL_WEIGHTS) if pick(draw, corner.anchor) == "on" else 0.0,
+        kl_reg_weight=source.pick(KL_WEIGHTS) if source.pick(corner.anchor) == "on" else 0.0,
     )
-    old = chosen - log_ratios(draw, numbers, corner, b, t, is_clip)
-    base = chosen - drifts(draw, numbers, corner, b, t, half16)
-    id_dtype = pick(draw, (torch.int64, torch.int64, torch.int32))
+    old = chosen - log_ratios(source, numbers, corner, b, t, is_clip)
+    base = chosen - drifts(source, numbers, corner, b, t, half16)
+    id_dtype = source.pick((torch.int64, torch.int64, torch.int32))
     fields = {
         "teacher_logprobs": tau.to(near),
         "teacher_indices": support.to(id_dtype),
         "base_logprobs": base.to(near),
-        "response_mask": draw_mask(draw, numbers, corner, b, t, side),
+        "response_mask": draw_mask(source, numbers, corner, b, t, side),
         "old_student_logprobs": old.to(side),
         "response_ids": y.to(id_dtype),
     }
     kind: Any = FusedSDPOLossInput if fused else SDPOLossInput
-    layout = cast(Layout, pick(draw, corner.layout))
+    layout = cast(Layout, source.pick(corner.layout))
     if layout == "expanded":
         for group in (leading, fields):
             for key, tensor in group.items():
@@ -313,8 +311,8 @@ def loss_cases(
     return LossCase(
         kind(training=training, **leading, **fields),
         layout=layout,
-        trainable_head=fused and pick(draw, corner.head) == "trainable",
-        incoming=pick(draw, corner.incoming),
+        trainable_head=fused and source.pick(corner.head) == "trainable",
+        incoming=source.pick(corner.incoming),
     )
 
 
@@ -341,9 +339,9 @@ def hidden_and_head(
     return {"student_hidden": hidden.to(dtype), "lm_head_weight": head.to(dtype)}
 
 
-def log_ratios(draw: DrawFn, numbers: Numbers, corner: Corner, b: int, t: int, is_clip: float) -> Tensor:
+def log_ratios(source: Source, numbers: Numbers, corner: Corner, b: int, t: int, is_clip: float) -> Tensor:
     """(B, T) l[y] - old before rounding to the dtype of old."""
-    kinds, index = draw_per_token(draw, numbers, corner.ratio, b, t)
+    kinds, index = draw_per_token(source, numbers, corner.ratio, b, t)
     log_cap = min(math.log(is_clip), 17.0)
     return by_kind(
         kinds,
@@ -360,9 +358,9 @@ def log_ratios(draw: DrawFn, numbers: Numbers, corner: Corner, b: int, t: int, i
     )
 
 
-def drifts(draw: DrawFn, numbers: Numbers, corner: Corner, b: int, t: int, half16: bool) -> Tensor:
+def drifts(source: Source, numbers: Numbers, corner: Corner, b: int, t: int, half16: bool) -> Tensor:
     """(B, T) l[y] - base before rounding; float16 cannot hold exp of more than 11."""
-    kinds, index = draw_per_token(draw, numbers, corner.drift, b, t)
+    kinds, index = draw_per_token(source, numbers, corner.drift, b, t)
     strong = numbers.choice((-1.0, 1.0), b, t) * numbers.uniform(3, 7 if half16 else 17, b, t)
     return by_kind(
         kinds,

@@ -39,11 +39,7 @@ def rank(subject: Subject, case: HeadCase, requires_grad: bool = False) -> tuple
     hidden, head = on_device(subject, case, requires_grad)
     with implementation_errors(subject.entry.value):
         found = subject.function(hidden, head, case.k)
-    if (
-        not isinstance(found, (tuple, list))
-        or len(found) != 2
-        or not all(isinstance(x, Tensor) for x in found)
-    ):
+    if not isinstance(found, (tuple, list)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
         raise ImplementationError(f"returned a {type(found).__name__}, expected (logprobs, indices)")
     logprobs, indices = found
     k = min(max(1, case.k), case.head.shape[0])

@@ -21,7 +21,7 @@ from sdpo_conformance.judgement import GRADIENT, Disagreement
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, TrainingConfig
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import EVERYTHING, NEUTRAL
-from sdpo_conformance.strategies.shapes import edge_cases
+from sdpo_conformance.strategies.shapes import ANY_DIVERGENCE, ANY_LOSS, edge_shape
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.entries import ALL
 
@@ -96,15 +96,13 @@ class ProductsOfShape(TorchDispatchMode):
 )
 def test_fus_3(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(
-            replace(case, trainable_head=True), (GRADIENT,), control=replace(case, trainable_head=False)
-        )
+        subject.agrees(replace(case, trainable_head=True), (GRADIENT,), control=replace(case, trainable_head=False))
         frozen = replace(case, trainable_head=False)
         loss_input = materialise(frozen, subject.device)
         output = differentiable_output(call_entry(subject.function, subject.entry, loss_input), subject.entry)
         head = tuple(loss_input.lm_head_weight.shape)
-        tokens = loss_input.response_ids.numel()
-        if len({*head, tokens}) < 3:
+        ids, support = loss_input.response_ids, loss_input.teacher_indices
+        if head[0] == head[1] or set(head) & {ids.numel(), *ids.shape, support.shape[-1]}:
             return
         watch = ProductsOfShape(head)
         with implementation_errors("backward"), watch:
@@ -192,6 +190,5 @@ def test_fus_5(subject: Subject) -> None:
     capabilities=FUSED,
 )
 def test_fus_6(subject: Subject) -> None:
-    dtypes = subject.torch_dtypes
-    below_one = subject.entry is Capability.DIVERGENCE
-    subject.given(edge_cases(subject.entry, dtypes, below_one), lambda case: subject.agrees(case, ALL))
+    corner = ANY_DIVERGENCE if subject.entry is Capability.DIVERGENCE else ANY_LOSS
+    subject.for_all(corner, lambda case: subject.agrees(case, ALL), shape_of=edge_shape)

@@ -53,9 +53,7 @@ def corner_of(subject: Subject) -> Any:
 )
 def test_grad_1(subject: Subject) -> None:
     corner = corner_of(subject).but(incoming=(0.25, -1.0, 3.0, 1000.0, 0.0))
-    subject.for_all(
-        corner, lambda case: subject.agrees(case, (GRADIENT,), control=replace(case, incoming=1.0))
-    )
+    subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,), control=replace(case, incoming=1.0)))
 
 
 @requirement(
@@ -128,9 +126,7 @@ def test_grad_3(subject: Subject) -> None:
 )
 def test_grad_4(subject: Subject) -> None:
     corner = corner_of(subject).but(layout=("transposed", "strided", "offset", "expanded"))
-    subject.for_all(
-        corner, lambda case: subject.agrees(case, ALL, control=replace(case, layout="contiguous"))
-    )
+    subject.for_all(corner, lambda case: subject.agrees(case, ALL, control=replace(case, layout="contiguous")))
 
 
 @requirement(
@@ -143,8 +139,7 @@ def test_grad_4(subject: Subject) -> None:
 )
 def test_grad_5(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        other = replace(case.rows(torch.arange(case.loss_input.response_ids.shape[0]).flip(0)), incoming=2.0)
-        other = other.with_training(is_clip=case.training.is_clip * 0.5)
+        other = unlike(case)
         if subject.expectations(case) is None or subject.expectations(other) is None:
             return
         inputs = [materialise(one, subject.device) for one in (case, other)]
@@ -159,6 +154,7 @@ def test_grad_5(subject: Subject) -> None:
                 found.secondary = alone_is_wrong(subject, one)
                 found.extra["other"] = other if one is case else case
                 raise found
+        same_graph_twice(subject, case)
         leaf_input = materialise(case, subject.device)
         for _ in range(2):
             output = output_of(subject, leaf_input)
@@ -166,9 +162,7 @@ def test_grad_5(subject: Subject) -> None:
                 output.backward(incoming_gradient(case, subject.entry, output))
         doubled = replace(case, incoming=2 * case.incoming)
         accumulated = {
-            key: None
-            if (grad := getattr(leaf_input, key).grad) is None
-            else grad.detach().to("cpu", torch.float64)
+            key: None if (grad := getattr(leaf_input, key).grad) is None else grad.detach().to("cpu", torch.float64)
             for key in case.differentiable
         }
         found = compare(doubled, subject.entry, Outcome({}, accumulated), (GRADIENT,))
@@ -252,6 +246,43 @@ def test_grad_7(subject: Subject) -> None:
 def same(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality, NaN equal to NaN."""
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def same_graph_twice(subject: Subject, case: LossCase) -> None:
+    """Backward twice through one graph: an error is an answer, another gradient is not."""
+    twice = replace(case, incoming=-0.5)
+    loss_input = materialise(twice, subject.device)
+    output = output_of(subject, loss_input)
+    leaves = [getattr(loss_input, key) for key in twice.differentiable]
+    incoming = incoming_gradient(twice, subject.entry, output)
+    try:
+        torch.autograd.grad(output, leaves, incoming, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(output, leaves, incoming, allow_unused=True)
+    except Exception:
+        return
+    gradients = {
+        key: None if gradient is None else gradient.detach().to("cpu", torch.float64)
+        for key, gradient in zip(twice.differentiable, found, strict=True)
+    }
+    wrong = compare(twice, subject.entry, Outcome({}, gradients), (GRADIENT,))
+    if wrong is not None:
+        wrong.probe, wrong.detail = "backward_twice", wrong.detail or "at the second backward through one graph"
+        wrong.secondary = alone_is_wrong(subject, twice)
+        raise wrong
+
+
+def unlike(case: LossCase) -> LossCase:
+    """A case of the same shapes and dtypes whose results and gradients all differ."""
+    fields = case.loss_input
+    tau = fields.teacher_logprobs
+    leading = "student_hidden" if case.fused else "student_logits"
+    other = case.with_fields(
+        **{leading: case.tensors()[leading] * 0.5},
+        teacher_logprobs=tau * 0.5,
+        base_logprobs=fields.base_logprobs - 0.5,
+        old_student_logprobs=fields.old_student_logprobs - 0.25,
+    )
+    return replace(other.with_training(is_clip=case.training.is_clip * 0.5), incoming=2.0)
 
 
 def output_of(subject: Subject, loss_input: Any) -> Tensor:

@@ -34,9 +34,7 @@ def judged(subject: Subject, corner: Corner, *aspects: str) -> None:
     capabilities=LOSSES,
 )
 def test_is_1(subject: Subject) -> None:
-    subject.for_all(
-        NEUTRAL.but(alpha=ANY_ALPHA), lambda case: subject.agrees(case, ("mean_is_ratio", *VALUE))
-    )
+    subject.for_all(NEUTRAL.but(alpha=ANY_ALPHA), lambda case: subject.agrees(case, ("mean_is_ratio", *VALUE)))
 
 
 @requirement(
@@ -54,16 +52,13 @@ def test_is_2(subject: Subject) -> None:
 @requirement(
     "IS-3",
     Level.MUST,
-    "the ratio is exp(new - old): larger where the current policy likes the token more than the behaviour "
-    "policy did",
+    "the ratio is exp(new - old): larger where the current policy likes the token more than the behaviour policy did",
     source=f"{SOURCE}: student_logprob_chosen - old_student_logprobs",
     why="inverted, the correction amplifies what it should damp",
     capabilities=LOSSES,
 )
 def test_is_3(subject: Subject) -> None:
-    judged(
-        subject, NEUTRAL.but(ratio=("below", "mild"), is_clip=("default", "high")), *VALUE, "mean_is_ratio"
-    )
+    judged(subject, NEUTRAL.but(ratio=("below", "mild"), is_clip=("default", "high")), *VALUE, "mean_is_ratio")
 
 
 @requirement(
@@ -142,9 +137,7 @@ def test_is_6(subject: Subject) -> None:
 )
 def test_is_7(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(
-            case, (GRADIENT,), control=replace(case, trainable_head=False).with_training(is_clip=1e-9)
-        )
+        subject.agrees(case, (GRADIENT,), control=replace(case, trainable_head=False).with_training(is_clip=1e-9))
         loss_input = materialise(case, subject.device)
         old = loss_input.old_student_logprobs.detach().requires_grad_()
         result = call_entry(subject.function, subject.entry, replace(loss_input, old_student_logprobs=old))

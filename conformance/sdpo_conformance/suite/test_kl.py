@@ -51,9 +51,7 @@ def test_kl_2(subject: Subject) -> None:
         if not got >= -float(expected.results["kl_reg"].bound):
             raise Disagreement("kl_reg", "at least 0", number(got), case=case, outcome=outcome)
 
-    subject.for_all(
-        NEUTRAL.but(anchor=("on", "off"), drift=("equal", "mild"), mask=("full", "ragged")), check
-    )
+    subject.for_all(NEUTRAL.but(anchor=("on", "off"), drift=("equal", "mild"), mask=("full", "ragged")), check)
 
 
 @requirement(
@@ -78,9 +76,7 @@ def test_kl_3(subject: Subject) -> None:
     capabilities=LOSSES,
 )
 def test_kl_4(subject: Subject) -> None:
-    corner = ANCHORED.but(
-        drift=("mild", "strong", "clamp_high", "clamp_low"), alpha=("zero", "half", "inside", "one")
-    )
+    corner = ANCHORED.but(drift=("mild", "strong", "clamp_high", "clamp_low"), alpha=("zero", "half", "inside", "one"))
     subject.for_all(
         corner, lambda case: subject.agrees(case, (GRADIENT,), control=case.with_training(kl_reg_weight=0.0))
     )
@@ -116,6 +112,4 @@ def test_kl_5(subject: Subject) -> None:
 )
 def test_kl_6(subject: Subject) -> None:
     corner = ANCHORED.but(ratio=("mild", "below", "above_cap"), response=("inside", "outside"))
-    subject.for_all(
-        corner, lambda case: subject.agrees(case, ("kl_reg", "loss", GRADIENT), control=at_base(case))
-    )
+    subject.for_all(corner, lambda case: subject.agrees(case, ("kl_reg", "loss", GRADIENT), control=at_base(case)))

@@ -144,8 +144,7 @@ def test_num_5(subject: Subject) -> None:
 @requirement(
     "NUM-6",
     Level.MUST,
-    "large logits (1e4 common to a token, and far negative ones off the support) neither overflow nor lose the "
-    "result",
+    "large logits (1e4 common to a token, and far negative ones off the support) neither overflow nor lose the result",
     source=f"{UPSTREAM}: log_softmax subtracts the maximum",
     why="a logsumexp without its maximum overflows from logits of 89 on",
     capabilities=DIVERGENCES,
@@ -206,11 +205,7 @@ def test_num_7(subject: Subject) -> None:
 )
 def test_num_8(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        fields = {
-            key: tensor[:, :0].contiguous()
-            for key, tensor in case.tensors().items()
-            if key != "lm_head_weight"
-        }
+        fields = {key: tensor[:, :0].contiguous() for key, tensor in case.tensors().items() if key != "lm_head_weight"}
         limit_is_met(subject, case.with_fields(**fields), case)
 
     subject.for_all(NEUTRAL.but(size="small"), check, share=0.1)

@@ -66,9 +66,7 @@ def test_red_2(subject: Subject) -> None:
     capabilities=LOSSES,
 )
 def test_red_3(subject: Subject) -> None:
-    subject.for_all(
-        BROAD.but(mask="empty"), lambda case: subject.agrees(case, ALL, control=full_mask(case)), share=0.5
-    )
+    subject.for_all(BROAD.but(mask="empty"), lambda case: subject.agrees(case, ALL, control=full_mask(case)), share=0.5)
 
 
 @requirement(

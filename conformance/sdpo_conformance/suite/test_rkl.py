@@ -31,8 +31,7 @@ def test_rkl_1(subject: Subject) -> None:
 @requirement(
     "RKL-2",
     Level.MUST,
-    "tau_y is -20 where y is outside the support, and the teacher's log-prob, however low or 0, where it is "
-    "inside",
+    "tau_y is -20 where y is outside the support, and the teacher's log-prob, however low or 0, where it is inside",
     source=LOOKUP,
     why="a floor by value, or a match recognised by a non-zero value, changes tokens inside the support",
     capabilities=LOSSES,
@@ -45,9 +44,7 @@ def test_rkl_2(subject: Subject) -> None:
         certain = case.with_fields(teacher_logprobs=torch.where(match, torch.zeros_like(tau), tau))
         subject.agrees(certain, VALUE, control=case.with_training(alpha=0.5))
 
-    corner = ONE.but(
-        mass=("deep", "normal"), response=("inside", "outside"), support=("few", "one", "many", "whole")
-    )
+    corner = ONE.but(mass=("deep", "normal"), response=("inside", "outside"), support=("few", "one", "many", "whole"))
     subject.for_all(corner, check, share=0.5)
 
 

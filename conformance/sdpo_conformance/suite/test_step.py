@@ -69,8 +69,7 @@ def test_step_4(subject: Subject) -> None:
 @requirement(
     "STEP-5",
     Level.MUST,
-    "teacher and base are the model with its adapter disabled: they do not move, and the teacher reads its "
-    "own prompt",
+    "teacher and base are the model with its adapter disabled: they do not move, and the teacher reads its own prompt",
     source=f"{SOURCE} and _build_self_teacher_topk: disable_adapter()",
     why="a teacher or an anchor that follows the student no longer holds it anywhere",
     capabilities=DISTILL,

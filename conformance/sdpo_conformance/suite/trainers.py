@@ -158,9 +158,7 @@ def judge_refusals(subject: Subject, level: Level) -> None:
             extra={"shows": "refusal", "scenario": scenario.name, "words": words},
         )
         changed = replace(scenario, training=bad.training)
-        disagreement.extra["reproduction"] = partial(
-            write_reproduction, changed, disagreement, samples=bad.samples
-        )
+        disagreement.extra["reproduction"] = partial(write_reproduction, changed, disagreement, samples=bad.samples)
         raise disagreement
 
 

@@ -1,0 +1,148 @@
+"""What an implementation does costs it the requirement, never the run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+ONLY = ["IS-2", "RED-6"]
+
+
+def failure(report: Any, requirement: str = "IS-2") -> str:
+    return next(r["failure"]["summary"] for r in report.failures if r["requirement"] == requirement)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise RuntimeError('no kernel image')", "raised RuntimeError: no kernel image"),
+        ("import sys; sys.exit(3)", "called sys.exit: 3"),
+        ("return None", "returned a NoneType, expected a mapping"),
+        ("return {'loss': 1.0}", "expected a tensor to differentiate"),
+        ("return {**right(i), 'loss': right(i)['loss'].detach()}", "carries no graph"),
+        ("return {**right(i), 'loss': right(i)['loss'].expand(2)}", "expected 0-dim"),
+        ("return {**right(i), 'loss': right(i)['loss'] * float('nan')}", "got nan"),
+    ],
+)
+def test_misbehaviour_is_a_verdict(judge: Any, body: str, words: str) -> None:
+    report = judge(f"def compute_sdpo_loss(i):\n    {body}\n", only=["IS-2"])
+    assert report.exit_status == 1
+    assert words in failure(report)
+
+
+def test_crashes_and_hangs_cost_one_requirement_each(judge: Any) -> None:
+    report = judge(
+        """
+        import os, time, ctypes
+        def compute_sdpo_loss(i):
+            if float(i.training.kl_reg_weight) and float(i.training.alpha) == 0.0:
+                time.sleep(1000)                                  # KL-4 draws alpha = 0 with an anchor
+            if i.student_logits.shape[1] == 0:
+                os._exit(9)                                       # NUM-8
+            if i.response_mask.double().sum() == 0:
+                ctypes.string_at(0)                               # RED-3: a segfault
+            return right(i)
+        """,
+        only=["KL-4", "RED-3", "NUM-8", "IS-1"],
+        call_timeout=6,
+    )
+    status = {record["requirement"]: record["status"] for record in report.results["records"]}
+    assert status == {"KL-4": "failed", "RED-3": "failed", "NUM-8": "failed", "IS-1": "passed"}
+    assert "did not return within" in failure(report, "KL-4")
+    assert "Segmentation fault" in failure(report, "RED-3")
+    assert "ended the process" in failure(report, "NUM-8")
+    hung = next(r["failure"] for r in report.failures if r["requirement"] == "KL-4")
+    assert "alpha=0" in hung["words"]
+    assert (report.folder / hung["reproduction"]).exists()
+
+
+def test_modified_inputs_and_missing_keys(judge: Any) -> None:
+    report = judge(
+        """
+        def compute_sdpo_loss(i):
+            result = right(i)
+            result.pop("clip_fraction")
+            i.old_student_logprobs.add_(1)
+            return result
+        """,
+        only=["GRAD-3", "RED-6", "RED-3"],
+    )
+    assert "no clip_fraction" in failure(report, "RED-6")
+    assert "old_student_logprobs after the call" in failure(report, "GRAD-3")
+    assert {r["requirement"] for r in report.failures} == {"GRAD-3", "RED-6"}
+
+
+def test_expected_failures_are_strict(judge: Any) -> None:
+    report = judge(
+        """
+        SDPO_CLAIMS = {"dtypes": ["float32"], "expected_failures": {"IS-2": "no ratio yet", "IS-1": "surely fails"}}
+        def compute_sdpo_loss(i):
+            i.old_student_logprobs = right.__globals__["torch"].zeros_like(i.old_student_logprobs) + 0 * 1
+            from types import SimpleNamespace
+            chosen = i.student_logits.float().log_softmax(-1).gather(-1, i.response_ids.long()[..., None])[..., 0]
+            return right(SimpleNamespace(**{**vars(i), "old_student_logprobs": chosen.detach()}))
+        """,
+        only=["IS-1", "IS-2", "GJS-1"],
+    )
+    status = {record["requirement"]: record["status"] for record in report.results["records"]}
+    assert status == {"IS-1": "unexpected pass", "IS-2": "expected failure", "GJS-1": "passed"}
+    assert report.exit_status == 1
+    assert "IS-1 passed although SDPO_CLAIMS expects failure" in str(report)
+
+
+def test_only_claimed_failures_end_with_status_0_but_do_not_conform(judge: Any) -> None:
+    report = judge(
+        """
+        SDPO_CLAIMS = {"expected_failures": {"RED-3": "empty batches never reach us"}}
+        def compute_sdpo_loss(i):
+            if i.response_mask.double().sum() == 0:
+                raise ValueError("empty batch")
+            return right(i)
+        """,
+        only=["RED-3", "IS-1"],
+    )
+    assert report.exit_status == 0
+    assert not report.conforming
+    assert "FAILS ONLY WHAT IT CLAIMS TO FAIL (RED-3)" in str(report)
+
+
+def test_a_clear_refusal_of_a_dtype_is_no_failure(judge: Any) -> None:
+    report = judge(
+        """
+        import torch
+        def compute_sdpo_loss(i):
+            if i.student_logits.dtype == torch.float16:
+                raise TypeError("float16 is not supported, use bfloat16")
+            return right(i)
+        """,
+        only=["NUM-2", "IS-2"],
+    )
+    assert report.exit_status == 0
+    assert report.results["run"]["dtypes"] == ["float32", "bfloat16"]
+    assert "float16 is not supported" in report.results["run"]["refused_dtypes"]["float16"]
+
+
+def test_a_wrong_half_precision_path_is_found(judge: Any) -> None:
+    report = judge(
+        """
+        import torch
+        from types import SimpleNamespace
+        def compute_sdpo_loss(i):
+            if i.student_logits.dtype == torch.bfloat16:
+                i = SimpleNamespace(**{**vars(i), "training": SimpleNamespace(
+                    alpha=i.training.alpha, is_clip=1e9, kl_reg_weight=i.training.kl_reg_weight)})
+            return right(i)
+        """,
+        only=["IS-5"],
+    )
+    assert {r["requirement"] for r in report.failures} == {"IS-5"}
+    assert "bfloat16" in report.failures[0]["failure"]["words"]
+
+
+def test_results_are_plain_json(judge: Any) -> None:
+    report = judge("def compute_sdpo_loss(i):\n    return {**right(i), 'loss': right(i)['loss'] * float('inf')}\n", only=["IS-1"])
+    text = (report.folder / "results.json").read_text()
+    assert json.loads(text) == dict(report.results)
+    assert "NaN" not in text.replace('"', "")
