@@ -247,7 +247,7 @@ def test_optimizer_archives_that_are_broken(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("[]", "expected a JSON object"),
-        ('{"is_clip": "five"}', "is_clip must be a number"),
+        ('{"is_clip": "five"}', "is_clip must be a finite number"),
         ('{"steps_per_batch": 0}', "positive whole number"),
         ('{"samples": 3}', "samples must be a list"),
         ('{"samples": [{"prompt_token_ids": [1], "response_token_ids": []}]}', "non-empty list of token ids"),

@@ -11,6 +11,8 @@ from typing import Any
 from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.files import parse_json, read_text
 
+_LARGEST = 1e15
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -63,11 +65,14 @@ def read_request(path: Path) -> RunRequest:
         value = settings.get(field.name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise AuditError(f"{where}: {field.name} must be a number, got {shown(repr(value))}")
-        if field.name == "steps_per_batch" and (value != value // 1 or value < 1):
-            raise AuditError(f"{where}: steps_per_batch must be a positive whole number, got {value}")
-        values[field.name] = value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+            raise AuditError(f"{where}: {field.name} must be a finite number, got {shown(repr(value))}")
+        if field.name == "steps_per_batch":
+            if value != value // 1 or value < 1:
+                raise AuditError(f"{where}: steps_per_batch must be a positive whole number, got {value}")
+            values[field.name] = int(value)
+        else:
+            values[field.name] = float(value)
     return RunRequest(path=path, training=TrainingSettings(**values), samples=_samples(document, where))
 
 

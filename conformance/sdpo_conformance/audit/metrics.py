@@ -367,10 +367,11 @@ def _has_metrics(row: Mapping[str, Any]) -> bool:
 def _whole(value: object) -> int | None:
     if isinstance(value, str) and value.strip().isdecimal() and len(value) < 16:
         return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return int(value) if math.isfinite(value) and value == int(value) else None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if all(math.isfinite(v) for v in values) else sum(values) / len(values)
+    """The mean; infinite, not an exception, where the sum overflows."""
+    return sum(values) / len(values)

@@ -56,7 +56,9 @@ def _visible_move(a: float, b: float, finest: float) -> float:
 def surprise(move: float, usual: float, finest: float) -> float:
     """Decades by which a move is smaller than usual, as far as the column can show it; never negative."""
     smallest = max(move, finest, 1e-300)
-    return max(0.0, math.log10(usual / smallest)) if usual > 0 else 0.0
+    if not (0 < usual < math.inf and smallest < math.inf):
+        return 0.0  # numbers whose difference overflows say nothing about standing still
+    return max(0.0, math.log10(usual) - math.log10(smallest))
 
 
 def _decimals(value: float) -> int:
