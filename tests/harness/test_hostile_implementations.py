@@ -142,7 +142,9 @@ def test_a_wrong_half_precision_path_is_found(judge: Any) -> None:
 
 
 def test_results_are_plain_json(judge: Any) -> None:
-    report = judge("def compute_sdpo_loss(i):\n    return {**right(i), 'loss': right(i)['loss'] * float('inf')}\n", only=["IS-1"])
+    report = judge(
+        "def compute_sdpo_loss(i):\n    return {**right(i), 'loss': right(i)['loss'] * float('inf')}\n", only=["IS-1"]
+    )
     text = (report.folder / "results.json").read_text()
     assert json.loads(text) == dict(report.results)
     assert "NaN" not in text.replace('"', "")

@@ -24,8 +24,14 @@ DEFECTS = {
         "    result = right(i)\n    if not torch.is_grad_enabled():\n        result['loss'] = result['loss'] * 2 + 1\n"
         "    return result\n",
     ),
-    "two_graphs": ("GRAD-5", "    result = right(i)\n    return {**result, 'kl_reg': BUFFER.copy_(result['kl_reg'])}\n"),
-    "repeat": ("GRAD-7", "    result = right(i)\n    return {**result, 'loss': result['loss'] * (1 + 1e-6 * torch.rand(()))}\n"),
+    "two_graphs": (
+        "GRAD-5",
+        "    result = right(i)\n    return {**result, 'kl_reg': BUFFER.copy_(result['kl_reg'])}\n",
+    ),
+    "repeat": (
+        "GRAD-7",
+        "    result = right(i)\n    return {**result, 'loss': result['loss'] * (1 + 1e-6 * torch.rand(()))}\n",
+    ),
 }
 PRELUDE = """
 import torch
@@ -51,9 +57,7 @@ def test_reproduces_and_is_silent_once_mended(judge: Any, probe: str, tmp_path: 
     shown = run_program(program)
     assert shown.returncode == 1, shown.stdout + shown.stderr
     assert shown.stdout.strip()
-    (tmp_path / "mine.py").write_text(
-        "from sdpo_implementations.reference.loss import compute_sdpo_loss\n"
-    )
+    (tmp_path / "mine.py").write_text("from sdpo_implementations.reference.loss import compute_sdpo_loss\n")
     mended = run_program(program)
     assert mended.returncode == 0, mended.stdout + mended.stderr
     assert "the defect is gone" in mended.stdout

@@ -1,0 +1,109 @@
+"""Finding an implementation: one line for every way to fail, exit status 2, nothing written elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from sdpo_conformance import RunError, run
+from sdpo_conformance.loading import LoadingError, load_implementation
+from sdpo_conformance.protocol import Capability
+
+
+def test_the_bundled_reference_offers_everything() -> None:
+    found = load_implementation("reference")
+    assert set(found.offered) == set(Capability)
+
+
+def test_an_object_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Loss:\n    @staticmethod\n    def compute_sdpo_loss(i): return {}\nloss = Loss()\n"
+    )
+    assert load_implementation(f"{tmp_path / 'mine.py'}:loss").offered == (Capability.LOSS,)
+
+
+def test_a_file_may_import_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "neighbour_of_mine.py").write_text("def compute_sdpo_loss(i): return {}\n")
+    (tmp_path / "mine.py").write_text("from neighbour_of_mine import compute_sdpo_loss\n")
+    assert load_implementation(str(tmp_path / "mine.py")).offered == (Capability.LOSS,)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("raise RuntimeError('no GPU driver')", r"raised RuntimeError at mine.py:1: no GPU driver"),
+        ("import sys; sys.exit(4)", r"raised SystemExit at mine.py:1: 4"),
+        ("def f(:", r"raised SyntaxError at mine.py:1"),
+        ("import no_such_dependency", r"raised ModuleNotFoundError at mine.py:1: No module named"),
+        ("x = 1", r"offers nothing conformance can call: looked for compute_sdpo_loss.*sdpo-conformance init"),
+        ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'dtype': 1}", r"unknown entries \['dtype'\]"),
+        ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'dtypes': ['float8']}", r"must name some of"),
+        ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'max_steps_per_batch': 0}", r"positive integer"),
+        ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'expected_failures': {'IS-2': ''}}", r"non-empty reasons"),
+    ],
+)
+def test_what_is_wrong_with_a_file(tmp_path: Path, source: str, words: str) -> None:
+    (tmp_path / "mine.py").write_text(source + "\n")
+    with pytest.raises(LoadingError, match=words) as raised:
+        load_implementation(str(tmp_path / "mine.py"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("no_such_module.loss", "no module 'no_such_module'.*searched.*--with"),
+        ("json:nothing", "has no attribute 'nothing'"),
+        ("nowhere/loss.py", r"nowhere/loss.py does not exist \(looked in"),
+        ("defect:no-such-defect", "no catalogued defect 'no-such-defect'"),
+        ("", "--impl is empty"),
+        (".relative", "relative"),
+    ],
+)
+def test_what_is_wrong_with_a_name(target: str, words: str) -> None:
+    with pytest.raises(LoadingError, match=words) as raised:
+        load_implementation(target)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(LoadingError, match=r"is a folder, expected a \.py file"):
+        load_implementation(f"{tmp_path}/")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_that_cannot_happen_says_why(here: Path) -> None:
+    with pytest.raises(RunError, match="no module 'no_such_module'"):
+        run("no_such_module.loss")
+    with pytest.raises(RunError, match="no requirement or family 'IZ'"):
+        run("reference", only=["IZ"])
+    with pytest.raises(RunError, match="no profile 'slow'"):
+        run("reference", profile="slow")
+    with pytest.raises(RunError, match="no dtype 'int8'"):
+        run("reference", dtypes=["int8"])
+
+
+def test_an_import_that_crashes_is_said_to(here: Path) -> None:
+    (here / "mine.py").write_text("import ctypes; ctypes.string_at(0)\n")
+    with pytest.raises(RunError, match="crashed the process \\(SIGSEGV\\)"):
+        run("mine.py")
+
+
+def test_a_foreign_folder_is_left_alone(here: Path) -> None:
+    (here / "results").mkdir()
+    (here / "results" / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(RunError, match="holds files that no run of this suite wrote"):
+        run("reference", out="results")
+    assert (here / "results" / "thesis.txt").read_text() == "irreplaceable"
+
+
+@pytest.mark.skipif("torch" in sys.modules and __import__("torch").cuda.is_available(), reason="has a GPU")
+def test_cuda_without_a_gpu(here: Path) -> None:
+    with pytest.raises(RunError, match="torch sees no CUDA device"):
+        run("reference", device="cuda")
