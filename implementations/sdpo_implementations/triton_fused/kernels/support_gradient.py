@@ -54,12 +54,12 @@ def support_gradient_kernel(
         through_chosen = tl.load(chosen_weight + rows, mask=present, other=0.0)
         through_floor = tl.load(floor_weight + rows, mask=present, other=0.0)
         on_floor = (through_floor != 0)[:, None] & in_width[None, :]
-        c = through_chosen + through_floor
+        needed = (through_chosen != 0) | (through_floor != 0)
+        c = (through_chosen + through_floor) * tl.load(expected_scale + rows, mask=needed, other=0.0)
         e = tl.load(
             expected + wide[:, None] * width + inner[None, :],
-            mask=((through_chosen != 0) | (through_floor != 0))[:, None] & in_width[None, :], other=0.0,
+            mask=needed[:, None] & in_width[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
-        e *= tl.load(expected_scale + rows, mask=present, other=0.0)[:, None]
         y = tl.load(response_ids + rows, mask=present, other=0).to(tl.int64)
         w = tl.load(head + y[:, None] * stride_head + inner[None, :], mask=on_floor, other=0.0).to(tl.float32)
         total += c[:, None] * e - through_floor[:, None] * w
