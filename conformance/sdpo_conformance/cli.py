@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sdpo_conformance.audit.command import audit
 from sdpo_conformance.running import RunError
 
 app = typer.Typer(
@@ -114,6 +115,9 @@ def init(
     except OSError as error:
         raise fail(error) from None
     print(f"wrote {path}; fill in the call and run: sdpo-conformance run {path}")
+
+
+app.command()(audit)
 
 
 def progress_bar() -> Any:
