@@ -13,7 +13,7 @@ DistillationTrainer.distill, kfallah/CLaaS at e2331f7.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,12 +88,17 @@ def clipped(gradient: Gradient, max_grad_norm: float) -> Gradient:
 
 
 def sample_loss(
-    model: Any, prepared: PreparedSample, behaviour: Tensor, training: TrainingConfig
+    model: Any,
+    prepared: PreparedSample,
+    behaviour: Tensor,
+    training: TrainingConfig,
+    read: Callable[[Any, Sequence[int], Sequence[int]], Tensor] = response_logits,
 ) -> tuple[LossTruth, Gradient]:
-    """One sample's loss and its gradient with respect to the adapter. ``behaviour`` (1, T)."""
+    """One sample's loss and its gradient with respect to the adapter. ``behaviour`` (1, T). ``read`` gives the
+    student's logits otherwise, for what is not the spec."""
     adapter = trainable(model)
     with torch.enable_grad():
-        logits = response_logits(model, prepared.sample.prompt_token_ids, prepared.sample.response_token_ids)
+        logits = read(model, prepared.sample.prompt_token_ids, prepared.sample.response_token_ids)
     truth = sdpo_loss(
         SDPOLossInput(
             student_logits=logits,

@@ -18,8 +18,8 @@ SOURCE = f"{UPSTREAM_TRAINER} DistillationTrainer.distill"
 @requirement(
     "STEP-1",
     Level.MUST,
-    "the first step's gradient has the ratio taken against the log-probs that the sampler recorded; against "
-    "the starting policy's own where it recorded none",
+    "the first step's gradient is that of the loss on the logits that predict the response, the ratio taken "
+    "against the log-probs that the sampler recorded, or the starting policy's own where it recorded none",
     source=f"{SOURCE}: behavior_logprobs = sample.response_logprobs",
     why="a sampler such as vLLM does not reproduce the trainer's log-probs: the ratio is what corrects that",
     capabilities=DISTILL,
@@ -69,7 +69,8 @@ def test_step_4(subject: Subject) -> None:
 @requirement(
     "STEP-5",
     Level.MUST,
-    "teacher and base are the model with its adapter disabled: they do not move, and the teacher reads its own prompt",
+    "teacher and base are the model with its adapter disabled: they do not move; the teacher reads its own "
+    "prompt and gives its min(max(1, teacher_top_k), V) most likely tokens",
     source=f"{SOURCE} and _build_self_teacher_topk: disable_adapter()",
     why="a teacher or an anchor that follows the student no longer holds it anywhere",
     capabilities=DISTILL,

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdpo_conformance.oracle.policy import PreparedSample, chosen, response_logits
+from sdpo_conformance.oracle.policy import PreparedSample, chosen, response_logits, teacher_topk
 from sdpo_conformance.oracle.step_loop import Gradient, StepTruth, clipped, mean_step, norm
 from sdpo_conformance.trainer.ground import Moment, Weights, upcast
+from sdpo_conformance.trainer.models import VOCABULARY
 
 Outcome = tuple[StepTruth, Gradient]
 """A step's metrics and unclipped gradient, and the gradient handed to the optimizer."""
@@ -87,22 +89,68 @@ def uncapped(moment: Moment) -> Outcome | None:
     return finished(moment, mean_step(moment.outcomes(training=training), training, moment.step))
 
 
-def fitted(logprobs: Tensor, length: int) -> Tensor:
+def padded(logprobs: Tensor, length: int) -> Tensor:
     """Another sample's log-probs, cut or padded with zeros to this one's length."""
     return torch.nn.functional.pad(logprobs[:, :length], (0, max(0, length - logprobs.shape[1])))
 
 
-def swapped(order: Callable[[int, int], int]) -> Callable[[Moment], Outcome | None]:
-    """Sample i reads the log-probs of sample order(i, N)."""
+def repeated(logprobs: Tensor, length: int) -> Tensor:
+    """Another sample's log-probs, cut or begun again."""
+    return logprobs.repeat(1, -(-length // logprobs.shape[1]))[:, :length]
+
+
+def swapped(
+    order: Callable[[int, int], int], fit: Callable[[Tensor, int], Tensor]
+) -> Callable[[Moment], Outcome | None]:
+    """Sample i reads the log-probs of sample order(i, N), made to fit its length."""
 
     def take(moment: Moment) -> Outcome | None:
         old = moment.behaviour()
         if len(old) == 1:
             return None
         count = len(old)
-        return against(moment, [fitted(old[order(i, count)], old[i].shape[1]) for i in range(count)])
+        return against(moment, [fit(old[order(i, count)], old[i].shape[1]) for i in range(count)])
 
     return take
+
+
+def behaviour_off_by(tokens: int) -> Callable[[Moment], Outcome | None]:
+    """Each token reads its neighbour's log-prob."""
+    return lambda moment: against(moment, [old.roll(tokens, 1) for old in moment.behaviour()])
+
+
+def behaviour_after_teacher_prompt(moment: Moment) -> Outcome | None:
+    """The current policy's log-probs, read after the teacher's prompt."""
+    model = moment.ground.at(moment.history[-1])
+    found = []
+    for one in moment.ground.prepared:
+        with torch.no_grad():
+            logits = response_logits(
+                model, one.sample.teacher_prompt_token_ids, one.sample.response_token_ids
+            )
+        found.append(chosen(logits, one.response_ids))
+    return against(moment, found)
+
+
+def student_off_by(tokens: int) -> Callable[[Moment], Outcome | None]:
+    """The student's logits at neighbouring positions."""
+
+    def read(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+        return response_logits(model, prompt, response).roll(tokens, 1)
+
+    def take(moment: Moment) -> Outcome | None:
+        return finished(moment, mean_step(moment.outcomes(read=read), moment.training, moment.step))
+
+    return take
+
+
+def student_unshifted(moment: Moment) -> Outcome | None:
+    """The student's logits at the response's own positions, each predicting the token after."""
+
+    def read(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+        return response_logits(model, [*prompt, response[0]], [*response[1:], response[-1]])
+
+    return finished(moment, mean_step(moment.outcomes(read=read), moment.training, moment.step))
 
 
 # --- teacher and anchor ---
@@ -135,6 +183,40 @@ def teacher_without_feedback(moment: Moment) -> Outcome | None:
     return with_prepared(moment, teacher_of(moment, off, "prompt_token_ids"))
 
 
+def teacher_off_by(tokens: int) -> Callable[[Moment], Outcome | None]:
+    """The teacher's support of the neighbouring token."""
+
+    def take(moment: Moment) -> Outcome | None:
+        moved = [
+            replace(
+                one,
+                teacher_logprobs=one.teacher_logprobs.roll(tokens, 1),
+                teacher_indices=one.teacher_indices.roll(tokens, 1),
+            )
+            for one in moment.ground.prepared
+        ]
+        return with_prepared(moment, moved)
+
+    return take
+
+
+def support_of(size: int) -> Callable[[Moment], Outcome | None]:
+    """A support of another size, where the config's is not that."""
+
+    def take(moment: Moment) -> Outcome | None:
+        model, samples = moment.ground.at(moment.history[0]), moment.ground.samples
+        if moment.ground.prepared[0].teacher_indices.shape[-1] == min(size, VOCABULARY):
+            return None
+        supports = [teacher_topk(model, sample, size) for sample in samples]
+        other = [
+            replace(one, teacher_logprobs=values, teacher_indices=indices)
+            for one, (values, indices) in zip(moment.ground.prepared, supports, strict=True)
+        ]
+        return with_prepared(moment, other)
+
+    return take
+
+
 def anchored_to(moment: Moment, base: Sequence[Tensor]) -> Outcome:
     """With the anchor switched off it shows in the metric alone."""
     prepared = [replace(one, base_logprobs=b) for one, b in zip(moment.ground.prepared, base, strict=True)]
@@ -151,6 +233,13 @@ def anchor_to_itself(moment: Moment) -> Outcome | None:
 
 def anchor_to_behaviour(moment: Moment) -> Outcome | None:
     return anchored_to(moment, moment.ground.recorded)
+
+
+def anchor_off_by(tokens: int) -> Callable[[Moment], Outcome | None]:
+    """Base log-probs of the neighbouring token."""
+    return lambda moment: anchored_to(
+        moment, [one.base_logprobs.roll(tokens, 1) for one in moment.ground.prepared]
+    )
 
 
 def anchor_to_teacher(moment: Moment) -> Outcome | None:
@@ -191,6 +280,20 @@ def gradient_kept(moment: Moment) -> Outcome | None:
     left = upcast(moment.left_over)
     step = moment.truth
     summed = {name: g + left.get(name, 0) for name, g in step.gradient.items()}
+    metrics = {**step.metrics, "grad_norm": float(norm(summed))}
+    return finished(moment, replace(step, gradient=summed, metrics=metrics))
+
+
+def gradient_partly_kept(moment: Moment) -> Outcome | None:
+    """Some tensors were not zeroed: those that look more like the sum than like this step's gradient."""
+    if moment.left_over is None or moment.handed is None:
+        return None
+    left, handed, step = upcast(moment.left_over), moment.handed, moment.truth
+    summed = {}
+    for name, g in step.gradient.items():
+        both = g + left.get(name, 0)
+        likeness = [float((handed[name] * one).sum() / one.norm().clamp(min=1e-300)) for one in (g, both)]
+        summed[name] = both if likeness[1] > likeness[0] else g
     metrics = {**step.metrics, "grad_norm": float(norm(summed))}
     return finished(moment, replace(step, gradient=summed, metrics=metrics))
 
@@ -259,25 +362,85 @@ MISTAKES: tuple[Mistake, ...] = (
         "next-sample",
         ("STEP-4",),
         "with the next sample's log-probs in the ratio",
-        swapped(lambda i, n: (i + 1) % n),
+        swapped(lambda i, n: (i + 1) % n, padded),
+    ),
+    Mistake(
+        "next-sample",
+        ("STEP-4",),
+        "with the next sample's log-probs in the ratio",
+        swapped(lambda i, n: (i + 1) % n, repeated),
     ),
     Mistake(
         "previous-sample",
         ("STEP-4",),
         "with the previous sample's log-probs in the ratio",
-        swapped(lambda i, n: (i - 1) % n),
+        swapped(lambda i, n: (i - 1) % n, padded),
+    ),
+    Mistake(
+        "previous-sample",
+        ("STEP-4",),
+        "with the previous sample's log-probs in the ratio",
+        swapped(lambda i, n: (i - 1) % n, repeated),
     ),
     Mistake(
         "last-sample",
         ("STEP-4",),
         "with the last sample's log-probs in every ratio",
-        swapped(lambda i, n: n - 1),
+        swapped(lambda i, n: n - 1, padded),
+    ),
+    Mistake(
+        "last-sample",
+        ("STEP-4",),
+        "with the last sample's log-probs in every ratio",
+        swapped(lambda i, n: n - 1, repeated),
     ),
     Mistake(
         "first-sample",
         ("STEP-4",),
         "with the first sample's log-probs in every ratio",
-        swapped(lambda i, n: 0),
+        swapped(lambda i, n: 0, padded),
+    ),
+    Mistake(
+        "first-sample",
+        ("STEP-4",),
+        "with the first sample's log-probs in every ratio",
+        swapped(lambda i, n: 0, repeated),
+    ),
+    Mistake(
+        "behaviour-token-early",
+        ("STEP-2",),
+        "with each token's predecessor's log-prob in the ratio",
+        behaviour_off_by(1),
+    ),
+    Mistake(
+        "behaviour-token-late",
+        ("STEP-2",),
+        "with each token's successor's log-prob in the ratio",
+        behaviour_off_by(-1),
+    ),
+    Mistake(
+        "behaviour-after-teacher-prompt",
+        ("STEP-2",),
+        "with log-probs read after the teacher's prompt in the ratio",
+        behaviour_after_teacher_prompt,
+    ),
+    Mistake(
+        "student-token-early",
+        ("STEP-1", "STEP-2"),
+        "of student logits one position too early",
+        student_off_by(1),
+    ),
+    Mistake(
+        "student-token-late",
+        ("STEP-1", "STEP-2"),
+        "of student logits one position too late",
+        student_off_by(-1),
+    ),
+    Mistake(
+        "student-unshifted",
+        ("STEP-1", "STEP-2"),
+        "of student logits without the one-token shift",
+        student_unshifted,
     ),
     Mistake(
         "teacher-with-adapter",
@@ -297,6 +460,17 @@ MISTAKES: tuple[Mistake, ...] = (
         "with a teacher that reads the student's prompt in place of its own",
         teacher_without_feedback,
     ),
+    Mistake("teacher-token-early", ("STEP-5",), "with a teacher one position too early", teacher_off_by(1)),
+    Mistake("teacher-token-late", ("STEP-5",), "with a teacher one position too late", teacher_off_by(-1)),
+    *(
+        Mistake(
+            f"support-of-{size}",
+            ("STEP-5",),
+            f"with a support of {size}, not of teacher_top_k",
+            support_of(size),
+        )
+        for size in (1, 5, 8, 10, 16, 20, 32, 50, 64, VOCABULARY)
+    ),
     Mistake(
         "anchor-to-start",
         ("STEP-5",),
@@ -313,6 +487,8 @@ MISTAKES: tuple[Mistake, ...] = (
         "anchor-to-behaviour", ("STEP-5",), "with the anchor at the sampler's log-probs", anchor_to_behaviour
     ),
     Mistake("anchor-to-teacher", ("STEP-5",), "with the anchor at the teacher", anchor_to_teacher),
+    Mistake("anchor-token-early", ("STEP-5",), "with an anchor one position too early", anchor_off_by(1)),
+    Mistake("anchor-token-late", ("STEP-5",), "with an anchor one position too late", anchor_off_by(-1)),
     Mistake(
         "pooled-tokens",
         ("STEP-7",),
@@ -331,6 +507,12 @@ MISTAKES: tuple[Mistake, ...] = (
         "of a sum over tokens, averaged over samples",
         shared_out(lambda lengths: [length / len(lengths) for length in lengths]),
     ),
+    Mistake(
+        "divided-again",
+        ("STEP-7",),
+        "of the mean over samples divided by their number once more",
+        shared_out(lambda lengths: [len(lengths) ** -2.0] * len(lengths)),
+    ),
     Mistake("last-sample-only", ("STEP-7",), "of the last sample alone", shared_out(only(-1))),
     Mistake("first-sample-only", ("STEP-7",), "of the first sample alone", shared_out(only(0))),
     Mistake(
@@ -338,6 +520,12 @@ MISTAKES: tuple[Mistake, ...] = (
         ("STEP-8",),
         "of this step plus the one the previous step left behind: it was not zeroed",
         gradient_kept,
+    ),
+    Mistake(
+        "gradient-partly-kept",
+        ("STEP-8",),
+        "of this step plus, in some tensors, the one the previous step left behind: they were not zeroed",
+        gradient_partly_kept,
     ),
     Mistake("not-clipped", ("STEP-8",), "without clipping to max_grad_norm", not_clipped),
     Mistake(

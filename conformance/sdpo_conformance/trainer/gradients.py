@@ -45,7 +45,7 @@ def judged_steps(observation: Observation, ground: Ground) -> Iterator[StepJudge
         )
         moment = Moment(ground, list(history), left_over)
         bounds = bounds_of(moment)
-        got = complete(upcast(step.gradient), moment)
+        got = moment.handed = complete(upcast(step.gradient), moment)
         excess, tensor = furthest(got, moment.gradient, bounds.gradient)
         judgement = StepJudgement(moment, bounds, excess, tensor)
         if judgement.wrong:
@@ -82,7 +82,7 @@ def explanation(
             continue
         scale = max(1.0, float(norm(outcome[1]) / norm(moment.gradient)))
         excess, _ = furthest(got, outcome[1], {name: scale * b for name, b in bounds.gradient.items()})
-        if excess <= best[0]:
+        if excess < best[0]:
             best = (excess, mistake, outcome)
             if mistake is suspected:
                 break

@@ -6,7 +6,7 @@ of those before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.oracle.loss import LossTruth
-from sdpo_conformance.oracle.policy import PreparedSample, prepare, recorded_logprobs, student_logprobs
+from sdpo_conformance.oracle.policy import (
+    PreparedSample,
+    prepare,
+    recorded_logprobs,
+    response_logits,
+    student_logprobs,
+)
 from sdpo_conformance.oracle.step_loop import (
     Gradient,
     StepTruth,
@@ -75,11 +81,13 @@ def ground_of(scenario: Scenario) -> Ground:
 @dataclass
 class Moment:
     """A step about to be taken: ``history`` holds the adapter's weights before each step up to this one,
-    ``left_over`` the gradient the previous step ended with (clipped), None at the first."""
+    ``left_over`` the gradient the previous step ended with (clipped), None at the first; ``handed`` the
+    gradient that the trainer handed to its optimizer, where one is to be explained."""
 
     ground: Ground
     history: Sequence[Weights]
     left_over: Weights | None = None
+    handed: Weights | None = None
     _own: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -106,12 +114,13 @@ class Moment:
         behaviour: Sequence[Tensor] | None = None,
         prepared: Sequence[PreparedSample] | None = None,
         training: TrainingConfig | None = None,
+        read: Callable[[Any, Sequence[int], Sequence[int]], Tensor] = response_logits,
     ) -> list[tuple[LossTruth, Gradient]]:
         """Each sample's loss and gradient at this step's weights; what is not given is as the spec has it."""
         behaviour = self.behaviour() if behaviour is None else behaviour
         model = self.ground.at(self.history[-1])
         return [
-            sample_loss(model, one, old, training or self.training)
+            sample_loss(model, one, old, training or self.training, read)
             for one, old in zip(prepared or self.ground.prepared, behaviour, strict=True)
         ]
 
