@@ -13,6 +13,7 @@ from torch import Tensor
 from sdpo_conformance.defects import trainer_variants as right
 from sdpo_conformance.defects.parts import Parts
 from sdpo_conformance.defects.trainer_variants import Prepared, Run, TrainerParts, logprobs, topk, trainer
+from sdpo_conformance.protocol import SDPOLossInput
 
 
 def do_nothing(run: Run) -> None:
@@ -359,7 +360,51 @@ class Sound:
         return right.distill(TrainerParts(), model, samples, training, torch.optim.AdamW)
 
 
+def padded_batch(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
+    """One forward for all samples, padded on the right; the ratio of later steps taken as 1 on purpose."""
+    right.accept(samples, training)
+    rows = [right.prepared(sample, next(model.parameters()).device) for sample in samples]
+    width = max(row.ids.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row.ids, (0, width - row.ids.shape[1])) for row in rows])
+    mask = torch.cat([torch.arange(width)[None] < row.ids.shape[1] for row in rows]).long()
+    run = Run(model, training, [p for p in model.parameters() if p.requires_grad], rows)
+    for row in rows:
+        row.base, row.support = right.base(run, row), right.teacher(run, row)
+    optimizer = optimizer_cls(model.named_parameters(), lr=torch.tensor(training.learning_rate))
+    for run.step in range(1, training.steps_per_batch + 1):
+        optimizer.zero_grad()
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        run.results = []
+        for row, scores in zip(rows, logits, strict=True):
+            end, length = row.ids.shape[1], row.response.shape[1]
+            z = scores[None, end - length - 1 : end - 1]
+            own = z.detach().log_softmax(-1).gather(-1, row.response[..., None])[..., 0]
+            row.behaviour = row.recorded if run.step == 1 and row.recorded is not None else own
+            run.results.append(right.right_loss(loss_input_of(row, z, training)))
+        total = torch.stack([result["loss"] for result in run.results]).mean()
+        total.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(run.parameters, training.max_grad_norm))
+        optimizer.step()
+        run.metrics.append(right.report(run, total.detach(), norm))
+    return {"per_step_metrics": run.metrics}
+
+
+def loss_input_of(row: Prepared, logits: Tensor, training: Any) -> SDPOLossInput:
+    """One row of a padded batch as a loss input."""
+    return SDPOLossInput(
+        student_logits=logits,
+        teacher_logprobs=row.support[0],
+        teacher_indices=row.support[1],
+        base_logprobs=row.base,
+        response_mask=torch.ones_like(row.base),
+        old_student_logprobs=row.behaviour,
+        response_ids=row.response,
+        training=training,
+    )
+
+
 SOUND: Mapping[str, Callable[..., Any]] = {
     "as it is": trainer(),
+    "padded batch": padded_batch,
     **{name: value.__func__ for name, value in vars(Sound).items() if isinstance(value, staticmethod)},
 }

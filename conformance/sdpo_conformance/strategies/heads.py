@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
+from hypothesis.strategies import DrawFn
 from torch import Tensor
 
 LENGTHS = (2, 3, 5, 7, 9, 12, 17)
@@ -52,8 +52,3 @@ def head_cases(draw: DrawFn, dtypes: Sequence[torch.dtype], lengths: Sequence[in
     head = torch.randn(vocabulary, width, generator=generator) * scale / math.sqrt(width)
     ids = torch.randint(0, vocabulary, (rows, length), generator=generator)
     return HeadCase(hidden.to(dtype), head.to(dtype), ids, k)
-
-
-def of_length(dtypes: Sequence[torch.dtype], lengths: Sequence[int]) -> SearchStrategy[HeadCase]:
-    """``head_cases`` as a strategy."""
-    return head_cases(dtypes, lengths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sdpo_conformance.protocol import DTYPES, Capability
 from sdpo_conformance.requirements import UPSTREAM_TRAINER, Level, requirement
-from sdpo_conformance.strategies.heads import LENGTHS, LONG, HeadCase, of_length
+from sdpo_conformance.strategies.heads import LENGTHS, LONG, HeadCase, head_cases
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.heads import compare, disagreement, score
 from sdpo_conformance.trainer.heads import response_logprobs
@@ -20,7 +20,7 @@ def judge(subject: Subject, lengths: tuple[int, ...], share: float = 1.0) -> Non
         expectation, got = response_logprobs(case), score(subject, case)
         compare(case, "log-prob", expectation, got, shifted(case, got))
 
-    subject.given(of_length([DTYPES[name] for name in subject.dtypes], lengths), check, share)
+    subject.given(head_cases([DTYPES[name] for name in subject.dtypes], lengths), check, share)
 
 
 def shifted(case: HeadCase, got: object) -> str:
@@ -70,7 +70,7 @@ def test_lp_3(subject: Subject) -> None:
         if score(subject, case, requires_grad=True).requires_grad:
             raise disagreement(case, "log-probs", "requires_grad False", "a tensor with a graph")
 
-    subject.given(of_length([DTYPES[name] for name in subject.dtypes], LENGTHS[:3]), check, 0.1)
+    subject.given(head_cases([DTYPES[name] for name in subject.dtypes], LENGTHS[:3]), check, 0.1)
 
 
 @requirement(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sdpo_conformance.protocol import DTYPES, Capability
 from sdpo_conformance.requirements import UPSTREAM_TRAINER, Level, requirement
-from sdpo_conformance.strategies.heads import LENGTHS, LONG, HeadCase, of_length
+from sdpo_conformance.strategies.heads import LENGTHS, LONG, HeadCase, head_cases
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.heads import compare, disagreement, rank
 from sdpo_conformance.trainer.heads import at, support_size, vocabulary_logprobs
@@ -52,7 +52,7 @@ def test_tk_1(subject: Subject) -> None:
         words = "off by one constant per token: normalised over something else" if several else ""
         compare(case, "log-prob", expectation, got, words)
 
-    subject.given(of_length(*strategy_share(subject)), check)
+    subject.given(head_cases(*strategy_share(subject)), check)
 
 
 @requirement(
@@ -81,7 +81,7 @@ def test_tk_2(subject: Subject) -> None:
                 f"token {int(found[b, t, k])} with {float(chosen.value[b, t, k]):.7g}",
             )
 
-    subject.given(of_length(*strategy_share(subject)), check)
+    subject.given(head_cases(*strategy_share(subject)), check)
 
 
 @requirement(
@@ -97,4 +97,4 @@ def test_tk_3(subject: Subject) -> None:
         if rank(subject, case, requires_grad=True)[0].requires_grad:
             raise disagreement(case, "log-probs", "requires_grad False", "a tensor with a graph")
 
-    subject.given(of_length([DTYPES[name] for name in subject.dtypes], LENGTHS[:3]), check, 0.1)
+    subject.given(head_cases([DTYPES[name] for name in subject.dtypes], LENGTHS[:3]), check, 0.1)

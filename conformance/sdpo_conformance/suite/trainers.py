@@ -23,6 +23,7 @@ from sdpo_conformance.trainer.scenarios import (
     SCENARIOS,
     UNRECORDED,
     Scenario,
+    in_dtype,
     reseeded,
     samples_of,
     within_claims,
@@ -49,10 +50,14 @@ def needs_steps(subject: Subject, steps: int) -> None:
 
 def scenarios(subject: Subject) -> Iterator[Scenario]:
     """The scenarios within the dtypes and claims of the run; other seeds in deeper profiles."""
-    float32 = "float32" in subject.dtypes or "float64" in subject.dtypes
-    chosen = (*SCENARIOS, UNRECORDED) if float32 else ()
-    if "bfloat16" in subject.dtypes or not chosen:
+    chosen: tuple[Scenario, ...] = ()
+    for name in ("float32", "float64"):
+        if name in subject.dtypes and not chosen:
+            chosen = tuple(in_dtype(scenario, name) for scenario in (*SCENARIOS, UNRECORDED))
+    if "bfloat16" in subject.dtypes:
         chosen = (*chosen, BFLOAT16)
+    if not chosen:
+        pytest.skip(f"no trainer is judged in {', '.join(subject.dtypes)}: only float32, float64 and bfloat16")
     rounds = max(1, subject.profile.examples // EXAMPLES_PER_ROUND)
     for index in range(rounds):
         for scenario in chosen:

@@ -48,25 +48,24 @@ class Precision:
     run_adapter: float
 
 
-PRECISIONS: Mapping[str, Precision] = {
-    "float32": Precision(
-        of_tensor=5e-4,
-        of_whole=1e-5,
-        metric_relative=2e-4,
-        metric_absolute=1e-5,
-        run_metrics=5e-3,
-        run_adapter=2e-2,
-    ),
-    "bfloat16": Precision(
-        of_tensor=5e-2,
-        of_whole=5e-3,
-        metric_relative=2e-2,
-        metric_absolute=1e-2,
-        run_metrics=0.1,
-        run_adapter=0.5,
-    ),
-}
-"""By the dtype of the base model."""
+SINGLE = Precision(
+    of_tensor=5e-4,
+    of_whole=1e-5,
+    metric_relative=2e-4,
+    metric_absolute=1e-5,
+    run_metrics=5e-3,
+    run_adapter=2e-2,
+)
+HALF = Precision(
+    of_tensor=5e-2,
+    of_whole=5e-3,
+    metric_relative=2e-2,
+    metric_absolute=1e-2,
+    run_metrics=0.1,
+    run_adapter=0.5,
+)
+PRECISIONS: Mapping[str, Precision] = {"float32": SINGLE, "float64": SINGLE, "bfloat16": HALF}
+"""By the dtype of the base model; models compute norms and rotations in float32 even in float64."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def bounds_of(moment: Moment) -> Bounds:
         for key, value in moment.truth.metrics.items()
         if key != "step"
     }
-    if spec.dtype != "float32":
+    if precision is HALF:
         eager_gradient, eager_metrics = eager_step(moment)
         for name, g in moment.gradient.items():
             gradient[name] += EAGER_FACTOR * float((eager_gradient[name] - g).norm())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -90,10 +91,17 @@ def write_reproduction(
 
 
 def literal(value: object) -> str:
-    """A Python literal of plain data on one line; NaN and infinity as float("...")."""
+    """A Python literal of plain data, an entry of a mapping per line."""
     text = json.dumps(value, default=str)
-    for json_name, python_name in (("null", "None"), ("true", "True"), ("false", "False")):
-        text = text.replace(f": {json_name}", f": {python_name}").replace(f"[{json_name}", f"[{python_name}")
-    for name in ("-Infinity", "Infinity", "NaN"):
-        text = text.replace(f" {name}", f' float("{name}")')
-    return text
+    if not text.startswith("{"):
+        return python(text)
+    entries = [f"    {json.dumps(key)}: {literal(item)}," for key, item in json.loads(text).items()]
+    return "\n".join(["{", *entries, "}"]) if entries else "{}"
+
+
+def python(text: str) -> str:
+    """JSON without mappings as a Python literal; NaN and infinity as float("...")."""
+    words = {"null": "None", "true": "True", "false": "False"}
+    words |= {name: f'float("{name}")' for name in ("-Infinity", "Infinity", "NaN")}
+    strings = re.compile(r'"(?:[^"\\]|\\.)*"|-?\b[A-Za-z]+\b')
+    return strings.sub(lambda found: words.get(found.group(), found.group()), text)

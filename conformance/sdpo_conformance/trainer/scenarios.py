@@ -139,6 +139,11 @@ def within_claims(scenario: Scenario, claims: Claims) -> Scenario:
     return replace(scenario, training=training, sampler="exact" if on_policy_only else scenario.sampler)
 
 
+def in_dtype(scenario: Scenario, dtype: str) -> Scenario:
+    """The scenario with its base in another dtype."""
+    return replace(scenario, model=replace(scenario.model, dtype=dtype))
+
+
 def reseeded(scenario: Scenario, offset: int) -> Scenario:
     """The scenario with other weights and tokens; itself at 0."""
     if offset == 0:

@@ -44,7 +44,7 @@ def update_findings(observation: Observation) -> Iterator[Finding]:
     at = dict(observation.start)
     for index, step in enumerate(observation.steps, start=1):
         for name, settings in step.settings.items():
-            if other := [key for key, value in wanted.items() if settings[key] != value]:
+            if other := [key for key, value in wanted.items() if not close(settings[key], value)]:
                 expected, got = f"{wanted[other[0]]}", f"{settings[other[0]]}"
                 yield finding(observation, f"AdamW's {other[0]} for {name}", expected, got, index)
                 return
@@ -78,3 +78,12 @@ def update_findings(observation: Observation) -> Iterator[Finding]:
         back = observation.final[lost[0]].equal(observation.start[lost[0]])
         got = "what the model came with" if back else "something else"
         yield finding(observation, f"{lost[0]} afterwards", "what the last step left", got)
+
+
+def close(got: object, wanted: object) -> bool:
+    """Equal settings; a learning rate may have been kept in float32."""
+    if isinstance(got, tuple) and isinstance(wanted, tuple):
+        return len(got) == len(wanted) and all(close(a, b) for a, b in zip(got, wanted, strict=True))
+    if isinstance(got, float) and isinstance(wanted, float):
+        return abs(got - wanted) <= 1e-6 * abs(wanted)
+    return got == wanted
