@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sdpo_conformance.audit.command import audit
+from sdpo_conformance.matrix.command import matrix
 from sdpo_conformance.running import RunError
 
 app = typer.Typer(
@@ -118,6 +119,7 @@ def init(
 
 
 app.command()(audit)
+app.command()(matrix)
 
 
 def progress_bar() -> Any:

@@ -1,0 +1,93 @@
+"""One implementation's column of the matrix: the results of its run, or why there are none."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+LARGEST_INPUT = 64 * 1024
+"""Bytes of a reproduction's input that is taken into the document; a larger one stays in the run's folder."""
+
+
+class Standing(StrEnum):
+    """Whether an implementation could be judged at all."""
+
+    JUDGED = "judged"
+    NOT_INSTALLED = "not installed"
+    COULD_NOT_RUN = "could not run"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A program that shows one failure: its text, and its ``.safetensors`` input in base64 ("" if too large)."""
+
+    program: str
+    input: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """``implementation`` as the user named it; ``version`` the package and version behind it, "" if unknown.
+
+    ``results`` is the document of ``results.schema.json`` where ``standing`` is JUDGED, else None, and
+    ``message`` is the one line that says why. ``reproductions`` by the file name that a failure refers to.
+    """
+
+    implementation: str
+    standing: Standing
+    device: str
+    version: str = ""
+    message: str = ""
+    results: Mapping[str, Any] | None = None
+    reproductions: Mapping[str, Reproduction] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Mapping[str, Any] | None:
+        """The verdict of the run, or None where there was none."""
+        return None if self.results is None else self.results["verdict"]
+
+    @property
+    def passed(self) -> bool:
+        """Judged, and nothing fails but what was claimed to fail: exit status 0 of ``run``."""
+        return self.verdict is not None and bool(self.verdict["passed"])
+
+    def as_json(self) -> dict[str, Any]:
+        """The column as ``matrix.schema.json`` describes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Column:
+        """The inverse of ``as_json``."""
+        programs = {name: Reproduction(**found) for name, found in content["reproductions"].items()}
+        return cls(**{**content, "standing": Standing(content["standing"]), "reproductions": programs})
+
+    @classmethod
+    def judged(cls, results: Mapping[str, Any], folder: Path, version: str) -> Column:
+        """The column of a run whose results and reproductions lie in ``folder``."""
+        return cls(
+            implementation=results["implementation"],
+            standing=Standing.JUDGED,
+            device=results["run"]["device"],
+            version=version,
+            results=results,
+            reproductions=reproductions_of(results, folder),
+        )
+
+
+def reproductions_of(results: Mapping[str, Any], folder: Path) -> dict[str, Reproduction]:
+    """Every failure's program that is still in the run's folder."""
+    found = {}
+    for record in results["records"]:
+        name = record["failure"].get("reproduction")
+        program = folder / name if name else None
+        if program is None or not program.is_file():
+            continue
+        data = program.with_suffix(".safetensors")
+        small = data.is_file() and data.stat().st_size <= LARGEST_INPUT
+        content = base64.b64encode(data.read_bytes()).decode("ascii") if small else ""
+        found[name] = Reproduction(program.read_text(encoding="utf-8"), content)
+    return found

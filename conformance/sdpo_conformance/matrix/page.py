@@ -1,0 +1,165 @@
+"""The matrix as one HTML page: styles, script and data inside, nothing fetched.
+
+The table is complete without the script; the script opens cells and filters. Text from an implementation reaches
+the page through the template's escaping or as JSON that the script shows with ``textContent``, and the page's
+content security policy admits no script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from itertools import groupby
+from typing import Any
+
+from sdpo_conformance.matrix.cells import Cell, CellStatus, Row, cell_of, tally
+from sdpo_conformance.matrix.columns import Column
+from sdpo_conformance.report.results import ENTRY_WORDS
+from sdpo_conformance.requirements import FAMILIES
+
+MARKS = {
+    CellStatus.PASSED: "✓",
+    CellStatus.FAILED: "✗",
+    CellStatus.EXPECTED_FAILURE: "≈",
+    CellStatus.UNEXPECTED_PASS: "!",
+    CellStatus.NOT_JUDGED: "–",
+    CellStatus.NOT_OFFERED: "·",
+    CellStatus.NOT_INSTALLED: "∅",
+    CellStatus.COULD_NOT_RUN: "⨯",
+    CellStatus.INTERNAL_ERROR: "?",
+}
+"""In the order of the legend. A status is never told by colour alone."""
+
+SHOWN_IN_FAILURE = ("summary", "aspect", "expected", "got", "detail", "words", "kind", "secondary", "reproduction")
+
+
+def page(columns: Sequence[Column], rows: Sequence[Row], created: str) -> str:
+    """The whole page; ``created`` is the document's time stamp."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("sdpo_conformance.matrix", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    files = resources.files("sdpo_conformance.matrix")
+    script, style = ((files / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    cells = {row.id: [cell_of(column, row.id) for column in columns] for row in rows}
+    counts = dict.fromkeys(MARKS, 0)
+    for row in cells.values():
+        for cell in row:
+            counts[cell.status] += 1
+    text: str = environment.get_template("page.html.jinja").render(
+        columns=columns,
+        heads=[head(column, rows) for column in columns],
+        families=[
+            {
+                "id": family,
+                "words": FAMILIES.get(family, family),
+                "rows": members,
+                "tallies": [tally(column, members) for column in columns],
+            }
+            for family, members in ((name, list(group)) for name, group in groupby(rows, lambda row: row.family))
+        ],
+        cells=cells,
+        marks=MARKS,
+        counts={status: count for status, count in counts.items() if count},
+        created=created,
+        requirements=len(rows),
+        data=embedded(view(columns, rows, cells)),
+        script=script,
+        style=style,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    return text
+
+
+def head(column: Column, rows: Sequence[Row]) -> dict[str, Any]:
+    """What stands above a column."""
+    met, judged = tally(column, [row for row in rows if row.level == "MUST"])
+    if column.results is None:
+        return {"tone": "idle", "verdict": str(column.standing), "dtypes": ""}
+    verdict = column.results["verdict"]
+    if verdict["conforming"] and verdict["passed"]:
+        tone, words = "good", f"conforming · {met}/{judged} MUST"
+    elif verdict["passed"]:
+        tone, words = "claimed", f"as claimed · {met}/{judged} MUST"
+    else:
+        tone, words = "bad", f"{met}/{judged} MUST"
+    return {"tone": tone, "verdict": words, "dtypes": ", ".join(column.results["run"]["dtypes"])}
+
+
+def view(columns: Sequence[Column], rows: Sequence[Row], cells: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
+    """What the script shows when a cell or a column's head is opened."""
+    return {
+        "requirements": {
+            row.id: {
+                "level": row.level,
+                "family": FAMILIES.get(row.family, row.family),
+                "statement": row.statement,
+                "why": row.why,
+                "source": row.source,
+            }
+            for row in rows
+        },
+        "columns": [column_view(column) for column in columns],
+        "cells": {id: [cell_view(cell) for cell in row] for id, row in cells.items()},
+    }
+
+
+def column_view(column: Column) -> dict[str, Any]:
+    """An implementation: how it was judged, with what, and what came out."""
+    shown: dict[str, Any] = {
+        "name": column.implementation,
+        "standing": column.standing,
+        "device": column.device,
+        "version": column.version,
+        "message": column.message,
+        "programs": {name: [found.program, found.input] for name, found in column.reproductions.items()},
+        "diagnosis": [],
+    }
+    if column.results is None:
+        return shown
+    run, diagnosis = column.results["run"], column.results["diagnosis"]
+    return {
+        **shown,
+        "device": run["device"] if run["device"] == "cpu" else f"{run['device']} ({run['device_name']})",
+        "offered": column.results["offered"],
+        "dtypes": run["dtypes"],
+        "refused": run["refused_dtypes"],
+        "run": f"profile {run['profile']}, seed {run['seed']}, {run['seconds']:.0f} s",
+        "versions": run["versions"],
+        "verdict": column.results["verdict"]["text"],
+        "diagnosis": diagnosis["lines"] if diagnosis else [],
+    }
+
+
+def cell_view(cell: Cell) -> dict[str, Any]:
+    """A cell: its status, and each entry's verdict with the failing example."""
+    return {
+        "status": cell.status,
+        "reason": cell.reason,
+        "entries": [
+            {
+                "entry": ENTRY_WORDS.get(record["entry"], record["entry"]),
+                "status": record["status"],
+                "reason": record["reason"],
+                "examples": record["examples"],
+                "recorded": record["recorded"],
+                "outOfTime": record["out_of_time"],
+                "failure": {name: record["failure"][name] for name in SHOWN_IN_FAILURE if record["failure"].get(name)},
+            }
+            for record in cell.records
+        ],
+    }
+
+
+def embedded(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
