@@ -185,7 +185,7 @@ DEFECTS = (
         fix="Give an entry whose probability is 0 neither value nor gradient.",
         change=replacing(student_at_support=support_unguarded),
         usable_for="Models that mask no logits out.",
-        capabilities=DIVERGENCES,
+        capabilities=(Capability.LOSS,),
     ),
     Defect(
         name="minus-infinity-off-support",
@@ -197,7 +197,7 @@ DEFECTS = (
             lambda before, w: before(w) + 0 * torch.where(w.z.isinf(), w.z, 0.0).sum(-1, keepdim=True),
         ),
         usable_for="Models that mask no logits out.",
-        capabilities=DIVERGENCES,
+        capabilities=(Capability.LOSS,),
     ),
     Defect(
         name="masked-nan-leaks",

@@ -1,0 +1,190 @@
+"""Which known defect, dialect or pair of defects explains a run's failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sdpo_conformance.defects import catalogue, combine
+from sdpo_conformance.defects.dialects import DIALECTS, Dialect
+from sdpo_conformance.defects.model import Defect
+from sdpo_conformance.diagnosis.observed import Observed
+from sdpo_conformance.diagnosis.prediction import Predictor, shared_aspects
+
+LOOKED_AT = 4
+"""Failures on which every defect of the catalogue is tried; what fits one of them is tried on all."""
+
+PARTNERS = 4
+"""Best single explanations to which a second defect is sought."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """``defects``: one, or two that act together; ``equivalent``: others that return the same on every failing
+    input. ``explained`` of ``total`` failures are as predicted, to a relative ``error``."""
+
+    defects: tuple[Defect, ...]
+    equivalent: tuple[Defect, ...]
+    explained: frozenset[int]
+    total: int
+    error: float
+
+    @property
+    def name(self) -> str:
+        return " + ".join(defect.name for defect in self.defects)
+
+    @property
+    def kind(self) -> str:
+        return "dialect" if any(isinstance(defect, Dialect) for defect in self.defects) else "defect"
+
+    @property
+    def complete(self) -> bool:
+        return len(self.explained) == self.total
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A defect, or a pair as one, with the failures it explains."""
+
+    parts: tuple[Defect, ...]
+    whole: Defect
+    explained: frozenset[int]
+    error: float
+
+
+def diagnose(observed: Sequence[Observed], passed: Iterable[str] = ()) -> Diagnosis | None:
+    """The best explanation of these failures of one run, or None. ``passed``: requirements that held, which
+    speaks against a defect that they name."""
+    if not observed:
+        return None
+    answers = []
+    for native in (False, True):
+        answer = explanation(observed, frozenset(passed), Predictor(native))
+        if answer is not None and answer.complete:
+            return answer
+        answers.append(answer)
+    return max(answers, key=lambda one: 0 if one is None else len(one.explained))
+
+
+def explanation(observed: Sequence[Observed], held: frozenset[str], predictor: Predictor) -> Diagnosis | None:
+    """The best explanation that one way of predicting gives."""
+    broken = frozenset(one.requirement for one in observed)
+    entries = {one.entry for one in observed}
+    known = [
+        defect
+        for defect in (*catalogue().values(), *DIALECTS)
+        if defect.change is not None and entries & set(defect.capabilities)
+    ]
+    looked_at = representative(observed)
+    singles = ranked(
+        [
+            candidate
+            for defect in known
+            if any(predictor.fit(defect, observed[index]).matched for index in looked_at)
+            if (candidate := judged((defect,), defect, observed, predictor)).explained
+        ],
+        held,
+        broken,
+    )
+    if singles and len(singles[0].explained) == len(observed):
+        return told(singles, len(observed))
+    pairs = ranked(list(pairings(singles, known, observed, predictor)), held, broken)
+    if pairs and (not singles or len(pairs[0].explained) > len(singles[0].explained)):
+        return told(pairs, len(observed))
+    return told(singles, len(observed)) if singles else None
+
+
+def representative(observed: Sequence[Observed]) -> list[int]:
+    """A few failures to begin with: those that isolate their rule, one of each kind of check first."""
+    order = sorted(
+        range(len(observed)), key=lambda index: (observed[index].secondary, not observed[index].numeric)
+    )
+    kinds: dict[str, int] = {}
+    for index in order:
+        kinds.setdefault(observed[index].probe, index)
+    return list(dict.fromkeys([*kinds.values(), *order]))[: max(LOOKED_AT, len(kinds))]
+
+
+def judged(
+    parts: tuple[Defect, ...], whole: Defect, observed: Sequence[Observed], predictor: Predictor
+) -> Candidate:
+    """How much a candidate explains."""
+    fits = [predictor.fit(whole, one) for one in observed]
+    explained = frozenset(index for index, one in enumerate(fits) if one.matched)
+    return Candidate(parts, whole, explained, max((fits[index].error for index in explained), default=0.0))
+
+
+def ranked(candidates: Sequence[Candidate], held: frozenset[str], broken: frozenset[str]) -> list[Candidate]:
+    """Best first: most failures explained, then what agrees with the requirements that held and those that did
+    not, then the simpler one, then the order of the catalogue."""
+
+    def rank(candidate: Candidate) -> tuple[int, int, int, int]:
+        names = [defect.violates[0] for defect in candidate.parts if not isinstance(defect, Dialect)]
+        contradicted = sum(name in held for name in names)
+        unnamed = sum(name not in broken for name in names)
+        return -len(candidate.explained), len(candidate.parts), contradicted, unnamed
+
+    return sorted(candidates, key=rank)
+
+
+def pairings(
+    singles: Sequence[Candidate], known: Sequence[Defect], observed: Sequence[Observed], predictor: Predictor
+) -> Iterable[Candidate]:
+    """Pairs that explain more than their first does alone; without any single, pairs that share the wrong
+    numbers of one failure between them."""
+    firsts = [candidate.whole for candidate in distinct(singles)[:PARTNERS]] or sharing(
+        known, observed, predictor
+    )
+    tried = set()
+    for first in firsts:
+        alone = {index for index, one in enumerate(observed) if predictor.fit(first, one).matched}
+        open_ones = [index for index in range(len(observed)) if index not in alone]
+        for second in known:
+            if frozenset({first.name, second.name}) in tried or second is first:
+                continue
+            tried.add(frozenset({first.name, second.name}))
+            try:
+                whole = combine(first, second)
+            except ValueError:
+                continue
+            if any(predictor.fit(whole, observed[index]).matched for index in open_ones[:2]):
+                candidate = judged((first, second), whole, observed, predictor)
+                if len(candidate.explained) > len(alone):
+                    yield candidate
+
+
+def sharing(known: Sequence[Defect], observed: Sequence[Observed]) -> list[Defect]:
+    """Defects that get some wrong number of some failure right, those with most first."""
+    shares = {
+        defect.name: sum(len(shared_aspects(defect, observed[index])) for index in representative(observed))
+        for defect in known
+    }
+    found = sorted(
+        (defect for defect in known if shares[defect.name]), key=lambda defect: -shares[defect.name]
+    )
+    return found[: 2 * PARTNERS]
+
+
+def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """One candidate for each set of explained failures."""
+    found: dict[frozenset[int], Candidate] = {}
+    for candidate in candidates:
+        found.setdefault(candidate.explained, candidate)
+    return list(found.values())
+
+
+def told(candidates: Sequence[Candidate], total: int) -> Diagnosis:
+    """The best candidate, and those that cannot be told from it."""
+    best = candidates[0]
+    equivalent = [
+        candidate
+        for candidate in candidates[1:]
+        if candidate.explained == best.explained and len(candidate.parts) == len(best.parts)
+    ]
+    return Diagnosis(
+        defects=best.parts,
+        equivalent=tuple(candidate.whole for candidate in equivalent),
+        explained=best.explained,
+        total=total,
+        error=best.error,
+    )

@@ -1,0 +1,147 @@
+"""What a known defect returns on a failing input, and how near that is to what was returned.
+
+Predictions are made in float64 on the very inputs: the number that an implementation with this defect
+approximates. Where that explains too little, and where the observed is not finite, they are made in the input's
+own dtypes, which a defect may need to show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.cases import LossCase
+from sdpo_conformance.defects.model import Defect
+from sdpo_conformance.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
+from sdpo_conformance.execution import ImplementationError, evaluate
+
+ROUNDING = 64.0
+"""Roundings of the coarsest dtype by which two implementations of one defect may differ."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``matched``: every number that the implementation got wrong, and every other, is as predicted.
+    ``error``: the largest relative deviation; ``aspects``: the wrong numbers that are as predicted."""
+
+    matched: bool
+    error: float
+    aspects: frozenset[str]
+
+
+NO_FIT = Fit(False, math.inf, frozenset())
+
+
+def coarsest(case: LossCase) -> float:
+    """The largest unit roundoff among the inputs."""
+    return max(torch.finfo(t.dtype).eps for t in case.tensors().values() if t.is_floating_point())
+
+
+def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tuple[bool, float]:
+    """Whether ``got`` is ``predicted`` up to rounding, and the largest relative deviation. NaN matches NaN.
+
+    The oracle's bound says what cancels; beyond it a prediction may be off by its own rounding, token by token.
+    """
+    if got.shape != predicted.shape:
+        return False, math.inf
+    if got.numel() == 0:
+        return True, 0.0
+    same = (got == predicted) | (got.isnan() & predicted.isnan())
+    distance = torch.where(same, 0.0, (got - predicted).abs())
+    size = predicted.abs().amax(-1, keepdim=True) if predicted.dim() else predicted.abs()
+    allowed = bound + ROUNDING * eps * torch.nan_to_num(size, posinf=0.0)
+    close = bool((distance <= allowed).all())
+    largest = float(torch.nan_to_num(predicted.abs(), posinf=0.0).max())
+    error = float(distance.max()) / largest if largest else float(distance.max())
+    return close, error if not math.isnan(error) else math.inf
+
+
+def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
+    """Compare a prediction with what was observed."""
+    eps = coarsest(observed.case)
+    matched, error, aspects, wrong = True, 0.0, set(), 0
+    for name, got in observed.values.items():
+        truth = expectation_of(observed.truth, name)
+        if truth is None or (name not in predicted and not name.startswith(GRADIENT)):
+            continue
+        if name not in predicted:
+            return NO_FIT
+        close, off = deviation(got, predicted[name], truth.bound, eps)
+        is_wrong = got.shape == truth.value.shape and bool((truth.excess(got) > 1).any())
+        wrong += is_wrong
+        if close and is_wrong:
+            aspects.add(name)
+            error = max(error, off)
+        matched = matched and close
+    return Fit(matched and len(aspects) == wrong > 0, error, frozenset(aspects))
+
+
+def best_fit(defect: Defect, observed: Observed, native: bool) -> Fit:
+    """The fit in float64, or, with ``native``, in the input's own dtypes. The results come first: a backward is
+    only run for a defect whose results are as observed."""
+    function = getattr(defect.implementation(), observed.entry.value, None)
+    if function is None:
+        return NO_FIT
+    case = observed.case if native else observed.exact
+    wants_gradient = any(name.startswith(GRADIENT) for name in observed.values)
+    try:
+        if wants_gradient:
+            forward = values_of(evaluate(function, observed.entry, case, gradient=False))
+            if not agree(forward, observed):
+                return NO_FIT
+        return fit(values_of(evaluate(function, observed.entry, case, gradient=wants_gradient)), observed)
+    except ImplementationError:
+        return NO_FIT
+
+
+def shared_aspects(defect: Defect, observed: Observed) -> frozenset[str]:
+    """The wrong results, gradients aside, that a defect alone predicts."""
+    function = getattr(defect.implementation(), observed.entry.value, None)
+    if function is None or not observed.numeric:
+        return frozenset()
+    try:
+        forward = values_of(evaluate(function, observed.entry, observed.exact, gradient=False))
+    except ImplementationError:
+        return frozenset()
+    results = {name: value for name, value in observed.values.items() if not name.startswith(GRADIENT)}
+    return fit(forward, replace(observed, values=results)).aspects
+
+
+def agree(predicted: Mapping[str, Tensor], observed: Observed) -> bool:
+    """Whether the results are as predicted, gradients aside."""
+    eps = coarsest(observed.case)
+    for name, got in observed.values.items():
+        truth = expectation_of(observed.truth, name)
+        if truth is None or name not in predicted:
+            continue
+        if not deviation(got, predicted[name], truth.bound, eps)[0]:
+            return False
+    return True
+
+
+class Predictor:
+    """Fits of defects to failures, each computed once; ``native`` as for ``best_fit``."""
+
+    def __init__(self, native: bool) -> None:
+        self.native = native
+        self._known: dict[tuple[str, int], Fit] = {}
+
+    def fit(self, defect: Defect, observed: Observed) -> Fit:
+        """The fit, from memory where it was computed before."""
+        key = (defect.name, id(observed))
+        if key not in self._known:
+            if observed.numeric:
+                found = best_fit(defect, observed, self.native or observed.not_finite)
+            else:
+                from sdpo_conformance.diagnosis.replay import replayed
+
+                found = replayed(defect, observed)
+            self._known[key] = found
+        return self._known[key]
+
+
+__all__ = ["NO_FIT", "Fit", "Predictor", "best_fit"]

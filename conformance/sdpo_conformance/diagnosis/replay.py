@@ -1,0 +1,99 @@
+"""Failures that are no numbers (a missing key, a modified input, an exception): the requirement's own check, run
+on the failing input with the defect in the implementation's place."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sdpo_conformance.cases import LossCase
+from sdpo_conformance.defects.model import Defect
+from sdpo_conformance.diagnosis.observed import Observed
+from sdpo_conformance.diagnosis.prediction import NO_FIT, Fit
+from sdpo_conformance.execution import ImplementationError
+from sdpo_conformance.judgement import Disagreement
+from sdpo_conformance.profiles import PROFILES
+from sdpo_conformance.protocol import Claims
+from sdpo_conformance.requirements import load_all
+from sdpo_conformance.strategies import Corner
+from sdpo_conformance.subject import Subject
+
+NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
+
+
+@dataclass
+class Replay(Subject):
+    """A subject whose every check sees one given input."""
+
+    only: LossCase | None = None
+
+    def for_all(self, corner: Corner, check: Callable[[LossCase], None], share: float = 1.0) -> None:
+        """The one input, whatever the corner."""
+        del corner, share
+        assert self.only is not None
+        check(self.only)
+
+    def given(self, strategy: Any, check: Callable[[Any], None], share: float = 1.0) -> None:
+        """The one input, whatever the strategy."""
+        del strategy
+        self.for_all(Corner(), check, share)
+
+
+def replayed(defect: Defect, observed: Observed) -> Fit:
+    """Whether the defect fails the same check in the same way."""
+    requirement = load_all().get(observed.requirement)
+    if requirement is None or observed.entry not in defect.capabilities:
+        return NO_FIT
+    dtypes = tuple(
+        dict.fromkeys(
+            str(tensor.dtype).removeprefix("torch.")
+            for tensor in observed.case.tensors().values()
+            if tensor.is_floating_point()
+        )
+    )
+    subject = Replay(
+        defect.implementation(),
+        observed.entry,
+        Claims(),
+        PROFILES["quick"],
+        dtypes=dtypes,
+        only=observed.case,
+    )
+    try:
+        requirement.check(subject)
+    except Disagreement as found:
+        same = (
+            found.probe == observed.probe
+            and place(found.aspect) == place(observed.aspect)
+            and alike(found.got, observed.got)
+        )
+    except ImplementationError as found:
+        same = observed.probe == "raises" and kind(found.summary) == kind(observed.got)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return NO_FIT
+    else:
+        return NO_FIT
+    return Fit(True, 0.0, frozenset({observed.aspect})) if same else NO_FIT
+
+
+def place(aspect: str) -> str:
+    """The quantity, without the element: two elements may be equally wrong."""
+    return aspect.partition("[")[0]
+
+
+def alike(one: str, other: str) -> bool:
+    """The same words, with numbers that agree to three digits."""
+    if NUMBER.sub("#", one) != NUMBER.sub("#", other):
+        return False
+    pairs = zip(NUMBER.findall(one), NUMBER.findall(other), strict=True)
+    return all(math.isclose(float(a), float(b), rel_tol=1e-3, abs_tol=1e-12) for a, b in pairs)
+
+
+def kind(summary: str) -> str:
+    """What an exception's line says before its message."""
+    return summary.partition(":")[0]

@@ -1,0 +1,1 @@
+"""The catalogue of defects, the mutation score and the diagnosis."""

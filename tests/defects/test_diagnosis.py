@@ -1,0 +1,149 @@
+"""Failures are explained by the defect that was planted, by pairs, by dialects, or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from sdpo_conformance import defects
+from sdpo_conformance.cases import LossCase, recorded_cases
+from sdpo_conformance.defects.model import Defect, Implementation, entries, replacing
+from sdpo_conformance.defects.parts import Parts, jensen_shannon
+from sdpo_conformance.diagnosis import diagnose, diagnose_run
+from sdpo_conformance.diagnosis.measure import measure, random_pairs
+from sdpo_conformance.diagnosis.observed import Observed, values_of
+from sdpo_conformance.diagnosis.run import NO_MATCH, quality
+from sdpo_conformance.execution import evaluate
+from sdpo_conformance.failures import save_observed
+from sdpo_conformance.judgement import compare
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.records import Record, Status
+from sdpo_conformance.requirements import Level
+from sdpo_conformance.suite.entries import ALL
+
+LOSS = Capability.LOSS
+
+
+def failures(defect: Defect, dtype: torch.dtype = torch.float32) -> list[Observed]:
+    """Recorded cases, every fourth, on which a defect disagrees with the oracle."""
+    function = getattr(defect.implementation(), LOSS.value)
+    found = []
+    for case, _ in islice(recorded_cases(), 5, None, 4):
+        floats = {k: v.to(dtype) for k, v in case.tensors().items() if v.is_floating_point()}
+        case = LossCase(replace(case.loss_input, **floats))
+        outcome = evaluate(function, LOSS, case)
+        if compare(case, LOSS, outcome, ALL) is not None:
+            found.append(Observed("GJS-1", LOSS, case, values_of(outcome)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dropped-importance-sampling", "tail-bucket", "anchor-sign-flipped", "ratio-undetached", "row-mean"],
+)
+def test_a_planted_defect_is_named(name: str) -> None:
+    observed = failures(defects.find(name))
+    answer = diagnose(observed)
+    assert answer is not None
+    assert answer.complete
+    assert name in {defect.name for defect in (*answer.defects, *answer.equivalent)}
+    assert answer.error < 1e-5
+
+
+def test_an_independent_implementation_of_a_defect_is_named() -> None:
+    """Not the catalogue's own arithmetic: probabilities in place of logarithms."""
+
+    def by_probabilities(w: object) -> torch.Tensor:
+        p, q = w.log_p.exp(), w.log_q.exp()  # type: ignore[attr-defined]
+        m = (p + q) / 2
+        safe = torch.finfo(p.dtype).tiny
+        on_teacher = (p * ((p + safe) / (m + safe)).log()).sum(-1)
+        on_student = (q * ((q + safe) / (m + safe)).log()).sum(-1)
+        return w.alpha * on_teacher + (1 - w.alpha) * on_student  # type: ignore[attr-defined]
+
+    planted = Defect("planted", "", ("GJS-3",), "", change=replacing(jensen_shannon=by_probabilities))
+    answer = diagnose(failures(planted))
+    assert answer is not None
+    assert answer.name == "mixture-half-and-half"
+    assert answer.complete
+
+
+def test_a_pair_is_named_when_one_does_not_explain_everything() -> None:
+    answer = diagnose(failures(defects.find("dropped-importance-sampling+anchor-k2")))
+    assert answer is not None
+    assert answer.complete
+    assert {defect.name for defect in answer.defects} == {"dropped-importance-sampling", "anchor-k2"}
+
+
+@pytest.mark.parametrize("name", ["lasgroup-sdpo", "trl-sdpo", "gkd"])
+def test_dialects_are_recognised(name: str) -> None:
+    answer = diagnose(failures(defects.find(name)))
+    assert answer is not None
+    assert answer.kind == "dialect"
+    assert name in {defect.name for defect in (*answer.defects, *answer.equivalent)}
+
+
+def test_what_is_not_in_the_catalogue_is_not_matched() -> None:
+    unknown = Defect(
+        "unknown", "", ("GJS-1",), "", change=replacing(jensen_shannon=lambda w: jensen_shannon(w) * 1.37)
+    )
+    assert diagnose(failures(unknown)) is None
+
+
+def test_nothing_failed_nothing_diagnosed(tmp_path: Path) -> None:
+    assert diagnose([]) is None
+    assert diagnose_run(tmp_path, [], (LOSS,)) is None
+
+
+def record(tmp_path: Path, observed: Observed, index: int) -> Record:
+    """A failed record whose observation lies in a run's folder."""
+    function = getattr(defects.load("dropped-importance-sampling"), LOSS.value)
+    outcome = evaluate(function, LOSS, observed.case)
+    name = save_observed(tmp_path, f"IS-{index}", observed.case, outcome)
+    failure = {"observed": name, "probe": "values", "aspect": "loss", "got": "1", "secondary": False}
+    return Record(f"IS-{index}", LOSS.value, Level.MUST, Status.FAILED, failure=failure)
+
+
+def test_a_run_folder_is_diagnosed_in_words(tmp_path: Path) -> None:
+    observed = failures(defects.find("dropped-importance-sampling"))
+    (tmp_path / "records").mkdir()
+    failed = [record(tmp_path, one, index) for index, one in enumerate(observed[:3], start=2)]
+    found = diagnose_run(tmp_path, failed, (LOSS,))
+    assert found is not None
+    assert found["lines"][0].startswith("dropped-importance-sampling: explains 3 of 3 failures to 1e-")
+    assert found["usable_for"].startswith("Usable for: steps_per_batch = 1")
+    assert found["matches"][0]["kind"] == "defect"
+
+
+def test_no_match_is_said_plainly(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    failed = [Record("FUS-5", LOSS.value, Level.SHOULD, Status.FAILED, failure={})]
+    found = diagnose_run(tmp_path, failed, (LOSS,))
+    assert found is not None
+    assert found["lines"] == [NO_MATCH]
+
+
+@pytest.mark.parametrize("name", ["loss-as-float", "old-overwritten", "buffer-shared-between-calls"])
+def test_failures_that_are_no_numbers_are_replayed(name: str) -> None:
+    assert measure(name, LOSS, seed=0).right
+
+
+def test_pairs_are_drawn_by_seed() -> None:
+    assert random_pairs(5, 3) == random_pairs(5, 3)
+    assert random_pairs(5, 3) != random_pairs(5, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(0.0, "the last bit"), (3e-8, "1e-7"), (1e-7, "1e-7"), (0.4, "1")]
+)
+def test_errors_are_rounded_up_to_a_power_of_ten(error: float, words: str) -> None:
+    assert quality(error) == words
+
+
+def test_the_unchanged_parts_fail_nowhere() -> None:
+    right = Implementation("right", entries(Parts(), (LOSS,)))
+    for case, _ in recorded_cases():
+        assert compare(case, LOSS, evaluate(getattr(right, LOSS.value), LOSS, case), ALL) is None

@@ -1,0 +1,34 @@
+"""Unchanged, the parts are a right implementation: the oracle's values and gradients on upstream's recordings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sdpo_conformance.cases import LossCase, recorded_cases
+from sdpo_conformance.defects.model import Implementation, entries
+from sdpo_conformance.defects.parts import Parts
+from sdpo_conformance.execution import evaluate
+from sdpo_conformance.judgement import compare
+from sdpo_conformance.profiles import Profile
+from sdpo_conformance.protocol import Capability, Claims
+from sdpo_conformance.requirements import Requirement, load_all
+from sdpo_conformance.subject import Subject
+from sdpo_conformance.suite.entries import ALL
+
+RIGHT = Implementation("right", entries(Parts(), tuple(c for c in Capability if c is not Capability.DISTILL)))
+
+
+@pytest.mark.parametrize(("case", "entry"), recorded_cases(), ids=lambda value: getattr(value, "name", ""))
+def test_recorded_cases(case: LossCase, entry: dict[str, object]) -> None:
+    function = getattr(RIGHT, Capability.LOSS.value)
+    assert compare(case, Capability.LOSS, evaluate(function, Capability.LOSS, case), ALL) is None
+
+
+@pytest.mark.parametrize("requirement", load_all().values(), ids=lambda requirement: requirement.id)
+@pytest.mark.parametrize("entry", [c for c in Capability if c is not Capability.DISTILL])
+def test_every_requirement_holds(requirement: Requirement, entry: Capability) -> None:
+    if entry not in requirement.capabilities:
+        pytest.skip("not tested through this entry")
+    torch.set_num_threads(1)
+    profile = Profile("few", 6, 1.0, 30.0)
+    Subject(RIGHT, entry, Claims(), profile, dtypes=("float32", "bfloat16", "float16")).run(requirement)

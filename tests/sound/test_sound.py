@@ -1,0 +1,53 @@
+"""No false alarms: a right implementation passes, whatever its method."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from sdpo_conformance.execution import ImplementationError
+from sdpo_conformance.judgement import Disagreement
+from sdpo_conformance.profiles import Profile
+from sdpo_conformance.protocol import Capability, Claims
+from sdpo_conformance.requirements import load_all
+from sdpo_conformance.subject import Subject
+
+METHODS = sorted(
+    module.name
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)])
+    if module.name != "shared" and not module.name.startswith("test_")
+)
+FEW = Profile("few", 5, 1.0, 30.0)
+
+
+def test_there_are_enough_methods() -> None:
+    assert len(METHODS) >= 12
+
+
+def method(name: str) -> ModuleType:
+    """One implementation's module."""
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+@pytest.mark.parametrize("entry", [Capability.LOSS, Capability.FUSED])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_right_implementation_passes(name: str, entry: Capability) -> None:
+    module = method(name)
+    if not hasattr(module, entry.value):
+        pytest.skip("offers no such entry")
+    torch.set_num_threads(1)
+    claims = Claims.read(getattr(module, "SDPO_CLAIMS", None))
+    for requirement in load_all().values():
+        if entry not in requirement.capabilities or requirement.id in claims.expected_failures:
+            continue
+        subject = Subject(module, entry, claims, FEW, dtypes=("float32", "bfloat16", "float16"))
+        try:
+            subject.run(requirement)
+        except (Disagreement, ImplementationError) as alarm:
+            pytest.fail(f"{requirement.id} on {name}: {alarm}")
+        except pytest.skip.Exception:
+            continue
