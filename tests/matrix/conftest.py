@@ -76,7 +76,20 @@ def results(
     diagnosis = {
         "lines": ["dropped-importance-sampling: explains 2 of 2 failures to 1e-7"],
         "usable_for": "",
-        "matches": [],
+        "matches": [
+            {
+                "entry": "compute_sdpo_loss",
+                "name": "dropped-importance-sampling",
+                "kind": "defect",
+                "quality": 1e-7,
+                "explained": 2,
+                "of": 2,
+                "fix": "Multiply by the ratio.",
+                "usable_for": "",
+                "equivalent": [],
+                "seen": [],
+            }
+        ],
     }
     return {
         "format": 1,

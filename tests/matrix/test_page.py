@@ -127,7 +127,9 @@ def test_a_failed_cell_opens_example_diagnosis_and_reproduction(opened: Any) -> 
 
 def test_a_head_opens_the_run(opened: Any) -> None:
     one = opened()
-    one.page.get_by_role("button", name="mypkg.loss").first.click()
+    head = one.page.get_by_role("button", name="mypkg.loss").first
+    assert "dropped-importance-sampling" in head.inner_text()
+    head.click()
     text = one.page.locator("dialog").inner_text()
     for words in ("mypkg 1.2.3", "NOT CONFORMING", "profile quick, seed 0", "torch 2.13.0", "float16: it says so"):
         assert words in text

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdpo_conformance.matrix.cells import rows_of, tally
 from sdpo_conformance.matrix.columns import Column
+from sdpo_conformance.requirements import Level
 
 LABEL = "CLaaS SDPO"
 
@@ -12,16 +14,15 @@ LABEL = "CLaaS SDPO"
 def badge(column: Column) -> dict[str, Any]:
     """The endpoint's JSON: schemaVersion, label, message, color (https://shields.io/badges/endpoint-badge)."""
     verdict = column.verdict
+    met, judged = tally(column, [row for row in rows_of([column]) if row.level == Level.MUST])
     if verdict is None:
         message, color = str(column.standing), "lightgrey"
-    elif not verdict["must_judged"]:
+    elif not judged:
         message, color = "nothing judged", "lightgrey"
+    elif not verdict["passed"]:
+        message, color = f"{met}/{judged} MUST", "red"
+    elif not verdict["conforming"]:
+        message, color = f"{met}/{judged} MUST, rest claimed", "yellow"
     else:
-        tally = f"{verdict['must_met']}/{verdict['must_judged']} MUST"
-        if verdict["conforming"] and verdict["passed"]:
-            message, color = f"conforming, {tally}", "brightgreen"
-        elif verdict["passed"]:
-            message, color = f"{tally}, rest claimed", "yellow"
-        else:
-            message, color = tally, "red"
+        message, color = f"conforming, {met}/{judged} MUST", "brightgreen"
     return {"schemaVersion": 1, "label": LABEL, "message": message, "color": color}

@@ -60,6 +60,12 @@ class Cell:
     records: tuple[Mapping[str, Any], ...] = ()
     reason: str = ""
 
+    @property
+    def consequence(self) -> bool:
+        """It fails, and did already where its rule plays no part: another requirement names the cause."""
+        failed = [record for record in self.records if record["status"] == CellStatus.FAILED]
+        return bool(failed) and all(record["failure"].get("secondary") for record in failed)
+
 
 def rows_of(columns: Sequence[Column], only: Sequence[str] = ()) -> list[Row]:
     """The requirements that any run selected, in the order of the spec; ``only`` where nothing could run."""

@@ -152,7 +152,7 @@ function filter() {
     shown += visible;
   }
   const all = Object.keys(data.requirements).length;
-  form.querySelector(".shown").textContent = shown === all ? "" : shown + " of " + all + " requirements";
+  document.querySelector(".shown").textContent = shown === all ? "" : shown + " of " + all + " requirements";
   document.querySelector(".nothing").hidden = shown > 0;
   document.querySelector(".wide").hidden = shown === 0;
   rove();
@@ -289,6 +289,9 @@ function edges() {
 window.addEventListener("resize", edges);
 window.addEventListener("hashchange", recall);
 document.querySelector(".note").hidden = true;
-form.hidden = false;
+const filterBox = document.querySelector(".filter");
+filterBox.hidden = false;
+filterBox.open = !matchMedia("(max-width: 44rem)").matches;
 edges();
 recall();
+if (document.querySelector(".shown").textContent) filterBox.open = true;

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import groupby
@@ -49,6 +50,7 @@ def page(columns: Sequence[Column], rows: Sequence[Row], created: str) -> str:
     )
     files = resources.files("sdpo_conformance.matrix")
     script, style = ((files / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    environment.filters["breakable"] = breakable
     cells = {row.id: [cell_of(column, row.id) for column in columns] for row in rows}
     counts = dict.fromkeys(MARKS, 0)
     for row in cells.values():
@@ -79,19 +81,36 @@ def page(columns: Sequence[Column], rows: Sequence[Row], created: str) -> str:
     return text
 
 
+def breakable(text: str) -> Any:
+    """A dotted name that may be broken after its dots and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[._:/-])", text))
+
+
 def head(column: Column, rows: Sequence[Row]) -> dict[str, Any]:
     """What stands above a column."""
     met, judged = tally(column, [row for row in rows if row.level == "MUST"])
     if column.results is None:
-        return {"tone": "idle", "verdict": str(column.standing), "dtypes": ""}
-    verdict = column.results["verdict"]
+        status = CellStatus(column.standing.value)
+        return {"tone": "idle", "sign": MARKS[status], "verdict": str(column.standing), "found": "", "dtypes": ""}
+    verdict, words = column.results["verdict"], f"{met}/{judged} MUST"
     if verdict["conforming"] and verdict["passed"]:
-        tone, words = "good", f"conforming · {met}/{judged} MUST"
+        tone, status, words = "good", CellStatus.PASSED, f"conforming · {words}"
     elif verdict["passed"]:
-        tone, words = "claimed", f"as claimed · {met}/{judged} MUST"
+        tone, status, words = "claimed", CellStatus.EXPECTED_FAILURE, f"as claimed · {words}"
+    elif verdict["conforming"]:
+        tone, status, words = "claimed", CellStatus.UNEXPECTED_PASS, f"drop a claim · {words}"
     else:
-        tone, words = "bad", f"{met}/{judged} MUST"
-    return {"tone": tone, "verdict": words, "dtypes": ", ".join(column.results["run"]["dtypes"])}
+        tone, status = "bad", CellStatus.FAILED
+    dtypes = ", ".join(column.results["run"]["dtypes"])
+    return {"tone": tone, "sign": MARKS[status], "verdict": words, "found": recognised(column), "dtypes": dtypes}
+
+
+def recognised(column: Column) -> str:
+    """The defects or dialects that the diagnosis names: an algorithm's name says more than many red cells."""
+    diagnosis = column.results["diagnosis"] if column.results is not None else None
+    return ", ".join(dict.fromkeys(match["name"] for match in diagnosis["matches"])) if diagnosis else ""
 
 
 def view(columns: Sequence[Column], rows: Sequence[Row], cells: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
