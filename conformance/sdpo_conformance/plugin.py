@@ -237,7 +237,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         entry=subject.entry.value,
         level=found.level,
         status=status,
-        reason=reason,
+        reason=reason or tally.note,
         examples=tally.examples,
         rejected=tally.rejected,
         recorded=tally.recorded,

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Profile:
     """Per requirement and entry: ``visits`` to each kind of each dimension of the input space, the ``costly``
-    sizes among them or not, and ``examples`` that Hypothesis draws. ``shrink_seconds`` are spent on making a
+    sizes among them or not, all of them or every second (``every`` = 2, neighbouring requirements sharing them
+    out), and ``examples`` that Hypothesis draws. ``shrink_seconds`` are spent on making a
     failure small; after ``requirement_seconds`` a slow implementation gets no more examples."""
 
     name: str
     visits: int
     costly: bool
+    every: int
     examples: int
     shrink_seconds: float
     requirement_seconds: float
@@ -23,9 +25,9 @@ class Profile:
 PROFILES: Mapping[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("quick", 1, False, 10, 2.0, 20.0),
-        Profile("default", 2, True, 50, 4.0, 90.0),
-        Profile("thorough", 10, True, 400, 20.0, 600.0),
-        Profile("fuzz", 100, True, 10_000, 60.0, 7200.0),
+        Profile("quick", 1, False, 2, 12, 2.0, 20.0),
+        Profile("default", 2, True, 1, 50, 4.0, 90.0),
+        Profile("thorough", 10, True, 1, 400, 20.0, 600.0),
+        Profile("fuzz", 100, True, 1, 10_000, 60.0, 7200.0),
     )
 }

@@ -97,6 +97,31 @@ torch.autograd.grad(output, leaves, incoming, retain_graph=True, allow_unused=Tr
 for name, gradient in zip({differentiable}, torch.autograd.grad(output, leaves, incoming, allow_unused=True)):
     judge(f"gradient.{{name}}", gradient)
 """,
+    "changed_in_place": """\
+loss_input = fresh_input("other.")
+backward(loss_input, call(loss_input))
+with torch.no_grad():
+    for name in {fields}:
+        getattr(loss_input, name).copy_(stored[name])
+result = call(loss_input)
+for name, value in result.items():
+    judge(name, value)
+for name, gradient in zip({differentiable}, backward(loss_input, result)):
+    judge(f"gradient.{{name}}", gradient)
+""",
+    "head_alone": """\
+loss_input = fresh_input()
+loss_input.student_hidden = loss_input.student_hidden.detach()
+output = call(loss_input)[{output!r}]
+(gradient,) = torch.autograd.grad(
+    output, [loss_input.lm_head_weight], stored["incoming"].to(output), allow_unused=True)
+judge("gradient.lm_head_weight", gradient)
+""",
+    "at_cap": """\
+fraction = float(call(fresh_input())["clip_fraction"])
+if fraction != 1.0:
+    wrong.append(f"clip_fraction: expected 1 for a ratio that equals is_clip, got {{fraction:.7g}}")
+""",
     "no_grad": """\
 with torch.no_grad():
     result = call(fresh_input())

@@ -36,13 +36,14 @@ class Enough(BaseException):
 @dataclass
 class Tally:
     """What one requirement's run did: examples judged, examples that had to be rejected, and whether time
-    ended it early."""
+    ended it early; ``note``: what limits the verdict."""
 
     examples: int = 0
     rejected: int = 0
     recorded: int = 0
     seconds: float = 0.0
     out_of_time: bool = False
+    note: str = ""
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Subject:
     _smallest: tuple[tuple[int, ...], Exception] | None = None
     _first_failure: float = 0.0
     _started: float = 0.0
+    _requirement: int = 0
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -82,7 +84,7 @@ class Subject:
 
     def run(self, requirement: Requirement) -> None:
         """Run one requirement's check; what it raises is the verdict."""
-        self._started = time.monotonic()
+        self._started, self._requirement = time.monotonic(), requirement.number
         self.tally = Tally()
         try:
             requirement.check(self)
@@ -108,6 +110,8 @@ class Subject:
                 self._attempt(check, case)
             for round_ in range(self.profile.visits):
                 for number, visit in enumerate(visits(corner, self.profile.costly)):
+                    if (number + self._requirement) % self.profile.every:
+                        continue
                     source = SeededSource(f"{self.seed}/{round_}/{number}")
                     within = visit
                     self._attempt(check, build_case(source, visit, self.entry, dtypes, shape_of))
@@ -117,6 +121,13 @@ class Subject:
         except Enough:
             return self._raise_smallest()
         self._draw(loss_cases(within, self.entry, dtypes, shape_of), check, share)
+
+    def visit(self, corner: Corner, check: Callable[[LossCase], object], examples: int) -> None:
+        """Run ``check`` on ``examples`` cases of one narrow corner; raises the first failure."""
+        self._smallest = None
+        for number in range(examples):
+            source = SeededSource(f"{self.seed}/{corner}/{number}")
+            self._attempt(check, build_case(source, corner, self.entry, self.torch_dtypes))
 
     def given(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float = 1.0) -> None:
         """Run ``check`` on drawn examples and raise the failure on the smallest."""

@@ -51,6 +51,10 @@ SMALLEST = {
 """Results this small may be flushed to zero: a few subnormals of the dtype a gradient is stored in."""
 
 
+LARGEST_SHARE = 0.5
+"""A gradient beyond this share of its dtype's largest number may overflow in any implementation."""
+
+
 @dataclass(frozen=True)
 class Expectation:
     """The true value and how far, elementwise, a right implementation may be from it (same shape)."""
@@ -245,7 +249,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
     eager, attainable = None, True
     if half:
         try:
-            eager = eager_loss(case.loss_input, divergence_incoming(case) if divergence_only else None)
+            eager = eager_loss(case.loss_input, case.incoming, divergence_incoming(case) if divergence_only else None)
         except RuntimeError:
             attainable = False
     factor = HALF_FACTOR if half else FLOAT_FACTOR
@@ -259,6 +263,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
             bound = bound + EAGER_FACTOR * torch.nan_to_num((eager_value - value).abs(), nan=0.0, posinf=0.0)
         return Expectation(value, bound)
 
+    attainable = attainable and abs(case.incoming) <= LARGEST_SHARE * min(torch.finfo(d).max for d in floating)
     if divergence_only:
         per_token = expect(truth.per_token, errors.divergence, eager.per_token if eager else None)
         incoming = divergence_incoming(case).unsqueeze(-1)
@@ -279,7 +284,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
                 and all(bool(torch.isfinite(g).all()) for g in eager.per_token_gradients.values())
             )
         )
-        return Expectations({"divergence": per_token}, gradients, attainable)
+        return Expectations({"divergence": per_token}, gradients, attainable and fits(case, gradients))
 
     weight = truth.weight
     ratio_relative = errors.ratio + errors.weight + 2 * eps
@@ -301,12 +306,23 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
         case,
         truth.grad_logits * case.incoming,
         errors.loss_gradient * abs(case.incoming),
-        {key: value * case.incoming for key, value in eager.gradients.items()} if eager else None,
+        eager.gradients if eager else None,
         factor,
         eps,
         smallest,
     )
-    return Expectations(results, gradients, attainable and (eager is None or eager.finite))
+    finite = eager is None or eager.finite
+    return Expectations(results, gradients, attainable and finite and fits(case, gradients))
+
+
+def fits(case: LossCase, gradients: dict[str, Expectation]) -> bool:
+    """Whether every true gradient can be stored in the dtype of its input."""
+    tensors = case.tensors()
+    return all(
+        expectation.value.numel() == 0
+        or float(expectation.value.abs().max()) <= LARGEST_SHARE * torch.finfo(tensors[key].dtype).max
+        for key, expectation in gradients.items()
+    )
 
 
 def _signed_divergence_gradient(truth: LossTruth, support: Tensor) -> Tensor:

@@ -19,6 +19,4 @@ def k3(student_chosen: Tensor, base_logprobs: Tensor) -> tuple[Tensor, Tensor]:
     difference = student_chosen - base_logprobs
     clamped = difference.clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)
     inside = difference.abs() <= RATIO_LOG_CLAMP
-    return torch.expm1(clamped) - clamped, torch.where(
-        inside, torch.expm1(clamped), torch.zeros_like(clamped)
-    )
+    return torch.expm1(clamped) - clamped, torch.where(inside, torch.expm1(clamped), torch.zeros_like(clamped))

@@ -46,9 +46,7 @@ def weighted(log_weight: Tensor, difference: Tensor) -> Tensor:
     return torch.where(weight > 0, weight * difference, torch.zeros_like(weight))
 
 
-def generalised_jensen_shannon(
-    student_at_support: Tensor, teacher_logprobs: Tensor, alpha: float
-) -> Divergence:
+def generalised_jensen_shannon(student_at_support: Tensor, teacher_logprobs: Tensor, alpha: float) -> Divergence:
     """``student_at_support`` l[S] and ``teacher_logprobs`` tau, both (B, T, K) float64; 0 <= alpha < 1."""
     log_p = renormalise(teacher_logprobs)
     log_q = renormalise(student_at_support)

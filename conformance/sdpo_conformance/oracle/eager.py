@@ -48,11 +48,12 @@ def divergence(student_at_support: Tensor, teacher_logprobs: Tensor, alpha: floa
 
 
 def eager_loss(
-    loss_input: SDPOLossInput | FusedSDPOLossInput, token_incoming: Tensor | None = None
+    loss_input: SDPOLossInput | FusedSDPOLossInput, incoming: float = 1.0, token_incoming: Tensor | None = None
 ) -> EagerLoss:
     """Forward and backward on CPU tensors; never raises on finite input.
 
-    ``token_incoming`` (B, T): also the gradients of the bare divergence under this incoming gradient.
+    ``incoming``: the gradient that arrives at the loss. ``token_incoming`` (B, T): also the gradients of the bare
+    divergence under this one.
     """
     training = loss_input.training
     if isinstance(loss_input, FusedSDPOLossInput):
@@ -83,10 +84,8 @@ def eager_loss(
     kl_reg = (k3 * mask).sum() / n
     loss = distill_loss + training.kl_reg_weight * kl_reg
 
-    def gradients_of(output: Tensor, incoming: Tensor | None = None) -> dict[str, Tensor]:
-        found = torch.autograd.grad(
-            output, list(leaves.values()), incoming, retain_graph=True, materialize_grads=True
-        )
+    def gradients_of(output: Tensor, arriving: Tensor) -> dict[str, Tensor]:
+        found = torch.autograd.grad(output, list(leaves.values()), arriving, retain_graph=True, materialize_grads=True)
         return {key: gradient.double() for key, gradient in zip(leaves, found, strict=True)}
 
     return EagerLoss(
@@ -95,8 +94,6 @@ def eager_loss(
         kl_reg=kl_reg.detach().double(),
         mean_is_ratio=((ratio * mask).sum() / n).detach().double(),
         per_token=per_token.detach().double(),
-        gradients=gradients_of(loss),
-        per_token_gradients={}
-        if token_incoming is None
-        else gradients_of(per_token, token_incoming.to(per_token)),
+        gradients=gradients_of(loss, torch.full_like(loss, incoming)),
+        per_token_gradients={} if token_incoming is None else gradients_of(per_token, token_incoming.to(per_token)),
     )

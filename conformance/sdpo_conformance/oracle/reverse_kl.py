@@ -14,9 +14,7 @@ from torch import Tensor
 from sdpo_conformance.protocol import RKL_FLOOR_LOGPROB
 
 
-def teacher_logprob_of_response(
-    teacher_logprobs: Tensor, teacher_indices: Tensor, response_ids: Tensor
-) -> Tensor:
+def teacher_logprob_of_response(teacher_logprobs: Tensor, teacher_indices: Tensor, response_ids: Tensor) -> Tensor:
     """tau_y (B, T): membership decides, not the value found."""
     match = teacher_indices == response_ids.unsqueeze(-1)
     found = torch.where(match, teacher_logprobs, torch.zeros_like(teacher_logprobs)).sum(-1)

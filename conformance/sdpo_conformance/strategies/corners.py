@@ -18,8 +18,8 @@ class Corner:
     drift of the policy from the base: equal, mild, strong, clamp_high, clamp_low · mask: full, ragged, random,
     fractional, tiny (sums to less than 1), empty · support: few, one, many (> 64), whole · response: inside,
     outside, either · mass of the support: normal, shifted, teacher_floor, student_floor, deep (entries below
-    -20) · logits: normal, flat, peaked, large, equal (student and teacher agree) · size: small, tall, wide ·
-    layout: see ``cases.Layout`` · head: frozen, trainable (fused only) · incoming: gradients into the loss.
+    -20) · logits: normal, flat, peaked, large, equal (student and teacher agree) · size: small, tall, wide,
+    crowd (many rows) · layout: see ``cases.Layout`` · head: frozen, trainable (fused only) · incoming: gradients into the loss.
     """
 
     alpha: tuple[str, ...] = ("half", "inside")
@@ -32,7 +32,7 @@ class Corner:
     response: tuple[str, ...] = ("either", "inside", "outside")
     mass: tuple[str, ...] = ("normal", "normal", "shifted")
     logits: tuple[str, ...] = ("normal", "flat", "peaked")
-    size: tuple[str, ...] = ("small", "small", "small", "tall", "wide")
+    size: tuple[str, ...] = ("small", "small", "small", "tall", "wide", "crowd")
     layout: tuple[str, ...] = ("contiguous",)
     head: tuple[str, ...] = ("frozen", "trainable")
     incoming: tuple[float, ...] = (1.0,)
@@ -49,6 +49,9 @@ TALL = (17, 33, 65, 131, 40, 257, 67, 301, 1025)
 
 WIDE = (257, 1000, 1537, 2500, 4099, 1025, 8209, 513, 33001, 777, 70001)
 """Vocabularies past tiles of 256 to 65536, none a multiple of anything."""
+
+CROWD = (9, 17, 33)
+"""Batches past tiles of 8 to 32 rows."""
 
 MANY = (65, 100, 129, 257, 1025)
 """Supports past tiles of 64 to 1024."""
@@ -67,7 +70,7 @@ EVERYTHING = Corner(
 """Every kind that a MUST may ask for at once."""
 
 
-EXPANDED = {"tall": TALL, "wide": WIDE, "many": MANY}
+EXPANDED = {"tall": TALL, "wide": WIDE, "many": MANY, "crowd": CROWD}
 COSTLY = (1025, 8209, 33001, 70001)
 """Sizes that a quick run leaves to chance."""
 

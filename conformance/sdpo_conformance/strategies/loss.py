@@ -19,7 +19,7 @@ from torch import Tensor
 from sdpo_conformance.cases import Layout, LossCase
 from sdpo_conformance.execution import is_fused_entry
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
-from sdpo_conformance.strategies.corners import MANY, TALL, WIDE, Corner
+from sdpo_conformance.strategies.corners import CROWD, MANY, TALL, WIDE, Corner
 from sdpo_conformance.strategies.source import HypothesisSource, Source
 
 ALPHAS: dict[str, tuple[float, ...]] = {
@@ -37,7 +37,7 @@ IS_CLIPS: dict[str, tuple[float, ...]] = {
     "high": (2.0, 20.0, 100.0, 1e4),
     "huge": (1e9, 1e12),
 }
-KL_WEIGHTS = (0.1, 1.0, 0.01, 2.5)
+KL_WEIGHTS = (0.1, 1.0, 0.01, 2.5, 1e-4)
 FLOOR_TARGETS = (-17.5, -19.4, -15.0, -21.0, -25.0)
 """log of the support's mass, on both sides of log 1e-8 = -18.42 and never within rounding of it."""
 
@@ -67,6 +67,8 @@ def draw_shape(source: Source, corner: Corner, fused: bool) -> Shape:
     b = source.integer(1, 3)
     if size == "tall":
         b, t = min(b, 2), int(length) if length else source.pick(TALL)
+    elif size == "crowd":
+        b, t = int(length) if length else source.pick(CROWD), source.integer(1, 3)
     else:
         t = source.integer(1, 5)
     if support == "many":
@@ -163,6 +165,9 @@ def draw_teacher(
     if source.pick((False, True, False)):
         edge = source.pick((0, shape.v - 1))
         teacher[..., edge] = teacher.amax(-1) + 0.5
+    if shape.v > 1000:
+        far = [index for index in (shape.v - 1, 2**15 + 1, 2**16 + 1) if index < shape.v]
+        teacher[..., far] = teacher.amax(-1, keepdim=True) + 0.25
     if hot is not None:
         teacher.scatter_(-1, hot, -100.0)
     logprobs, support = torch.topk(teacher.log_softmax(-1), shape.k, dim=-1)
@@ -284,7 +289,9 @@ def build_case(
         z = leading["student_logits"].double()
     chosen = z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
-    is_clip = source.pick(IS_CLIPS[source.pick([k for k in corner.is_clip if not (half16 and k == "huge")] or ["default"])])
+    is_clip = source.pick(
+        IS_CLIPS[source.pick([k for k in corner.is_clip if not (half16 and k == "huge")] or ["default"])]
+    )
     training = TrainingConfig(
         alpha=source.pick(ALPHAS[source.pick(corner.alpha)]),
         is_clip=is_clip,

@@ -16,7 +16,7 @@ def with_garbage(case: LossCase, filling: float | None = None) -> LossCase:
     generator = torch.Generator().manual_seed(int(masked.sum()))
     wild = {
         "student_logits": 30.0,
-        "student_hidden": 5.0,
+        "student_hidden": 1.0,
         "teacher_logprobs": 8.0,
         "base_logprobs": 90.0,
         "old_student_logprobs": 90.0,
@@ -26,7 +26,10 @@ def with_garbage(case: LossCase, filling: float | None = None) -> LossCase:
         if key not in wild:
             continue
         if filling is None:
-            size = wild[key] * (0.3 if tensor.dtype == torch.float16 else 1.0)
+            size = wild[key] * (0.06 if tensor.dtype == torch.float16 else 1.0)
+            if key == "student_hidden":
+                head = case.tensors()["lm_head_weight"].double()
+                size = wild["student_logits"] * size / wild[key] / float(head.abs().sum(-1).max())
             noise = size * (2 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 1)
         else:
             noise = torch.full(tensor.shape, filling, dtype=torch.float64)

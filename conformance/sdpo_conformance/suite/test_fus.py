@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpo_conformance.cases import LossCase
 from sdpo_conformance.execution import (
+    Outcome,
     call_entry,
     differentiable_output,
     implementation_errors,
     incoming_gradient,
     materialise,
 )
-from sdpo_conformance.judgement import GRADIENT, Disagreement
+from sdpo_conformance.judgement import GRADIENT, Disagreement, gradient_disagreement
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, TrainingConfig
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import EVERYTHING, NEUTRAL
@@ -97,6 +98,7 @@ class ProductsOfShape(TorchDispatchMode):
 def test_fus_3(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         subject.agrees(replace(case, trainable_head=True), (GRADIENT,), control=replace(case, trainable_head=False))
+        head_alone_is_trained(subject, replace(case, trainable_head=True))
         frozen = replace(case, trainable_head=False)
         loss_input = materialise(frozen, subject.device)
         output = differentiable_output(call_entry(subject.function, subject.entry, loss_input), subject.entry)
@@ -118,6 +120,26 @@ def test_fus_3(subject: Subject) -> None:
             )
 
     subject.for_all(corner_of(subject).but(layout=("contiguous", "transposed")), check, share=0.5)
+
+
+def head_alone_is_trained(subject: Subject, case: LossCase) -> None:
+    """A frozen body under a trainable head: the head's gradient does not depend on the hidden states' wish."""
+    expected = subject.expectations(case)
+    if expected is None:
+        return
+    loss_input = materialise(case, subject.device)
+    loss_input = replace(loss_input, student_hidden=loss_input.student_hidden.detach())
+    output = differentiable_output(call_entry(subject.function, subject.entry, loss_input), subject.entry)
+    with implementation_errors("backward"):
+        incoming = incoming_gradient(case, subject.entry, output)
+        (found,) = torch.autograd.grad(output, [loss_input.lm_head_weight], incoming, allow_unused=True)
+    gradient = None if found is None else found.detach().to("cpu", torch.float64)
+    key = "lm_head_weight"
+    wrong = gradient_disagreement(key, expected.gradients[key], Outcome({}, {key: gradient}))
+    if wrong is not None:
+        wrong.case, wrong.probe = case, "head_alone"
+        wrong.detail = wrong.detail or "with hidden states that ask for no gradient"
+        raise wrong
 
 
 @requirement(

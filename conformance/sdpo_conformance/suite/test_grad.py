@@ -52,7 +52,7 @@ def corner_of(subject: Subject) -> Any:
     capabilities=DIVERGENCES,
 )
 def test_grad_1(subject: Subject) -> None:
-    corner = corner_of(subject).but(incoming=(0.25, -1.0, 3.0, 1000.0, 0.0))
+    corner = corner_of(subject).but(incoming=(0.25, -1.0, 3.0, 1000.0, 0.0, 65536.0))
     subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,), control=replace(case, incoming=1.0)))
 
 
@@ -155,6 +155,7 @@ def test_grad_5(subject: Subject) -> None:
                 found.extra["other"] = other if one is case else case
                 raise found
         same_graph_twice(subject, case)
+        same_tensors_changed(subject, case, other)
         leaf_input = materialise(case, subject.device)
         for _ in range(2):
             output = output_of(subject, leaf_input)
@@ -271,6 +272,24 @@ def same_graph_twice(subject: Subject, case: LossCase) -> None:
         raise wrong
 
 
+def same_tensors_changed(subject: Subject, case: LossCase, other: LossCase) -> None:
+    """A second call on the same tensor objects, changed in place as an optimizer step changes the head."""
+    loss_input = materialise(case, subject.device)
+    gradients_of(loss_input, case, subject.entry, output_of(subject, loss_input))
+    with torch.no_grad():
+        for key, tensor in other.tensors().items():
+            getattr(loss_input, key).copy_(tensor)
+    loss_input = replace(loss_input, training=other.training)
+    result = call_entry(subject.function, subject.entry, loss_input)
+    gradients = gradients_of(loss_input, other, subject.entry, differentiable_output(result, subject.entry))
+    found = compare(other, subject.entry, Outcome(result, gradients), ALL)
+    if found is not None:
+        found.probe, found.detail = "changed_in_place", found.detail or "after the same tensors were changed in place"
+        found.secondary = alone_is_wrong(subject, other)
+        found.extra["other"] = case
+        raise found
+
+
 def unlike(case: LossCase) -> LossCase:
     """A case of the same shapes and dtypes whose results and gradients all differ."""
     fields = case.loss_input
@@ -281,7 +300,11 @@ def unlike(case: LossCase) -> LossCase:
         teacher_logprobs=tau * 0.5,
         base_logprobs=fields.base_logprobs - 0.5,
         old_student_logprobs=fields.old_student_logprobs - 0.25,
+        teacher_indices=(fields.teacher_indices + 1) % case.vocabulary,
+        response_ids=(fields.response_ids + 1) % case.vocabulary,
     )
+    if case.fused:
+        other = other.with_fields(lm_head_weight=case.tensors()["lm_head_weight"] * 0.75)
     return replace(other.with_training(is_clip=case.training.is_clip * 0.5), incoming=2.0)
 
 

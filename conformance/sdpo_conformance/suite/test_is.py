@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from hypothesis import strategies as st
 
 from sdpo_conformance.cases import LossCase
-from sdpo_conformance.execution import call_entry, differentiable_output, implementation_errors, materialise
+from sdpo_conformance.execution import (
+    call_entry,
+    differentiable_output,
+    implementation_errors,
+    is_fused_entry,
+    materialise,
+)
 from sdpo_conformance.judgement import GRADIENT, Disagreement, number
+from sdpo_conformance.protocol import DTYPES, SDPOLossInput, TrainingConfig
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import NEUTRAL, Corner
 from sdpo_conformance.strategies.policy import on_policy
@@ -23,6 +32,45 @@ ANY_ALPHA = ("half", "inside", "one")
 def judged(subject: Subject, corner: Corner, *aspects: str) -> None:
     """Judge ``aspects`` within ``corner`` with the on-policy control."""
     subject.for_all(corner, lambda case: subject.agrees(case, aspects, control=on_policy(case)))
+
+
+def with_unlikely_responses(case: LossCase) -> LossCase:
+    """The case with every response outside the support 50 nats less likely, and an old policy to which it was
+    less likely still: the clamp is on the difference, not on either log-prob."""
+    fields = case.loss_input
+    y = fields.response_ids.long().unsqueeze(-1)
+    outside = (fields.teacher_indices.long() != y).all(-1, keepdim=True)
+    logits = case.tensors()["student_logits"]
+    lowered = logits.scatter_add(-1, y, torch.where(outside, -50.0, 0.0).to(logits.dtype))
+    moved = case.with_fields(student_logits=lowered)
+    old = (moved.truth.chosen - 30.0).to(fields.old_student_logprobs.dtype)
+    return moved.with_fields(old_student_logprobs=old)
+
+
+def exactly_at_the_cap(dtype: torch.dtype) -> LossCase:
+    """One token whose log-prob is 0 in any arithmetic, old = 0 and is_clip = 1: the ratio is the cap itself."""
+    logits = torch.full((1, 1, 4), -200.0, dtype=dtype)
+    logits[..., 2] = 0.0
+    zero, y = torch.zeros(1, 1, dtype=dtype), torch.full((1, 1), 2)
+    training = TrainingConfig(is_clip=1.0)
+    tau = torch.zeros(1, 1, 1, dtype=dtype)
+    ones = torch.ones(1, 1)
+    return LossCase(SDPOLossInput(logits, tau, y.unsqueeze(-1), zero, ones, zero.float(), y, training))
+
+
+def at_cap(subject: Subject) -> Callable[[LossCase], None]:
+    """[r >= is_clip] counts a ratio that equals the cap."""
+
+    def check(case: LossCase) -> None:
+        outcome = subject.evaluate(case, gradient=False)
+        got = float(outcome.number("clip_fraction"))
+        if got != 1.0:
+            detail = "the ratio equals is_clip"
+            raise Disagreement(
+                "clip_fraction", "1", number(got), case=case, outcome=outcome, probe="at_cap", detail=detail
+            )
+
+    return check
 
 
 @requirement(
@@ -78,6 +126,8 @@ def test_is_4(subject: Subject) -> None:
             )
         )
         subject.agrees(case, (*VALUE, "mean_is_ratio", GRADIENT), control=inside)
+        if not case.fused:
+            subject.agrees(with_unlikely_responses(case), ("mean_is_ratio",), control=case)
 
     corner = NEUTRAL.but(
         ratio=("clamp_high", "clamp_low", "mild"), is_clip=("huge", "default"), alpha=ANY_ALPHA, mass="normal"
@@ -213,3 +263,6 @@ def test_is_10(subject: Subject) -> None:
         alpha=ANY_ALPHA,
     )
     judged(subject, corner, *METRICS)
+    for name in subject.dtypes:
+        case = exactly_at_the_cap(DTYPES[name])
+        subject.given(st.just(case.to_fused() if is_fused_entry(subject.entry) else case), at_cap(subject))

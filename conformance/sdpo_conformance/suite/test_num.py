@@ -27,6 +27,14 @@ DIVERGENCE_ONLY = NEUTRAL.but(
 )
 
 
+DENSE = NEUTRAL.but(alpha="one", ratio="mild", logits="flat", support="few", mass="normal")
+LONG_SUMS = (
+    DENSE.but(size="wide:8209", head="frozen"),
+    DENSE.but(size="tall:1025", head="trainable"),
+)
+"""Gradients to which every column, or every token, adds: where sums kept in half precision go wrong."""
+
+
 def everything(subject: Subject) -> None:
     """Every corner at once, every result and gradient."""
     corner = DIVERGENCE_ONLY if subject.entry is Capability.DIVERGENCE else EVERYTHING
@@ -64,7 +72,13 @@ def test_num_1(subject: Subject) -> None:
     capabilities=DIVERGENCES,
 )
 def test_num_2(subject: Subject) -> None:
-    in_dtypes(subject, ("bfloat16", "float16"), everything)
+    def run(narrowed: Subject) -> None:
+        everything(narrowed)
+        if subject.entry is Capability.FUSED:
+            for corner in LONG_SUMS:
+                narrowed.visit(corner, lambda case: narrowed.agrees(case, ALL), examples=3)
+
+    in_dtypes(subject, ("bfloat16", "float16"), run)
 
 
 @requirement(

@@ -80,7 +80,7 @@ def judge_runs(subject: Subject, requirement_id: str) -> None:
     found: Disagreement | None = None
     for observation in observations(subject):
         if not observation.observed:
-            subject.tally.note = UNOBSERVED  # type: ignore[attr-defined]
+            subject.tally.note = UNOBSERVED
         for finding in findings(observation):
             if finding.requirements[0] == requirement_id:
                 raise reproducible(finding.disagreement, observation)
