@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sdpo_conformance.audit.command import audit
+from sdpo_conformance.bench.command import bench
 from sdpo_conformance.matrix.command import matrix
 from sdpo_conformance.running import RunError
 
@@ -120,6 +121,7 @@ def init(
 
 app.command()(audit)
 app.command()(matrix)
+app.command()(bench)
 
 
 def progress_bar() -> Any:

@@ -1,0 +1,163 @@
+"""The float64 truth about some tokens of a workload, and how far plain PyTorch is from it on the same inputs.
+
+The whole workload in float64 would not fit, so a slice of tokens is judged, spread over the whole; a token's part
+of the loss does not depend on the others but through n. The logits are made in float64 on the device the inputs
+lie on, from the very hidden states and head; the oracle takes it from there on the CPU.
+
+The worst-case bounds of ``tolerances`` add up rounding over the vocabulary: at 38,000 entries and bfloat16 they
+measure 30 times the gradient itself and would pass anything. What is asked here is their other half: at most
+``EAGER_FACTOR`` times the error of plain PyTorch (``FLOAT_FACTOR`` in float32), compared as distributions over the
+tokens, plus a few units of rounding. Conformance proper is judged by the recorded cases (``judging``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.bench.inputs import Inputs, inputs_of
+from sdpo_conformance.bench.workloads import Work
+from sdpo_conformance.oracle import LossTruth, sdpo_loss
+from sdpo_conformance.oracle.eager import EagerLoss, eager_loss
+from sdpo_conformance.protocol import DTYPES, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
+from sdpo_conformance.tolerances import EAGER_FACTOR, FLOAT_FACTOR
+
+SLICE_ELEMENTS = 2**22
+"""float64 logits judged: 27 tokens of a vocabulary of 152,000."""
+
+MOST_TOKENS = 64
+ROUNDING_UNITS = 8.0
+QUANTILES = (0.5, 0.9)
+"""Of the tokens' gradient errors: half of them, and nine in ten."""
+
+VOCABULARY_CHUNK = 16384
+
+
+@dataclass(frozen=True)
+class SliceTruth:
+    """Tokens ``keep`` (S,) of the workload. ``logits`` (1, S, V) and ``gradient`` (1, S, H) float64 on the CPU,
+    the gradient that of the slice's own mean. ``allowed_*``: the errors a right implementation may show;
+    ``eager_*``: plain PyTorch's own. Loss errors are relative to the sum of the tokens' absolute terms."""
+
+    keep: Tensor
+    inputs: Inputs
+    truth: LossTruth
+    gradient: Tensor
+    scale: float
+    allowed_loss: float
+    allowed_gradient: tuple[float, ...]
+    eager_loss: float
+    eager_gradient: tuple[float, ...]
+
+    def loss_error(self, got: float) -> float:
+        return abs(got - float(self.truth.loss)) / self.scale
+
+    def gradient_errors(self, got: Tensor) -> tuple[float, ...]:
+        """Quantiles over the tokens of |got - true| / |true|, ``got`` (1, S, H)."""
+        return token_errors(got, self.gradient)
+
+
+def token_errors(got: Tensor, true: Tensor) -> tuple[float, ...]:
+    """``QUANTILES`` of the tokens' relative errors; a NaN counts as infinite."""
+    distance = (got.double().cpu() - true).norm(dim=-1) / true.norm(dim=-1).clamp(min=1e-300)
+    distance = torch.nan_to_num(distance, nan=float("inf"), posinf=float("inf")).flatten().sort().values
+    return tuple(float(distance[min(len(distance) - 1, int(q * len(distance)))]) for q in QUANTILES)
+
+
+def kept_tokens(work: Work) -> Tensor:
+    """The tokens of a work that are judged."""
+    return spread(work.tokens, work.head.vocabulary)
+
+
+def spread(tokens: int, vocabulary: int) -> Tensor:
+    """Evenly spread token positions, the first and the last among them, int64 on the CPU."""
+    count = max(1, min(tokens, MOST_TOKENS, SLICE_ELEMENTS // vocabulary))
+    return torch.linspace(0, tokens - 1, count).round().long().unique()
+
+
+def work_inputs(work: Work) -> Inputs:
+    return inputs_of(work.workload, work.tokens, work.top_k, work.dtype, work.device)
+
+
+@lru_cache(maxsize=1)
+def slice_logits(workload: str, tokens: int, top_k: int, dtype: str, device: str) -> Tensor:
+    """(1, S, V) float64 on the CPU; kept for the settings of alpha and anchor that share it."""
+    inputs = inputs_of(workload, tokens, top_k, dtype, device)
+    keep = spread(tokens, inputs.head.shape[0]).to(device)
+    return product(inputs.hidden.detach()[:, keep], inputs.head)
+
+
+def product(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden @ head.T in float64, (..., V), on the CPU."""
+    parts = [hidden.double() @ part.double().T for part in head.split(VOCABULARY_CHUNK)]
+    return torch.cat(parts, dim=-1).cpu()
+
+
+def through_head(logits_gradient: Tensor, head: Tensor) -> Tensor:
+    """logits_gradient @ head in float64, (..., H), on the CPU."""
+    total = torch.zeros(*logits_gradient.shape[:-1], head.shape[1], dtype=torch.float64, device=head.device)
+    for start, part in zip(range(0, len(head), VOCABULARY_CHUNK), head.split(VOCABULARY_CHUNK), strict=True):
+        total += logits_gradient[..., start : start + len(part)].to(head.device) @ part.double()
+    return total.cpu()
+
+
+def rounding(work: Work) -> float:
+    """A few units of the working dtype."""
+    return ROUNDING_UNITS * float(torch.finfo(DTYPES[work.dtype]).eps)
+
+
+def factor(work: Work) -> float:
+    """How many times plain PyTorch's error is allowed."""
+    return EAGER_FACTOR if DTYPES[work.dtype] in (torch.bfloat16, torch.float16) else FLOAT_FACTOR
+
+
+@lru_cache(maxsize=4)
+def slice_truth(work: Work, on_policy: bool = False) -> SliceTruth:
+    """The truth for a loss direction. ``on_policy``: old log-probs are the student's own, so that the ratio is 1
+    and the loss the mean divergence."""
+    whole = work_inputs(work)
+    keep = kept_tokens(work)
+    inputs = whole.tokens(keep.to(whole.hidden.device))
+    training = TrainingConfig(alpha=work.alpha, kl_reg_weight=work.anchor)
+    logits = slice_logits(work.workload, work.tokens, work.top_k, work.dtype, work.device)
+    old = inputs.old_student_logprobs
+    if on_policy:
+        chosen = logits.log_softmax(-1).gather(-1, inputs.response_ids.cpu().unsqueeze(-1)).squeeze(-1)
+        old = chosen.to(old)
+    shared = {
+        "teacher_logprobs": inputs.teacher_logprobs,
+        "teacher_indices": inputs.teacher_indices,
+        "base_logprobs": inputs.base_logprobs,
+        "response_mask": inputs.response_mask,
+        "old_student_logprobs": old,
+        "response_ids": inputs.response_ids,
+        "training": training,
+    }
+    truth = sdpo_loss(SDPOLossInput(student_logits=logits, **shared))
+    gradient = through_head(truth.grad_logits, inputs.head)
+    eager = eager_loss(FusedSDPOLossInput(inputs.hidden.detach(), inputs.head, **shared))
+    terms = truth.weight * (truth.ratio * truth.per_token.abs() + work.anchor * truth.k3)
+    scale = max(float(terms.sum()), 1e-300)
+    off = eager_loss_error(eager, truth, scale)
+    eager_gradient = token_errors(eager.gradients["student_hidden"], gradient)
+    return SliceTruth(
+        keep=keep,
+        inputs=inputs,
+        truth=truth,
+        gradient=gradient,
+        scale=scale,
+        allowed_loss=factor(work) * off + rounding(work),
+        allowed_gradient=tuple(factor(work) * error + rounding(work) for error in eager_gradient),
+        eager_loss=abs(float(eager.loss) - float(truth.loss)) / scale,
+        eager_gradient=eager_gradient,
+    )
+
+
+def eager_loss_error(eager: EagerLoss, truth: LossTruth, scale: float) -> float:
+    """Plain PyTorch's error of the loss, token by token so that no luck of the signs makes it small."""
+    per_token = (truth.weight * truth.ratio * (eager.per_token.cpu() - truth.per_token).abs()).sum()
+    whole = (eager.loss.cpu() - truth.loss).abs()
+    return float(torch.nan_to_num(per_token + whole, nan=0.0, posinf=0.0)) / scale

@@ -1,0 +1,99 @@
+"""The words and figures that terminal, Markdown and plots share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdpo_conformance.bench.results import Group, Row
+from sdpo_conformance.bench.rows import NOT_OFFERED, NOT_RUN, UNAVAILABLE
+
+HEADERS = ("", "ms", "± %", "× h·Wᵀ", "× first", "peak MiB", "error")
+LIMIT = "h @ W.T, the limit"
+
+
+def title(group: Group) -> str:
+    """What a group's rows compute, with the head's two sizes."""
+    head = group.work.head
+    return f"{group.work.group} · {head.model} head {head.hidden} × {head.vocabulary}"
+
+
+def figures(group: Group, row: Row) -> tuple[str, ...]:
+    """The cells under ``HEADERS``."""
+    if row.ms is None:
+        return (row.label, *("–",) * 6)
+    return (
+        row.label,
+        number(row.ms),
+        f"{50 * (row.q3_ms - row.q1_ms) / row.ms:.1f}",
+        number(row.ratio),
+        number(group.to_first(row)),
+        "not measured" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+        "–" if row.error is None else f"{row.error:.1e}",
+    )
+
+
+def limit_figures(group: Group) -> tuple[str, ...]:
+    return LIMIT, number(group.limit_ms), "", "1", "", "", ""
+
+
+def number(value: float) -> str:
+    """Three digits that mean something."""
+    if not math.isfinite(value):
+        return "–"
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 20 else f"{value:.2f}" if value >= 0.1 else f"{value:.3g}"
+
+
+def verdict_of(row: Row) -> str:
+    """What is wrong with a row, or why it has no numbers; empty for a good one."""
+    if not row.measured:
+        return f"{row.status}: {row.reason}"
+    parts = []
+    if row.wrong:
+        parts.append(f"WRONG ANSWER: {row.wrong}")
+    if row.nonconforming:
+        parts.append(f"NOT CONFORMING: {row.nonconforming}")
+    return "; ".join(parts)
+
+
+def notes_of(row: Row) -> str:
+    """What is worth knowing about a row beside its figures."""
+    return "; ".join([*([f"another objective: {row.other}"] if row.other else []), *row.remarks])
+
+
+def shown(group: Group) -> list[Row]:
+    """The rows that belong into a table: what is only absent is said once, below."""
+    return [row for row in group.rows if row.status not in (NOT_OFFERED, UNAVAILABLE, NOT_RUN)]
+
+
+def absences(rows: Sequence[Row]) -> list[str]:
+    """One line per implementation and reason for what could not be timed at all."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.status in (NOT_OFFERED, UNAVAILABLE, NOT_RUN):
+            found.setdefault((row.label, f"{row.status}: {row.reason}"), []).append(row)
+    lines = []
+    for (name, reason), members in found.items():
+        many = len(members) > 1 and members[0].status == NOT_RUN
+        lines.append(f"{name}: {reason}" + (f" ({len(members)} rows)" if many else ""))
+    return lines
+
+
+def machine(document: Mapping[str, Any]) -> str:
+    """Device, libraries and date of a run."""
+    info = document["machine_info"]
+    parts = [info.get("device", "?"), f"torch {info.get('torch', '?')}"]
+    parts += [f"{name} {version}" for name, version in info.get("packages", {}).items()]
+    if info.get("device_type") == "cpu":
+        parts.append(f"{info.get('threads', '?')} threads")
+    return " · ".join([*parts, document["datetime"][:10]])
+
+
+READING = (
+    "ms: median of synchronised rounds; ± %: half the interquartile range; × h·Wᵀ: ratio to the bare product timed "
+    "in the same rounds; peak MiB: beyond the inputs; error: relative, of the gradient (median token) or the loss, "
+    "in nats for log-probs, against the float64 oracle"
+)
