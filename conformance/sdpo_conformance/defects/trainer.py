@@ -734,7 +734,7 @@ DEFECTS = (
     loop(
         "student-one-token-early",
         "The student's logits are sliced one position early.",
-        ("STEP-7", "STEP-1"),
+        ("STEP-1",),
         "The logits at response_start - 1 to -2 predict the response.",
         trainer(loss=shifted_logits),
         ("DeepOpt-com/WrinkleFree-Monorepo#13", "nlp-with-transformers/notebooks#67"),

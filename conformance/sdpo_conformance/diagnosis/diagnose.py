@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sdpo_conformance.defects import catalogue, combine
 from sdpo_conformance.defects.dialects import DIALECTS, Dialect
 from sdpo_conformance.defects.model import Defect
 from sdpo_conformance.diagnosis.observed import Observed
-from sdpo_conformance.diagnosis.prediction import Predictor, shared_aspects
+from sdpo_conformance.diagnosis.prediction import Predictor, coarsest, effect
 
 LOOKED_AT = 4
 """Failures on which every defect of the catalogue is tried; what fits one of them is tried on all."""
 
 PARTNERS = 4
 """Best single explanations to which a second defect is sought."""
+
+
+MOST_PAIRS = 1500
+"""Pairs that are tried at all: a few seconds' work, spent on the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,19 @@ def diagnose(observed: Sequence[Observed], passed: Iterable[str] = ()) -> Diagno
     if not observed:
         return None
     answers = []
+    in_half = any(coarsest(one.case) > torch.finfo(torch.float32).eps for one in observed)
     for native in (False, True):
-        answer = explanation(observed, frozenset(passed), Predictor(native))
+        answer = explanation(observed, frozenset(passed), Predictor(native), pairs=in_half or not native)
         if answer is not None and answer.complete:
             return answer
         answers.append(answer)
     return max(answers, key=lambda one: 0 if one is None else len(one.explained))
 
 
-def explanation(observed: Sequence[Observed], held: frozenset[str], predictor: Predictor) -> Diagnosis | None:
-    """The best explanation that one way of predicting gives."""
+def explanation(
+    observed: Sequence[Observed], held: frozenset[str], predictor: Predictor, pairs: bool
+) -> Diagnosis | None:
+    """The best explanation that one way of predicting gives, with pairs or without."""
     broken = frozenset(one.requirement for one in observed)
     entries = {one.entry for one in observed}
     known = [
@@ -88,9 +97,9 @@ def explanation(observed: Sequence[Observed], held: frozenset[str], predictor: P
     )
     if singles and len(singles[0].explained) == len(observed):
         return told(singles, len(observed))
-    pairs = ranked(list(pairings(singles, known, observed, predictor)), held, broken)
-    if pairs and (not singles or len(pairs[0].explained) > len(singles[0].explained)):
-        return told(pairs, len(observed))
+    twos = ranked(list(pairings(singles, known, observed, predictor)), held, broken) if pairs else []
+    if twos and (not singles or len(twos[0].explained) > len(singles[0].explained)):
+        return told(twos, len(observed))
     return told(singles, len(observed)) if singles else None
 
 
@@ -130,19 +139,24 @@ def ranked(candidates: Sequence[Candidate], held: frozenset[str], broken: frozen
 def pairings(
     singles: Sequence[Candidate], known: Sequence[Defect], observed: Sequence[Observed], predictor: Predictor
 ) -> Iterable[Candidate]:
-    """Pairs that explain more than their first does alone; without any single, pairs that share the wrong
-    numbers of one failure between them."""
-    firsts = [candidate.whole for candidate in distinct(singles)[:PARTNERS]] or sharing(
-        known, observed, predictor
-    )
+    """Pairs that explain more than their first does alone; where no single explains half of the failures, pairs
+    of which each may have part in the wrong numbers."""
+    firsts = [candidate.whole for candidate in distinct(singles)[:PARTNERS]]
+    seconds: Sequence[Defect] = known
+    if not singles or 2 * len(singles[0].explained) < len(observed):
+        firsts = seconds = suspects(known, observed)
     tried = set()
     for first in firsts:
         alone = {index for index, one in enumerate(observed) if predictor.fit(first, one).matched}
-        open_ones = [index for index in range(len(observed)) if index not in alone]
-        for second in known:
-            if frozenset({first.name, second.name}) in tried or second is first:
+        open_ones = [index for index in representative(observed) if index not in alone]
+        open_ones = open_ones or [index for index in range(len(observed)) if index not in alone]
+        for second in seconds:
+            names = frozenset({first.name, second.name})
+            if len(names) < 2 or names in tried:
                 continue
-            tried.add(frozenset({first.name, second.name}))
+            if len(tried) == MOST_PAIRS:
+                return
+            tried.add(names)
             try:
                 whole = combine(first, second)
             except ValueError:
@@ -153,16 +167,18 @@ def pairings(
                     yield candidate
 
 
-def sharing(known: Sequence[Defect], observed: Sequence[Observed]) -> list[Defect]:
-    """Defects that get some wrong number of some failure right, those with most first."""
-    shares = {
-        defect.name: sum(len(shared_aspects(defect, observed[index])) for index in representative(observed))
-        for defect in known
-    }
-    found = sorted(
-        (defect for defect in known if shares[defect.name]), key=lambda defect: -shares[defect.name]
-    )
-    return found[: 2 * PARTNERS]
+def suspects(known: Sequence[Defect], observed: Sequence[Observed]) -> list[Defect]:
+    """Defects that change some wrong result of a few failures, and no right one: only such have part in them.
+    Those that predict most wrong numbers come first."""
+    numeric = [observed[index] for index in representative(observed) if observed[index].numeric]
+    if not numeric:
+        return []
+    found = []
+    for defect in known:
+        effects = [effect(defect, one) for one in numeric]
+        if any(one.changes for one in effects) and not any(one.spoils for one in effects):
+            found.append((sum(one.predicted for one in effects), defect))
+    return [defect for _, defect in sorted(found, key=lambda pair: -pair[0])]
 
 
 def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:

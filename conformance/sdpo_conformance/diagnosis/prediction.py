@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -98,17 +98,37 @@ def best_fit(defect: Defect, observed: Observed, native: bool) -> Fit:
         return NO_FIT
 
 
-def shared_aspects(defect: Defect, observed: Observed) -> frozenset[str]:
-    """The wrong results, gradients aside, that a defect alone predicts."""
+@dataclass(frozen=True)
+class Effect:
+    """``changes`` a wrong result; ``spoils`` a right one; ``predicted``: how many of the wrong results are as the
+    defect predicts."""
+
+    changes: bool
+    spoils: bool
+    predicted: int
+
+
+def effect(defect: Defect, observed: Observed) -> Effect:
+    """What a defect alone does to the results of a failing input, gradients aside."""
     function = getattr(defect.implementation(), observed.entry.value, None)
-    if function is None or not observed.numeric:
-        return frozenset()
+    if function is None:
+        return Effect(False, False, 0)
     try:
         forward = values_of(evaluate(function, observed.entry, observed.exact, gradient=False))
     except ImplementationError:
-        return frozenset()
-    results = {name: value for name, value in observed.values.items() if not name.startswith(GRADIENT)}
-    return fit(forward, replace(observed, values=results)).aspects
+        return Effect(False, False, 0)
+    changes, spoils, predicted = False, False, 0
+    eps = coarsest(observed.case)
+    for name, got in observed.values.items():
+        truth = expectation_of(observed.truth, name)
+        if truth is None or name.startswith(GRADIENT) or name not in forward:
+            continue
+        wrong = got.shape != truth.value.shape or bool((truth.excess(got) > 1).any())
+        changed = not deviation(forward[name], truth.value, truth.bound, eps)[0]
+        changes = changes or (wrong and changed)
+        spoils = spoils or (changed and not wrong)
+        predicted += wrong and deviation(got, forward[name], truth.bound, eps)[0]
+    return Effect(changes, spoils, predicted)
 
 
 def agree(predicted: Mapping[str, Tensor], observed: Observed) -> bool:
