@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,8 +23,20 @@ from torch import Tensor
 from sdpo_conformance.oracle import LossTruth, sdpo_loss
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
 
-Layout = Literal["contiguous", "transposed", "strided", "offset", "expanded"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+LAYOUTS = (
+    "contiguous",
+    "transposed",
+    "strided",
+    "offset",
+    "expanded",
+    "odd:base_logprobs",
+    "odd:old_student_logprobs",
+    "odd:response_mask",
+    "odd:response_ids",
+    "odd:teacher_logprobs",
+    "odd:teacher_indices",
+)
+"""How the tensors lie in memory; ``odd:FIELD``: that one transposed, the others contiguous."""
 
 PER_TOKEN_FIELDS = ("base_logprobs", "response_mask", "old_student_logprobs", "response_ids")
 SHARED_FIELDS = ("teacher_logprobs", "teacher_indices", *PER_TOKEN_FIELDS)
@@ -36,7 +48,7 @@ class LossCase:
     ``incoming``: the gradient that arrives at the loss; ``name`` of a recorded case, or empty."""
 
     loss_input: SDPOLossInput | FusedSDPOLossInput
-    layout: Layout = "contiguous"
+    layout: str = "contiguous"
     trainable_head: bool = False
     incoming: float = 1.0
     name: str = ""

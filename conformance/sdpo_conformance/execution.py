@@ -108,8 +108,10 @@ class Outcome:
             raise ImplementationError(f"{key} is no number but a {type(value).__name__}") from None
 
 
-def lay_out(tensor: Tensor, layout: str) -> Tensor:
+def lay_out(tensor: Tensor, layout: str, key: str) -> Tensor:
     """The same values in another memory layout: a view that is not contiguous, or does not start at 0."""
+    if layout.startswith("odd:"):
+        layout = "transposed" if layout == f"odd:{key}" else "contiguous"
     if tensor.dim() < 2:
         return tensor
     if layout == "transposed":
@@ -131,7 +133,7 @@ def materialise(case: LossCase, device: str, requires_grad: bool = True) -> Any:
     gradients."""
     fields: dict[str, Any] = {}
     for key, tensor in case.tensors().items():
-        fresh = lay_out(tensor.detach().clone().to(device), case.layout)
+        fresh = lay_out(tensor.detach().clone().to(device), case.layout, key)
         if requires_grad and key in case.differentiable:
             fresh = fresh.detach().requires_grad_()
         fields[key] = fresh

@@ -19,7 +19,8 @@ class Corner:
     fractional, tiny (sums to less than 1), empty · support: few, one, many (> 64), whole · response: inside,
     outside, either · mass of the support: normal, shifted, teacher_floor, student_floor, deep (entries below
     -20) · logits: normal, flat, peaked, large, equal (student and teacher agree) · size: small, tall, wide,
-    crowd (many rows) · layout: see ``cases.Layout`` · head: frozen, trainable (fused only) · incoming: gradients into the loss.
+    crowd (many rows) · layout: see ``cases.LAYOUTS`` · head: frozen, trainable (fused only) · incoming: gradients
+    into the loss.
     """
 
     alpha: tuple[str, ...] = ("half", "inside")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases import LossCase
+from sdpo_conformance.cases import LAYOUTS, LossCase
 from sdpo_conformance.execution import (
     Outcome,
     call_entry,
@@ -125,7 +125,7 @@ def test_grad_3(subject: Subject) -> None:
     capabilities=DIVERGENCES,
 )
 def test_grad_4(subject: Subject) -> None:
-    corner = corner_of(subject).but(layout=("transposed", "strided", "offset", "expanded"))
+    corner = corner_of(subject).but(layout=tuple(layout for layout in LAYOUTS if layout != "contiguous"))
     subject.for_all(corner, lambda case: subject.agrees(case, ALL, control=replace(case, layout="contiguous")))
 
 
