@@ -121,7 +121,7 @@ class LossCase:
             "incoming": repr(self.incoming),
             "name": self.name,
         }
-        tensors = {key: value.contiguous() for key, value in {**self.tensors(), **(extra or {})}.items()}
+        tensors = {key: value.contiguous().clone() for key, value in {**self.tensors(), **(extra or {})}.items()}
         partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)

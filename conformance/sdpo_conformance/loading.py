@@ -112,7 +112,7 @@ def _import(name: str, target: str) -> Any:
             missing = error.name or ""
             if name != missing and not name.startswith(missing + "."):
                 raise
-            searched = [entry or "." for entry in sys.path if "zip" not in entry][:4]
+            searched = list(dict.fromkeys(entry or "." for entry in sys.path if "zip" not in entry))[:4]
             raise LoadingError(
                 f"no module {missing!r} for --impl={target}; searched {', '.join(searched)}, ...; install it, add "
                 "--with=PATH_OR_REQUIREMENT, or name a .py file"

@@ -60,7 +60,9 @@ class Report:
 
     @property
     def exit_status(self) -> int:
-        """0 conforming (or failing only as claimed), 1 not."""
+        """0 conforming (or failing only as claimed), 1 not, 2 where the suite itself failed."""
+        if any(record["status"] == "internal error" for record in self.results["records"]):
+            return 2
         return 0 if self.passed else 1
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -125,9 +126,10 @@ class Subject:
     def visit(self, corner: Corner, check: Callable[[LossCase], object], examples: int) -> None:
         """Run ``check`` on ``examples`` cases of one narrow corner; raises the first failure."""
         self._smallest = None
-        for number in range(examples):
-            source = SeededSource(f"{self.seed}/{corner}/{number}")
-            self._attempt(check, build_case(source, corner, self.entry, self.torch_dtypes))
+        with suppress(Enough):
+            for number in range(examples):
+                source = SeededSource(f"{self.seed}/{corner}/{number}")
+                self._attempt(check, build_case(source, corner, self.entry, self.torch_dtypes))
 
     def given(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float = 1.0) -> None:
         """Run ``check`` on drawn examples and raise the failure on the smallest."""

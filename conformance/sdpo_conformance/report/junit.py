@@ -13,9 +13,7 @@ def junit_xml(results: Mapping[str, Any]) -> str:
     """One test case per requirement and entry."""
     records = results["records"]
     failed = [record for record in records if record["status"] in (Status.FAILED, Status.UNEXPECTED_PASS)]
-    skipped = [
-        record for record in records if record["status"] in (Status.NOT_JUDGED, Status.EXPECTED_FAILURE)
-    ]
+    skipped = [record for record in records if record["status"] in (Status.NOT_JUDGED, Status.EXPECTED_FAILURE)]
     suite = ElementTree.Element(
         "testsuite",
         name=f"SDPO conformance of {results['implementation']}",
@@ -37,9 +35,7 @@ def junit_xml(results: Mapping[str, Any]) -> str:
             failure = record["failure"]
             message = failure.get("summary", record["reason"])
             child = ElementTree.SubElement(case, "failure", type=record["level"], message=message)
-            child.text = "\n".join(
-                filter(None, [message, failure.get("words", ""), f"source: {record['source']}"])
-            )
+            child.text = "\n".join(filter(None, [message, failure.get("words", ""), f"source: {record['source']}"]))
         elif record in skipped:
             ElementTree.SubElement(case, "skipped", message=record["reason"])
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -59,20 +59,20 @@ def verdict(
 ) -> dict[str, Any]:
     """``conforming``: no MUST fails, expected or not. ``passed``: nothing but what was claimed to fail fails.
     ``text``: one line for people."""
-    must = [
-        record for record in records if record.level is Level.MUST and record.status is not Status.NOT_JUDGED
-    ]
+    unjudged = (Status.NOT_JUDGED, Status.INTERNAL_ERROR)
+    must = [record for record in records if record.level is Level.MUST and record.status not in unjudged]
+    internal = [record for record in records if record.status is Status.INTERNAL_ERROR]
     met = [record for record in must if record.status in (Status.PASSED, Status.UNEXPECTED_PASS)]
     expected = [record for record in records if record.status is Status.EXPECTED_FAILURE]
     surprising = [record for record in records if record.status is Status.UNEXPECTED_PASS]
     should = [record for record in records if record.level is Level.SHOULD and record.status is Status.FAILED]
     broken = [record for record in must if record.status is Status.FAILED]
-    conforming = len(met) == len(must) and bool(must)
-    passed = not broken and not surprising and bool(must)
+    conforming = len(met) == len(must) and bool(must) and not internal
+    passed = not broken and not surprising and bool(must) and not internal
 
     if not must:
         text = "NOTHING JUDGED: no MUST was selected for what this implementation offers."
-    elif conforming:
+    elif len(met) == len(must):
         text = f"CONFORMING: {tallies(must, met)}."
     elif not broken:
         claimed = ", ".join(sorted({record.requirement for record in expected}))
@@ -84,6 +84,11 @@ def verdict(
         text += f" {names} passed although SDPO_CLAIMS expects failure: remove the claim."
     if should:
         text += f" SHOULD not met: {', '.join(dict.fromkeys(record.requirement for record in should))}."
+    if internal:
+        names = ", ".join(dict.fromkeys(record.requirement for record in internal))
+        text = (
+            f"NO VERDICT: the suite itself failed on {names} ({internal[0].reason[:120]}); please report this. {text}"
+        )
     text += remarks(implementation, diagnosis)
     return {
         "conforming": conforming,

@@ -17,6 +17,8 @@ from sdpo_conformance.requirements import FAMILIES, Level
 
 SHOWN_FAILURES = 8
 
+UNJUDGED = (Status.NOT_JUDGED, Status.INTERNAL_ERROR)
+
 SWEEPS = ("NUM-1", "NUM-2", "FUS-1", "FUS-2", "FUS-4", "FUS-6")
 """Requirements that visit every corner at once: what they find, a rule of its own names better."""
 
@@ -93,27 +95,17 @@ def tally_table(results: Mapping[str, Any]) -> Table:
         mine = [record for record in records if record["requirement"].rsplit("-", 1)[0] == family]
         if not mine:
             if not results["run"]["only"]:
-                provided = provider(family) in results["offered"] or any(
-                    entry in results["offered"] for entry in heads
-                )
+                provided = provider(family) in results["offered"] or any(entry in results["offered"] for entry in heads)
                 if family in ("LP", "TK", "STEP") or not provided:
-                    table.add_row(
-                        words, *[""] * (max(len(heads), 1) - 1), "", Text("not provided", style="dim")
-                    )
+                    table.add_row(words, *[""] * (max(len(heads), 1) - 1), "", Text("not provided", style="dim"))
             continue
-        judged = [record for record in mine if record["status"] != Status.NOT_JUDGED]
+        judged = [record for record in mine if record["status"] not in UNJUDGED]
         cells: list[Text] = []
         for entry in heads or [""]:
-            through = (
-                [record for record in judged if record["entry"] == entry]
-                if family_of_losses(family)
-                else judged
-            )
+            through = [record for record in judged if record["entry"] == entry] if family_of_losses(family) else judged
             if not family_of_losses(family) and cells:
                 through = []
-            good = [
-                record for record in through if record["status"] in (Status.PASSED, Status.UNEXPECTED_PASS)
-            ]
+            good = [record for record in through if record["status"] in (Status.PASSED, Status.UNEXPECTED_PASS)]
             style = "green" if len(good) == len(through) else "red"
             cells.append(Text(f"{len(good)}/{len(through)}", style=style) if through else Text(""))
         bad = [record for record in judged if record["status"] not in (Status.PASSED,)]
@@ -179,9 +171,7 @@ def failure_text(group: Sequence[Mapping[str, Any]]) -> Text:
     text = Text.assemble((f"{record['requirement']:<7} ", "bold red"), record["statement"])
     if record["level"] == Level.SHOULD:
         text.append(" (SHOULD)", style="dim")
-    entries = ", ".join(
-        ENTRY_HEADS.get(entry["entry"], "") for entry in group if entry["entry"] in ENTRY_HEADS
-    )
+    entries = ", ".join(ENTRY_HEADS.get(entry["entry"], "") for entry in group if entry["entry"] in ENTRY_HEADS)
     if failure.get("kind") == "error":
         text.append(f"{indent}{failure['summary']}")
     else:
