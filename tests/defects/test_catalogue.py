@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 
 import pytest
+
 from sdpo_conformance import defects
 from sdpo_conformance.defects.dialects import DIALECTS
 from sdpo_conformance.defects.model import Defect
@@ -20,9 +21,7 @@ def test_it_holds_enough_of_each_kind() -> None:
     trainers = [one for one in CATALOGUE.values() if Capability.DISTILL in one.capabilities]
     assert len(trainers) >= 25
     assert sum(Capability.FUSED in one.capabilities for one in CATALOGUE.values()) >= 60
-    assert len(CATALOGUE) == sum(len(defects.of_family(family)) for family in defects.FAMILIES), (
-        "a name twice"
-    )
+    assert len(CATALOGUE) == sum(len(defects.of_family(family)) for family in defects.FAMILIES), "a name twice"
 
 
 @by_name
@@ -46,9 +45,7 @@ def test_it_violates_known_requirements(defect: Defect) -> None:
 @by_name
 def test_it_offers_its_capabilities_and_no_others(defect: Defect) -> None:
     implementation = defect.implementation()
-    offered = {
-        capability for capability in Capability if callable(getattr(implementation, capability.value, None))
-    }
+    offered = {capability for capability in Capability if callable(getattr(implementation, capability.value, None))}
     assert offered == set(defect.capabilities)
 
 
@@ -63,9 +60,7 @@ def test_every_source_is_cited_by_a_defect() -> None:
     assert cited == set(known)
     for reference, entry in known.items():
         repository, number = reference.split("#")
-        assert entry["url"] in {
-            f"https://github.com/{repository}/{kind}/{number}" for kind in ("issues", "pull")
-        }
+        assert entry["url"] in {f"https://github.com/{repository}/{kind}/{number}" for kind in ("issues", "pull")}
         assert entry["title"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sdpo_conformance import defects
 from sdpo_conformance.cases import LossCase, recorded_cases
 from sdpo_conformance.defects.model import Defect, Implementation, entries, replacing
@@ -87,9 +88,7 @@ def test_dialects_are_recognised(name: str) -> None:
 
 
 def test_what_is_not_in_the_catalogue_is_not_matched() -> None:
-    unknown = Defect(
-        "unknown", "", ("GJS-1",), "", change=replacing(jensen_shannon=lambda w: jensen_shannon(w) * 1.37)
-    )
+    unknown = Defect("unknown", "", ("GJS-1",), "", change=replacing(jensen_shannon=lambda w: jensen_shannon(w) * 1.37))
     assert diagnose(failures(unknown)) is None
 
 
@@ -136,9 +135,7 @@ def test_pairs_are_drawn_by_seed() -> None:
     assert random_pairs(5, 3) != random_pairs(5, 4)
 
 
-@pytest.mark.parametrize(
-    ("error", "words"), [(0.0, "the last bit"), (3e-8, "1e-7"), (1e-7, "1e-7"), (0.4, "1")]
-)
+@pytest.mark.parametrize(("error", "words"), [(0.0, "the last bit"), (3e-8, "1e-7"), (1e-7, "1e-7"), (0.4, "1")])
 def test_errors_are_rounded_up_to_a_power_of_ten(error: float, words: str) -> None:
     assert quality(error) == words
 

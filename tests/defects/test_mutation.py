@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from sdpo_conformance import defects
 from sdpo_conformance.defects.mutation import Score, Task, main, named_requirement, score, summarise, tasks
 from sdpo_conformance.protocol import Capability

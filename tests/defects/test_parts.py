@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+
 from sdpo_conformance.cases import LossCase, recorded_cases
 from sdpo_conformance.defects.model import Implementation, entries
 from sdpo_conformance.defects.parts import Parts
 from sdpo_conformance.execution import evaluate
 from sdpo_conformance.judgement import compare
-from sdpo_conformance.profiles import Profile
+from sdpo_conformance.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.requirements import Requirement, load_all
 from sdpo_conformance.subject import Subject
@@ -30,5 +33,5 @@ def test_every_requirement_holds(requirement: Requirement, entry: Capability) ->
     if entry not in requirement.capabilities:
         pytest.skip("not tested through this entry")
     torch.set_num_threads(1)
-    profile = Profile("few", 6, 1.0, 30.0)
+    profile = replace(PROFILES["quick"], examples=6)
     Subject(RIGHT, entry, Claims(), profile, dtypes=("float32", "bfloat16", "float16")).run(requirement)

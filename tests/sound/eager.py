@@ -38,9 +38,7 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Any]:
         match = support == y.unsqueeze(-1)
         tau_y = torch.where(match.any(-1), torch.where(match, tau, torch.zeros_like(tau)).sum(-1), -20.0)
         divergence = (chosen - tau_y).detach() * chosen
-    ratio = (
-        (chosen - loss_input.old_student_logprobs).detach().clamp(-20, 20).exp().clamp(max=training.is_clip)
-    )
+    ratio = (chosen - loss_input.old_student_logprobs).detach().clamp(-20, 20).exp().clamp(max=training.is_clip)
     drift = (chosen - loss_input.base_logprobs).clamp(-20, 20)
     n = mask.sum().clamp(min=1)
     distill_loss = (divergence * ratio * mask).sum() / n

@@ -19,9 +19,7 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Any]:
         return reduced(batch, surrogate(batch, chosen), chosen)
     log_p = renormalised(batch.tau)
     log_q = renormalised(l.gather(-1, batch.support).clamp(min=NOWHERE))
-    mixture = torch.logsumexp(
-        torch.stack([log_q + logarithm(1 - batch.alpha), log_p + logarithm(batch.alpha)]), dim=0
-    )
+    mixture = torch.logsumexp(torch.stack([log_q + logarithm(1 - batch.alpha), log_p + logarithm(batch.alpha)]), dim=0)
     teacher = F.kl_div(mixture, log_p, reduction="none", log_target=True).sum(-1)
     student = F.kl_div(mixture, log_q, reduction="none", log_target=True).sum(-1)
     divergence = batch.alpha * teacher + (1 - batch.alpha) * student

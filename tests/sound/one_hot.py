@@ -19,9 +19,7 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Any]:
     chosen = (l * F.one_hot(batch.y, vocabulary)).sum(-1)
     if batch.alpha >= 1:
         return reduced(batch, surrogate(batch, chosen), chosen)
-    columns = torch.stack(
-        [(l * F.one_hot(ids, vocabulary)).sum(-1) for ids in batch.support.unbind(-1)], dim=-1
-    )
+    columns = torch.stack([(l * F.one_hot(ids, vocabulary)).sum(-1) for ids in batch.support.unbind(-1)], dim=-1)
     log_q = renormalised(columns.clamp(min=NOWHERE))
     return reduced(batch, jensen_shannon(renormalised(batch.tau), log_q, batch.alpha), chosen)
 

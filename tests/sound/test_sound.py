@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
 from sdpo_conformance.execution import ImplementationError
 from sdpo_conformance.judgement import Disagreement
-from sdpo_conformance.profiles import Profile
+from sdpo_conformance.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.requirements import load_all
 from sdpo_conformance.subject import Subject
@@ -21,7 +23,7 @@ METHODS = sorted(
     for module in pkgutil.iter_modules([str(Path(__file__).parent)])
     if module.name != "shared" and not module.name.startswith("test_")
 )
-FEW = Profile("few", 5, 1.0, 30.0)
+FEW = replace(PROFILES["quick"], examples=5)
 
 
 def test_there_are_enough_methods() -> None:

@@ -29,10 +29,7 @@ def chunk_terms(batch: Batch, z: Tensor, rows: slice) -> tuple[Tensor, Tensor, T
     """D r, k3 and r of some tokens, flattened over B and T."""
     part = Batch(
         z,
-        *(
-            getattr(batch, name).flatten(0, 1)[rows]
-            for name in ("tau", "support", "base", "old", "mask", "y")
-        ),
+        *(getattr(batch, name).flatten(0, 1)[rows] for name in ("tau", "support", "base", "old", "mask", "y")),
         batch.alpha,
         batch.is_clip,
         batch.kl_reg_weight,

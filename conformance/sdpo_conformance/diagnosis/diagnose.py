@@ -105,18 +105,14 @@ def explanation(
 
 def representative(observed: Sequence[Observed]) -> list[int]:
     """A few failures to begin with: those that isolate their rule, one of each kind of check first."""
-    order = sorted(
-        range(len(observed)), key=lambda index: (observed[index].secondary, not observed[index].numeric)
-    )
+    order = sorted(range(len(observed)), key=lambda index: (observed[index].secondary, not observed[index].numeric))
     kinds: dict[str, int] = {}
     for index in order:
         kinds.setdefault(observed[index].probe, index)
     return list(dict.fromkeys([*kinds.values(), *order]))[: max(LOOKED_AT, len(kinds))]
 
 
-def judged(
-    parts: tuple[Defect, ...], whole: Defect, observed: Sequence[Observed], predictor: Predictor
-) -> Candidate:
+def judged(parts: tuple[Defect, ...], whole: Defect, observed: Sequence[Observed], predictor: Predictor) -> Candidate:
     """How much a candidate explains."""
     fits = [predictor.fit(whole, one) for one in observed]
     explained = frozenset(index for index, one in enumerate(fits) if one.matched)
@@ -141,12 +137,12 @@ def pairings(
 ) -> Iterable[Candidate]:
     """Pairs that explain more than their first does alone; where no single explains half of the failures, pairs
     of which each may have part in the wrong numbers."""
-    firsts = [candidate.whole for candidate in distinct(singles)[:PARTNERS]]
-    seconds: Sequence[Defect] = known
+    work = [(candidate.whole, known) for candidate in distinct(singles)[:PARTNERS]]
     if not singles or 2 * len(singles[0].explained) < len(observed):
-        firsts = seconds = suspects(known, observed)
-    tried = set()
-    for first in firsts:
+        likely = suspects(known, observed)
+        work.extend((first, likely) for first in likely)
+    tried: set[frozenset[str]] = set()
+    for first, seconds in work:
         alone = {index for index, one in enumerate(observed) if predictor.fit(first, one).matched}
         open_ones = [index for index in representative(observed) if index not in alone]
         open_ones = open_ones or [index for index in range(len(observed)) if index not in alone]

@@ -73,9 +73,7 @@ def failures_of(defect: Defect, entry: Capability, seed: int) -> tuple[list[Obse
             if isinstance(found.case, LossCase):
                 values = values_of(found.outcome) if found.outcome is not None else {}
                 observed.append(
-                    Observed(
-                        name, entry, found.case, values, found.probe, found.aspect, found.got, found.secondary
-                    )
+                    Observed(name, entry, found.case, values, found.probe, found.aspect, found.got, found.secondary)
                 )
         except ImplementationError as found:
             if isinstance(found.case, LossCase):

@@ -66,7 +66,7 @@ class Observed:
             for key, value in self.case.tensors().items()
             if value.is_floating_point() and key != "response_mask"
         }
-        return replace(self.case, loss_input=replace(self.case.loss_input, **floats))
+        return replace(self.case.with_fields(**floats), name=self.case.name)
 
     @cached_property
     def not_finite(self) -> bool:

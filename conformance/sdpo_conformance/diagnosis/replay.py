@@ -30,16 +30,27 @@ class Replay(Subject):
 
     only: LossCase | None = None
 
-    def for_all(self, corner: Corner, check: Callable[[LossCase], None], share: float = 1.0) -> None:
+    def for_all(
+        self,
+        corner: Corner,
+        check: Callable[[LossCase], object],
+        share: float = 1.0,
+        shape_of: Any = None,
+    ) -> None:
         """The one input, whatever the corner."""
-        del corner, share
+        del corner, share, shape_of
+        self.given(None, check)
+
+    def visit(self, corner: Corner, check: Callable[[LossCase], object], examples: int) -> None:
+        """The one input, whatever the corner."""
+        del corner, examples
+        self.given(None, check)
+
+    def given(self, strategy: Any, check: Callable[[Any], object], share: float = 1.0) -> None:
+        """The one input, whatever the strategy."""
+        del strategy, share
         assert self.only is not None
         check(self.only)
-
-    def given(self, strategy: Any, check: Callable[[Any], None], share: float = 1.0) -> None:
-        """The one input, whatever the strategy."""
-        del strategy
-        self.for_all(Corner(), check, share)
 
 
 def replayed(defect: Defect, observed: Observed) -> Fit:

@@ -19,17 +19,13 @@ MOST_EQUIVALENTS = 3
 NO_MATCH = "no catalogued defect, pair of defects or dialect returns what this implementation returned"
 
 
-def diagnose_run(
-    folder: Path, failed: Sequence[Record], offered: Sequence[Capability]
-) -> Mapping[str, Any] | None:
+def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capability]) -> Mapping[str, Any] | None:
     """``lines`` for the terminal, ``matches`` for machines, ``usable_for`` for the verdict, one diagnosis for
     each entry that failed; None where nothing failed. ``folder`` holds what was observed."""
     if not failed:
         return None
     passed = {
-        (record.entry, record.requirement)
-        for record in read_records(folder).values()
-        if record.status is Status.PASSED
+        (record.entry, record.requirement) for record in read_records(folder).values() if record.status is Status.PASSED
     }
     lines: list[str] = []
     matches: list[dict[str, Any]] = []
@@ -76,9 +72,7 @@ def described(found: Diagnosis | None, failures: int, where: str) -> tuple[list[
         more = f" and {rest} more" if rest > 0 else ""
         lines.append(f"not to be told apart on these inputs: {names}{more}")
     if len(found.explained) < of:
-        lines.append(
-            f"{of - len(found.explained)} failures remain unexplained: there is more wrong than this"
-        )
+        lines.append(f"{of - len(found.explained)} failures remain unexplained: there is more wrong than this")
     usable = first.usable_for if len(found.defects) == 1 and len(found.explained) == of else ""
     return lines, {
         "name": found.name,
@@ -110,16 +104,12 @@ def quality(error: float) -> str:
     return f"1e{exponent}" if exponent else "1"
 
 
-def by_requirement(
-    entry: Capability, broken: Sequence[str], where: str
-) -> tuple[list[str], dict[str, Any] | None]:
+def by_requirement(entry: Capability, broken: Sequence[str], where: str) -> tuple[list[str], dict[str, Any] | None]:
     """Without recorded numbers: the defects that the broken requirements name, said to be no more than that."""
     named = [
         defect
         for defect in catalogue().values()
-        if entry in defect.capabilities
-        and defect.violates[0] in broken
-        and set(defect.violates) <= set(broken)
+        if entry in defect.capabilities and defect.violates[0] in broken and set(defect.violates) <= set(broken)
     ]
     if not named:
         return [f"{NO_MATCH}{where}"], None
