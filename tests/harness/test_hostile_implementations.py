@@ -148,3 +148,37 @@ def test_results_are_plain_json(judge: Any) -> None:
     text = (report.folder / "results.json").read_text()
     assert json.loads(text) == dict(report.results)
     assert "NaN" not in text.replace('"', "")
+
+
+def test_a_failure_of_the_suite_itself_is_no_verdict() -> None:
+    from sdpo_conformance.loading import Implementation
+    from sdpo_conformance.protocol import Capability, Claims
+    from sdpo_conformance.records import Record, Status
+    from sdpo_conformance.report.results import verdict
+    from sdpo_conformance.requirements import Level
+
+    records = [
+        Record("IS-1", "compute_sdpo_loss", Level.MUST, Status.PASSED),
+        Record("IS-2", "compute_sdpo_loss", Level.MUST, Status.INTERNAL_ERROR, reason="ValueError: a bug of ours"),
+    ]
+    found = verdict(Implementation("mine", object(), (Capability.LOSS,), Claims()), records, None)
+    assert not found["conforming"]
+    assert not found["passed"]
+    assert found["text"].startswith("NO VERDICT: the suite itself failed on IS-2")
+
+
+def test_a_slow_implementation_gets_fewer_examples_and_no_accusation(
+    judge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = judge(
+        """
+        import time
+        SDPO_CLAIMS = {"dtypes": ["bfloat16"]}
+        def compute_sdpo_loss(i):
+            time.sleep(1.0)
+            return right(i)
+        """,
+        only=["NUM-2", "IS-10"],
+    )
+    assert report.exit_status == 0, str(report)
+    assert all(record["out_of_time"] for record in report.results["records"])

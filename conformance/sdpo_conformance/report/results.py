@@ -87,7 +87,7 @@ def verdict(
     if internal:
         names = ", ".join(dict.fromkeys(record.requirement for record in internal))
         text = (
-            f"NO VERDICT: the suite itself failed on {names} ({internal[0].reason[:120]}); please report this. {text}"
+            f"NO VERDICT: the suite itself failed on {names} ({internal[0].reason[:99]}); please report it. {text}"
         )
     text += remarks(implementation, diagnosis)
     return {
