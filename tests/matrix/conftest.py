@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from sdpo_conformance.matrix.cells import rows_of
 from sdpo_conformance.matrix.columns import Column, Standing
 from sdpo_conformance.matrix.page import page

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from sdpo_conformance.matrix.cells import CellStatus, cell_of, rows_of, selects, tally
 from sdpo_conformance.matrix.columns import Column, Standing
 from sdpo_conformance.requirements import load_all

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .schemas import MATRIX, RESULTS, validator
+
 WRONG = """
 from sdpo_implementations.reference.loss import compute_sdpo_loss as right
 from dataclasses import replace
@@ -47,6 +49,7 @@ def test_right_wrong_missing_and_broken_side_by_side(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "public" / "matrix.json").read_text())
     standings = {one["implementation"]: one["standing"] for one in content["implementations"]}
     assert list(standings.values()) == ["judged", "judged", "not installed", "could not run"]
+    validator(MATRIX, strict=True).validate(content)
     mine = content["implementations"][1]
     assert mine["version"] == "mine 0.1"
     assert "IS-2.py" in mine["reproductions"]
@@ -60,6 +63,32 @@ def test_right_wrong_missing_and_broken_side_by_side(tmp_path: Path) -> None:
     assert again.returncode == 1
     repeated = json.loads((tmp_path / "again" / "matrix.json").read_text())
     assert repeated["implementations"] == content["implementations"]
+
+
+def test_results_of_a_real_run_name_no_field_that_the_schema_does_not(tmp_path: Path) -> None:
+    """Failures, errors, claims, a diagnosis and a SHOULD, each in one document."""
+    (tmp_path / "mine.py").write_text(
+        WRONG + "SDPO_CLAIMS = {'dtypes': ['float32'], 'expected_failures': {'IS-3': 'no ratio'}}\n"
+        "def compute_response_logprobs(hidden, head, ids):\n    raise OSError('no')\n"
+    )
+    only = [f"--only={id}" for id in ("IS-2", "IS-3", "IS-1", "LP-1", "NUM-8")]
+    done = subprocess.run(
+        [sys.executable, "-m", "sdpo_conformance", "run", "./mine.py", "--profile=quick", "--jobs=1", *only],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    content = json.loads((tmp_path / ".sdpo-conformance" / "mine" / "results.json").read_text())
+    assert {one["status"] for one in content["records"]} >= {"passed", "failed", "expected failure"}
+    assert {one["failure"]["kind"] for one in content["records"] if one["failure"]} == {"disagreement", "error"}
+    assert content["diagnosis"]
+    validator(RESULTS, strict=True).validate(content)
+    for name in ("status", "level"):
+        content["records"][0][name] = "perhaps"
+    assert not validator(RESULTS).is_valid(content)
 
 
 @pytest.mark.parametrize(

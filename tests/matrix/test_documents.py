@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
-from referencing import Registry, Resource
+
 from sdpo_conformance.matrix.badge import badge
 from sdpo_conformance.matrix.cells import rows_of
 from sdpo_conformance.matrix.columns import LARGEST_INPUT, Column, Standing
@@ -21,25 +19,16 @@ from sdpo_conformance.matrix.gather import gather, read_columns
 from sdpo_conformance.matrix.provenance import version_of
 from sdpo_conformance.running import RunError
 
+from .schemas import MATRIX, validator
+
 Make = Callable[..., Column]
 OPTIONS: dict[str, Any] = {"profile": "quick"}
-
-
-def schema(package: str, name: str) -> Any:
-    return json.loads((resources.files(package) / name).read_text(encoding="utf-8"))
-
-
-def validator() -> jsonschema.Draft202012Validator:
-    matrix = schema("sdpo_conformance.matrix", "matrix.schema.json")
-    results = schema("sdpo_conformance.report", "results.schema.json")
-    registry: Registry[Any] = Registry().with_resource(results["$id"], Resource.from_contents(results))
-    return jsonschema.Draft202012Validator(matrix, registry=registry)
 
 
 def test_document_follows_its_schema_and_reads_back(make_column: Make, make_absent: Make, tmp_path: Path) -> None:
     columns = [make_column("a", {"IS-2": "failed"}, version="a 1.0"), make_absent()]
     content = document(columns)
-    validator().validate(content)
+    validator(MATRIX, strict=True).validate(content)
     path = tmp_path / "matrix.json"
     path.write_text(json.dumps(content))
     assert read_columns(path) == columns
@@ -49,10 +38,10 @@ def test_schema_tells_a_judged_column_from_one_that_is_not(make_column: Make, ma
     for change in ({"results": None}, {"message": "why?"}):
         content = document([make_column()])
         content["implementations"][0].update(change)
-        assert not validator().is_valid(content)
+        assert not validator(MATRIX).is_valid(content)
     content = document([make_absent()])
     content["implementations"][0]["message"] = ""
-    assert not validator().is_valid(content)
+    assert not validator(MATRIX).is_valid(content)
 
 
 def test_exit_status(make_column: Make, make_absent: Make) -> None:
@@ -62,6 +51,7 @@ def test_exit_status(make_column: Make, make_absent: Make) -> None:
     assert exit_status([right, gone]) == 0
     assert exit_status([right, make_column("c", {"IS-2": "expected failure"})]) == 0
     assert exit_status([right, wrong]) == 1
+    assert exit_status([right, make_column("d", {"IS-2": "internal error"})]) == 1
     assert exit_status([right, broken]) == 1
     assert exit_status([gone]) == 2
     assert exit_status([gone, broken]) == 2
@@ -74,6 +64,7 @@ def test_exit_status(make_column: Make, make_absent: Make) -> None:
         ({"IS-2": "failed"}, "red", "/"),
         ({"IS-2": "expected failure"}, "yellow", "rest claimed"),
         ({"IS-2": "unexpected pass"}, "red", "/"),
+        ({"IS-2": "internal error"}, "lightgrey", "suite error"),
     ],
 )
 def test_badge(make_column: Make, statuses: dict[str, str], color: str, words: str) -> None:

@@ -19,6 +19,8 @@ def badge(column: Column) -> dict[str, Any]:
         message, color = str(column.standing), "lightgrey"
     elif not judged:
         message, color = "nothing judged", "lightgrey"
+    elif column.internal_errors:
+        message, color = "suite error", "lightgrey"
     elif not verdict["passed"]:
         message, color = f"{met}/{judged} MUST", "red"
     elif not verdict["conforming"]:

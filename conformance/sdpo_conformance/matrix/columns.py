@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from sdpo_conformance.records import Status
+
 LARGEST_INPUT = 64 * 1024
 """Bytes of a reproduction's input that is taken into the document; a larger one stays in the run's folder."""
 
@@ -51,9 +53,15 @@ class Column:
         return None if self.results is None else self.results["verdict"]
 
     @property
+    def internal_errors(self) -> list[str]:
+        """Requirements on which the suite itself went wrong, and so has no verdict."""
+        records = () if self.results is None else self.results["records"]
+        return sorted({record["requirement"] for record in records if record["status"] == Status.INTERNAL_ERROR})
+
+    @property
     def passed(self) -> bool:
-        """Judged, and nothing fails but what was claimed to fail: exit status 0 of ``run``."""
-        return self.verdict is not None and bool(self.verdict["passed"])
+        """Judged in full, and nothing fails but what was claimed to fail."""
+        return self.verdict is not None and bool(self.verdict["passed"]) and not self.internal_errors
 
     def as_json(self) -> dict[str, Any]:
         """The column as ``matrix.schema.json`` describes it."""

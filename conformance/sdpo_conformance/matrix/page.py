@@ -95,7 +95,9 @@ def head(column: Column, rows: Sequence[Row]) -> dict[str, Any]:
         status = CellStatus(column.standing.value)
         return {"tone": "idle", "sign": MARKS[status], "verdict": str(column.standing), "found": "", "dtypes": ""}
     verdict, words = column.results["verdict"], f"{met}/{judged} MUST"
-    if verdict["conforming"] and verdict["passed"]:
+    if column.internal_errors:
+        tone, status, words = "odd", CellStatus.INTERNAL_ERROR, f"suite error · {words}"
+    elif verdict["conforming"] and verdict["passed"]:
         tone, status, words = "good", CellStatus.PASSED, f"conforming · {words}"
     elif verdict["passed"]:
         tone, status, words = "claimed", CellStatus.EXPECTED_FAILURE, f"as claimed · {words}"

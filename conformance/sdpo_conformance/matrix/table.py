@@ -44,6 +44,8 @@ def findings(column: Column, rows: Sequence[Row]) -> list[Text]:
         return [Text.assemble(heading, (column.message, "yellow"))]
     verdict = column.results["verdict"]
     lines = [Text.assemble(heading, (verdict["text"], "green" if verdict["passed"] else "red"))]
+    if column.internal_errors:
+        lines.append(Text(f"  the suite itself went wrong, please report: {' '.join(column.internal_errors)}"))
     bad = [row.id for row in rows if cell_of(column, row.id).status is CellStatus.FAILED]
     if bad:
         more = f" and {len(bad) - SHOWN_IDS} more" if len(bad) > SHOWN_IDS else ""
