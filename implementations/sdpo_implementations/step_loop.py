@@ -101,9 +101,7 @@ class Kernels:
 
         def loss(read: HeadInput, terms: LossTerms) -> Mapping[str, Any]:
             return compute_fused_sdpo_loss(
-                FusedSDPOLossInput(
-                    student_hidden=read.hidden, lm_head_weight=read.head_weight, **vars(terms)
-                )
+                FusedSDPOLossInput(student_hidden=read.hidden, lm_head_weight=read.head_weight, **vars(terms))
             )
 
         def response_logprobs(read: HeadInput, response_ids: Tensor) -> Tensor:
@@ -135,9 +133,7 @@ class SampleState:
     behaviour: Tensor | None
 
 
-def distill(
-    model: Any, samples: Sequence[Any], training: Any, optimizer_cls: Any, kernels: Kernels
-) -> DistillResult:
+def distill(model: Any, samples: Sequence[Any], training: Any, optimizer_cls: Any, kernels: Kernels) -> DistillResult:
     """Take ``training.steps_per_batch`` optimizer steps on the adapter of ``model``, a ``PeftModel``.
 
     ``samples`` carry prompt_token_ids, response_token_ids, teacher_prompt_token_ids and response_logprobs
@@ -158,17 +154,13 @@ def distill(
     with state_as_found(model):
         states = _prepare(model, samples, training.teacher_top_k, kernels)
         _clear(parameters)
-        optimizer = optimizer_cls(
-            parameters, lr=training.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
-        )
+        optimizer = optimizer_cls(parameters, lr=training.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
         model.train()
         per_step_metrics: list[StepMetrics] = []
         try:
             for step in range(1, training.steps_per_batch + 1):
                 sums = _accumulate_gradient(model, states, training, kernels)
-                grad_norm = torch.nn.utils.clip_grad_norm_(
-                    parameters, training.max_grad_norm, error_if_nonfinite=True
-                )
+                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm, error_if_nonfinite=True)
                 optimizer.step()
                 _clear(parameters)
                 per_step_metrics.append(_metrics(step, sums / len(states), grad_norm))
@@ -205,9 +197,7 @@ def _prepare(model: Any, samples: Sequence[Any], top_k: int, kernels: Kernels) -
     return states
 
 
-def _accumulate_gradient(
-    model: Any, states: Sequence[SampleState], training: Any, kernels: Kernels
-) -> Tensor:
+def _accumulate_gradient(model: Any, states: Sequence[SampleState], training: Any, kernels: Kernels) -> Tensor:
     """Add the gradient of the mean loss, one sample's graph at a time; returns the sums over samples of
     total_loss and the four metrics, (5,) float64 on the model's device."""
     sums: list[Tensor] = []

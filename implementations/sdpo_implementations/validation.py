@@ -19,9 +19,7 @@ def validate_training(training: Any) -> None:
             raise ValueError(f"training.{name} must be above 0, got {getattr(training, name)!r}")
     for name in ("learning_rate", "kl_reg_weight"):
         if not 0 <= getattr(training, name) < math.inf:
-            raise ValueError(
-                f"training.{name} must be finite and at least 0, got {getattr(training, name)!r}"
-            )
+            raise ValueError(f"training.{name} must be finite and at least 0, got {getattr(training, name)!r}")
 
 
 def validate_samples(samples: Sequence[Any], vocabulary: int) -> None:

@@ -33,6 +33,7 @@ def repeat_run(distill: Callable[..., Any], case: dict[str, Any], tolerance: flo
     the final adapter, must be those recorded."""
     import torch
     from safetensors.torch import load_file
+
     from sdpo_conformance.protocol import Sample, TrainingConfig
 
     peft = pytest.importorskip("peft")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from sdpo_implementations.adapters.availability import NotInstalled, require
 
 ADAPTERS = {

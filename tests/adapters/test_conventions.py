@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from sdpo_conformance.oracle import sdpo_loss
 from sdpo_conformance.protocol import FusedSDPOLossInput, SDPOLossInput, TrainingConfig
-from torch import Tensor
 
 ROWS, TOKENS, VOCABULARY = 2, 5, 23
 
@@ -117,8 +118,9 @@ class TestLasgroup:
 
     def test_trl_with_a_tail_bucket_is_the_same_divergence(self, loss: Any) -> None:
         pytest.importorskip("trl.experimental.sdpo.loss_utils")
-        from sdpo_implementations.adapters.teacher import complete_teacher
         from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
+
+        from sdpo_implementations.adapters.teacher import complete_teacher
 
         for alpha in (0.0, 0.3, 1.0):
             loss_input = plain(k=6, alpha=alpha, drift=0.0)

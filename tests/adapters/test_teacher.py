@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from sdpo_implementations.adapters.teacher import complete_teacher
 
 

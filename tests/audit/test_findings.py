@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from sdpo_conformance.audit import audit_run
 from sdpo_conformance.audit.findings import Finding, Severity
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
+
 from sdpo_conformance.audit import AuditError, audit_run
 from sdpo_conformance.audit.metrics import FIELDS
 from sdpo_conformance.audit.report.document import document, schema

@@ -16,6 +16,7 @@ peft = pytest.importorskip("peft")
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+
 from sdpo_conformance.audit import AuditError, audit_run  # noqa: E402
 from sdpo_conformance.audit.findings import Severity  # noqa: E402
 from sdpo_conformance.audit.generation import loop_period, repetition  # noqa: E402

@@ -19,12 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save
+from typer import Typer
+from typer.testing import CliRunner
+
 from sdpo_conformance.audit import AuditError, audit_run
 from sdpo_conformance.audit.adapter import blocks
 from sdpo_conformance.audit.command import audit
 from sdpo_conformance.audit.metrics import read_metrics
-from typer import Typer
-from typer.testing import CliRunner
 
 from .parts import SOUND, adapter
 

@@ -13,13 +13,14 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from typer import Typer
+from typer.testing import CliRunner
+
 from sdpo_conformance.audit import audit_run
 from sdpo_conformance.audit.command import audit, write_whole
 from sdpo_conformance.audit.findings import CHECKS
 from sdpo_conformance.audit.report.document import document, schema
 from sdpo_conformance.audit.report.html import page
-from typer import Typer
-from typer.testing import CliRunner
 
 from .parts import SOUND, adapter, altered, moved
 

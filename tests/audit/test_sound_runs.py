@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sdpo_conformance.audit import audit_run
 from sdpo_conformance.audit.findings import Evidence, Severity, judge
 from sdpo_conformance.audit.metrics import Batch, RunMetrics, Step

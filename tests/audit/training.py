@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from sdpo_conformance.protocol import Sample, SDPOLossInput, TrainingConfig
 from sdpo_implementations.reference.loss import compute_sdpo_loss
 

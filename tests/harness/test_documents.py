@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sdpo_conformance.report.spec_page import updated
 from sdpo_conformance.requirements import Level, load_all
 

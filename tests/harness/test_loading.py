@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sdpo_conformance import RunError, run
 from sdpo_conformance.loading import LoadingError, load_implementation
 from sdpo_conformance.protocol import Capability

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from mpmath import mp, mpf
+
 from sdpo_conformance.cases import LossCase, recorded_cases
 from sdpo_conformance.oracle import sdpo_loss
 from sdpo_conformance.protocol import RESULT_KEYS, Capability

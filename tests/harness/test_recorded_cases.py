@@ -6,6 +6,7 @@ import json
 
 import jsonschema
 import torch
+
 from sdpo_conformance.cases import recorded_cases, vectors_directory
 
 

@@ -7,6 +7,7 @@ import collections
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
 from sdpo_conformance.cases import LossCase
 from sdpo_conformance.oracle.loss import upcast
 from sdpo_conformance.protocol import DTYPES, Capability

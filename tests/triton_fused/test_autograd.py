@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from sdpo_implementations import triton_fused
 from sdpo_implementations.triton_fused import autograd
 

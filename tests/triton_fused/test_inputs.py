@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from sdpo_implementations import triton_fused
 
 from .truth import Batch, make_batch

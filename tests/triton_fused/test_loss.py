@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from sdpo_implementations import triton_fused
 from sdpo_implementations.triton_fused.kernels import expected_row, head_gradient, logsumexp
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from sdpo_implementations import triton_fused
 
 from .test_loss import check_fused, check_logits

@@ -86,9 +86,7 @@ def verdict(
         text += f" SHOULD not met: {', '.join(dict.fromkeys(record.requirement for record in should))}."
     if internal:
         names = ", ".join(dict.fromkeys(record.requirement for record in internal))
-        text = (
-            f"NO VERDICT: the suite itself failed on {names} ({internal[0].reason[:99]}); please report it. {text}"
-        )
+        text = f"NO VERDICT: the suite itself failed on {names} ({internal[0].reason[:99]}); please report it. {text}"
     text += remarks(implementation, diagnosis)
     return {
         "conforming": conforming,

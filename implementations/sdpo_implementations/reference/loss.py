@@ -40,7 +40,9 @@ def divergence_over_support(student_logprobs: Tensor, teacher_logprobs: Tensor, 
     return alpha * teacher_to_mixture + (1 - alpha) * student_to_mixture
 
 
-def reverse_kl_surrogate(chosen: Tensor, teacher_logprobs: Tensor, teacher_indices: Tensor, response_ids: Tensor) -> Tensor:
+def reverse_kl_surrogate(
+    chosen: Tensor, teacher_logprobs: Tensor, teacher_indices: Tensor, response_ids: Tensor
+) -> Tensor:
     """sg(l[y] - tau_y) * l[y], (B, T)."""
     match = teacher_indices == response_ids.unsqueeze(-1)
     found = teacher_logprobs.masked_fill(~match, 0.0).sum(-1)

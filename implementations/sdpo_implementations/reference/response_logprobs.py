@@ -24,8 +24,7 @@ def compute_response_logprobs(student_hidden: Tensor, lm_head_weight: Tensor, re
         )
     if response_ids.shape != student_hidden.shape[:2]:
         raise ValueError(
-            f"response_ids must be (B, T) = {tuple(student_hidden.shape[:2])}, "
-            f"got {tuple(response_ids.shape)}"
+            f"response_ids must be (B, T) = {tuple(student_hidden.shape[:2])}, got {tuple(response_ids.shape)}"
         )
     hidden, ids = student_hidden.flatten(0, 1), response_ids.flatten().long()
     working = torch.promote_types(hidden.dtype, torch.float32)
