@@ -15,7 +15,6 @@ from sdpo_conformance.protocol import Sample, TrainingConfig
 from sdpo_conformance.requirements import Level
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.trainer.findings import findings
-from sdpo_conformance.trainer.models import VOCABULARY
 from sdpo_conformance.trainer.observation import Observation, Refusal, attempt, observe
 from sdpo_conformance.trainer.reproduction import write_reproduction
 from sdpo_conformance.trainer.scenarios import (
@@ -140,7 +139,7 @@ def bad_inputs(subject: Subject, scenario: Scenario, level: Level) -> Iterator[B
     yield spoilt("a NaN among response_logprobs", response_logprobs=[*recorded[:-1], float("nan")])
     yield BadInput("steps_per_batch = 0", (*others, last), replace(training, steps_per_batch=0))
     if not subject.device.startswith("cuda"):  # there an index out of range ends the process
-        outside = [*last.prompt_token_ids[:-1], VOCABULARY]
+        outside = [*last.prompt_token_ids[:-1], scenario.model.vocabulary]
         yield spoilt("a prompt token outside the vocabulary", prompt_token_ids=outside)
 
 

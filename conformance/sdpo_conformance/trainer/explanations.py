@@ -125,9 +125,7 @@ def behaviour_after_teacher_prompt(moment: Moment) -> Outcome | None:
     found = []
     for one in moment.ground.prepared:
         with torch.no_grad():
-            logits = response_logits(
-                model, one.sample.teacher_prompt_token_ids, one.sample.response_token_ids
-            )
+            logits = response_logits(model, one.sample.teacher_prompt_token_ids, one.sample.response_token_ids)
         found.append(chosen(logits, one.response_ids))
     return against(moment, found)
 
@@ -205,7 +203,8 @@ def support_of(size: int) -> Callable[[Moment], Outcome | None]:
 
     def take(moment: Moment) -> Outcome | None:
         model, samples = moment.ground.at(moment.history[0]), moment.ground.samples
-        if moment.ground.prepared[0].teacher_indices.shape[-1] == min(size, VOCABULARY):
+        vocabulary = moment.ground.scenario.model.vocabulary
+        if moment.ground.prepared[0].teacher_indices.shape[-1] == min(size, vocabulary):
             return None
         supports = [teacher_topk(model, sample, size) for sample in samples]
         other = [
@@ -237,9 +236,7 @@ def anchor_to_behaviour(moment: Moment) -> Outcome | None:
 
 def anchor_off_by(tokens: int) -> Callable[[Moment], Outcome | None]:
     """Base log-probs of the neighbouring token."""
-    return lambda moment: anchored_to(
-        moment, [one.base_logprobs.roll(tokens, 1) for one in moment.ground.prepared]
-    )
+    return lambda moment: anchored_to(moment, [one.base_logprobs.roll(tokens, 1) for one in moment.ground.prepared])
 
 
 def anchor_to_teacher(moment: Moment) -> Outcome | None:
@@ -303,9 +300,7 @@ def not_clipped(moment: Moment) -> Outcome | None:
 
 
 def clipped_per_sample(moment: Moment) -> Outcome | None:
-    outcomes = [
-        (loss, clipped(gradient, moment.training.max_grad_norm)) for loss, gradient in moment.outcomes()
-    ]
+    outcomes = [(loss, clipped(gradient, moment.training.max_grad_norm)) for loss, gradient in moment.outcomes()]
     return finished(moment, mean_step(outcomes, moment.training, moment.step))
 
 
@@ -469,7 +464,7 @@ MISTAKES: tuple[Mistake, ...] = (
             f"with a support of {size}, not of teacher_top_k",
             support_of(size),
         )
-        for size in (1, 5, 8, 10, 16, 20, 32, 50, 64, VOCABULARY)
+        for size in (1, 5, 8, 10, 16, 20, 32, 50, 64, VOCABULARY, 100, 128)
     ),
     Mistake(
         "anchor-to-start",
@@ -483,9 +478,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "with the anchor at the current policy: base log-probs recomputed with the adapter enabled",
         anchor_to_itself,
     ),
-    Mistake(
-        "anchor-to-behaviour", ("STEP-5",), "with the anchor at the sampler's log-probs", anchor_to_behaviour
-    ),
+    Mistake("anchor-to-behaviour", ("STEP-5",), "with the anchor at the sampler's log-probs", anchor_to_behaviour),
     Mistake("anchor-to-teacher", ("STEP-5",), "with the anchor at the teacher", anchor_to_teacher),
     Mistake("anchor-token-early", ("STEP-5",), "with an anchor one position too early", anchor_off_by(1)),
     Mistake("anchor-token-late", ("STEP-5",), "with an anchor one position too late", anchor_off_by(-1)),
@@ -528,9 +521,7 @@ MISTAKES: tuple[Mistake, ...] = (
         gradient_partly_kept,
     ),
     Mistake("not-clipped", ("STEP-8",), "without clipping to max_grad_norm", not_clipped),
-    Mistake(
-        "clipped-per-sample", ("STEP-8",), "clipped sample by sample before the mean", clipped_per_sample
-    ),
+    Mistake("clipped-per-sample", ("STEP-8",), "clipped sample by sample before the mean", clipped_per_sample),
     Mistake(
         "clipped-per-tensor",
         ("STEP-8",),

@@ -22,7 +22,7 @@ VOCABULARY = 67
 HIDDEN = 32
 LAYERS = 2
 HEADS = 4
-POSITIONS = 64
+POSITIONS = 96
 
 LOGIT_SCALE = 2.5
 """Standard deviation of the logits: final hidden states are normalised to unit mean square."""
@@ -35,7 +35,8 @@ LORA_B_SCALE = 0.02
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model: architecture, whether head and embedding share their weight, dtype of the base, seed.
+    """One model: architecture, whether head and embedding share their weight, dtype of the base, seed, size of
+    the vocabulary.
 
     peft keeps the adapter of a half-precision base in float32.
     """
@@ -44,15 +45,16 @@ class ModelSpec:
     tied: bool
     seed: int
     dtype: str = "float32"
+    vocabulary: int = VOCABULARY
 
     def __str__(self) -> str:
-        return f"{self.family}, {'tied' if self.tied else 'untied'} head, {self.dtype}"
+        return f"{self.family}, {'tied' if self.tied else 'untied'} head, V = {self.vocabulary}, {self.dtype}"
 
 
 def config_arguments(spec: ModelSpec) -> dict[str, Any]:
     """Keyword arguments of the family's config class in transformers. No dropout."""
     shared: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": spec.vocabulary,
         "tie_word_embeddings": spec.tied,
         "bos_token_id": None,
         "eos_token_id": None,

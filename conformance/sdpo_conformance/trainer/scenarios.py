@@ -27,11 +27,20 @@ CAP_MARGIN = 0.1
 LARGEST = -0.01
 """No sampler records a probability of one."""
 
+UNLIKELY = -15.0
+"""What a sampler records at most for the token of a response that is the policy's least likely."""
+
 
 @dataclass(frozen=True)
 class Scenario:
     """``lengths``: (prompt, teacher prompt, response) tokens per sample. ``sampler``: "exact" recorded the
-    starting policy's log-probs, "mismatched" others, "none" nothing. ``shows``: what it is there for."""
+    starting policy's log-probs, "mismatched" others, "none" nothing. ``shows``: what it is there for.
+
+    ``same_response``: every sample has the first one's response, so their lengths must agree;
+    ``same_teacher_prompt``: the last sample has the first one's teacher prompt. What a trainer remembers by
+    either then belongs to another sample. ``unlikely``: the second token of every response is the policy's
+    least likely, recorded at ``UNLIKELY`` or below.
+    """
 
     name: str
     shows: str
@@ -40,6 +49,9 @@ class Scenario:
     lengths: tuple[tuple[int, int, int], ...]
     sampler: Sampler
     seed: int
+    same_response: bool = False
+    same_teacher_prompt: bool = False
+    unlikely: bool = False
 
     @property
     def steps(self) -> int:
@@ -61,45 +73,58 @@ class Scenario:
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         name="three_samples",
-        shows="every rule at once: three samples, two of them as long as each other, anchor, four steps",
+        shows="every rule at once: three samples, two of them as long as each other and with the same teacher "
+        "prompt, anchor, four steps",
         model=ModelSpec("qwen3", tied=False, seed=11),
         training=TrainingConfig(
             learning_rate=5e-3, kl_reg_weight=0.1, teacher_top_k=20, max_grad_norm=0.25, steps_per_batch=4
         ),
-        lengths=((5, 8, 9), (4, 9, 13), (6, 7, 9)),
+        lengths=((5, 8, 9), (4, 9, 13), (6, 8, 9)),
         sampler="mismatched",
         seed=1,
+        same_teacher_prompt=True,
     ),
     Scenario(
         name="on_policy_start",
-        shows="exact sampler: wrong from step 2 on if the refresh is missing; gradients too small to clip",
+        shows="exact sampler: wrong from step 2 on if the refresh is missing; six steps; a response of one "
+        "token; teacher_top_k above the vocabulary; gradients too small to clip",
         model=ModelSpec("llama", tied=True, seed=12),
         training=TrainingConfig(
-            learning_rate=5e-3, alpha=0.3, teacher_top_k=12, max_grad_norm=100.0, steps_per_batch=3
+            learning_rate=5e-3, alpha=0.3, teacher_top_k=VOCABULARY + 10, max_grad_norm=100.0, steps_per_batch=6
         ),
-        lengths=((3, 6, 6), (5, 5, 11)),
+        lengths=((3, 6, 1), (5, 5, 11)),
         sampler="exact",
         seed=2,
     ),
     Scenario(
         name="reverse_kl",
-        shows="alpha = 1 on another architecture, and a cap that most ratios reach",
+        shows="alpha = 1 on another architecture, one response after two prompts, a cap that most ratios reach, "
+        "an anchor, hard clipping",
         model=ModelSpec("gpt2", tied=False, seed=13),
         training=TrainingConfig(
-            learning_rate=5e-3, alpha=1.0, is_clip=1.3, teacher_top_k=20, max_grad_norm=1.0, steps_per_batch=2
+            learning_rate=5e-3,
+            alpha=1.0,
+            is_clip=1.3,
+            kl_reg_weight=0.05,
+            teacher_top_k=20,
+            max_grad_norm=0.01,
+            steps_per_batch=2,
         ),
-        lengths=((4, 7, 8), (6, 9, 5)),
+        lengths=((4, 7, 8), (6, 9, 8)),
         sampler="mismatched",
         seed=3,
+        same_response=True,
     ),
     Scenario(
         name="one_step",
-        shows="one sample, one step, a sampler that disagrees with the trainer",
-        model=ModelSpec("qwen3", tied=True, seed=14),
-        training=TrainingConfig(learning_rate=5e-3, teacher_top_k=VOCABULARY + 10, max_grad_norm=100.0),
-        lengths=((6, 9, 12),),
+        shows="one sample, one step, a long response with a token that the policy all but rules out, a wide "
+        "support, a sampler that disagrees with the trainer, a high cap",
+        model=ModelSpec("qwen3", tied=True, seed=14, vocabulary=160),
+        training=TrainingConfig(learning_rate=5e-3, is_clip=20.0, teacher_top_k=150, max_grad_norm=100.0),
+        lengths=((6, 9, 80),),
         sampler="mismatched",
         seed=4,
+        unlikely=True,
     ),
 )
 """The scenarios of float32 models that every trainer is judged on."""
@@ -154,17 +179,23 @@ def reseeded(scenario: Scenario, offset: int) -> Scenario:
 
 @lru_cache(maxsize=32)
 def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
-    """The batch. Responses are sampled from the starting policy, so no token is absurdly unlikely."""
+    """The batch. Responses are sampled from the starting policy after the sample's, or with
+    ``same_response`` the first sample's, prompt."""
     model = float64_copy(build(scenario.model))
     generator = torch.Generator().manual_seed(scenario.seed)
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(0, VOCABULARY, (count,), generator=generator).tolist()
+        return torch.randint(0, scenario.model.vocabulary, (count,), generator=generator).tolist()
 
-    samples = []
-    for prompt_length, teacher_length, response_length in scenario.lengths:
+    samples: list[Sample] = []
+    for index, (prompt_length, teacher_length, response_length) in enumerate(scenario.lengths, start=1):
         prompt, teacher_prompt = tokens(prompt_length), tokens(teacher_length)
-        response = respond(model, prompt, response_length, generator)
+        if samples and scenario.same_teacher_prompt and index == len(scenario.lengths):
+            teacher_prompt = list(samples[0].teacher_prompt_token_ids)
+        if samples and scenario.same_response:
+            response = list(samples[0].response_token_ids)
+        else:
+            response = respond(model, prompt, response_length, generator, scenario.unlikely)
         sample = Sample(prompt, response, teacher_prompt, None)
         if scenario.sampler != "none":
             sample = replace(sample, response_logprobs=recording(model, sample, scenario, generator))
@@ -173,14 +204,18 @@ def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
 
 
 @torch.no_grad()
-def respond(model: Any, prompt: Sequence[int], length: int, generator: torch.Generator) -> list[int]:
-    """Sample a response from the policy."""
+def respond(
+    model: Any, prompt: Sequence[int], length: int, generator: torch.Generator, unlikely: bool = False
+) -> list[int]:
+    """Sample a response from the policy; ``unlikely``: but for its second token, the least likely one."""
     response: list[int] = []
     while len(response) < length:
         # response_logits drops the last position, hence the placeholder token
-        logits = response_logits(model, [*prompt, *response], [0])
-        probabilities = torch.softmax(logits[0, -1], dim=-1)
-        response.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        logits = response_logits(model, [*prompt, *response], [0])[0, -1]
+        if unlikely and len(response) == 1:
+            response.append(int(logits.argmin()))
+        else:
+            response.append(int(torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)))
     return response
 
 
@@ -192,6 +227,9 @@ def recording(model: Any, sample: Sample, scenario: Scenario, generator: torch.G
     log_cap = math.log(scenario.training.is_clip)
     log_ratio = MISMATCH * torch.randn(own.shape, generator=generator, dtype=torch.float64)
     log_ratio[0] = log_cap + 0.7  # one token of every sample is beyond the cap
+    if scenario.unlikely:
+        log_ratio[1] = torch.maximum(log_ratio[1], own[1] - UNLIKELY)
     near = (log_ratio - log_cap).abs() < CAP_MARGIN
-    log_ratio = torch.where(near, log_cap - 2 * CAP_MARGIN, log_ratio)
+    away = log_cap + torch.where(log_ratio > log_cap, 2, -2) * CAP_MARGIN
+    log_ratio = torch.where(near, away, log_ratio)
     return (own - log_ratio).clamp(max=LARGEST).float().tolist()
