@@ -122,3 +122,10 @@ def mutation(session: nox.Session) -> None:
     """Run every catalogued defect through the suite: nox -s mutation -- [options]."""
     environment = prepare(session, ".[trainer]")
     session.run("python", "-m", "sdpo_conformance.defects.mutation", *session.posargs, env=environment)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation as a site in site/; a broken link fails."""
+    environment = prepare(session, ".[docs]")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "site", env=environment)
