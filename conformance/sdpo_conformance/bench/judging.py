@@ -180,7 +180,7 @@ def checked_cases(implementation: Implementation, entry: Capability) -> list[Los
         if entry is Capability.DIVERGENCE and case.training.alpha >= 1:
             continue
         floating = {key: tensor.to(dtype) for key, tensor in case.tensors().items() if tensor.is_floating_point()}
-        cast = replace(case, loss_input=replace(case.loss_input, **floating))
+        cast = replace(case.with_fields(**floating), name=case.name)
         cast = cast if entry is Capability.LOSS else cast.to_fused()
         if expectations(cast, entry).attainable:
             found.append(cast)

@@ -35,7 +35,7 @@ class Budget:
         return max(self.fewest, min(self.most, int(self.seconds / max(one, 1e-9))))
 
 
-FULL = Budget(seconds=0.6, fewest=5, most=50, warmup=2)
+FULL = Budget(seconds=0.5, fewest=5, most=50, warmup=2)
 QUICK = Budget(seconds=0.3, fewest=5, most=30, warmup=1)
 
 

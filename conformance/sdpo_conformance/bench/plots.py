@@ -52,10 +52,10 @@ def draw(groups: Sequence[Group], targets: Sequence[str], kind: str, device: str
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-    style = {"font.family": "DejaVu Sans", "font.size": 12, "svg.fonttype": "none", "svg.hashsalt": "sdpo"}
+    style: Any = {"font.family": "DejaVu Sans", "font.size": 12, "svg.fonttype": "none", "svg.hashsalt": "sdpo"}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(10.5, 6.2), dpi=160)
-        figure.subplots_adjust(left=0.085, right=0.68, top=0.83, bottom=0.12)
+        figure.subplots_adjust(left=0.085, right=0.70, top=0.83, bottom=0.12)
         tokens = [group.work.tokens for group in groups]
         ends: list[tuple[float, float, str, str]] = []
         limit = [limit_of(group, kind) for group in groups]
@@ -79,6 +79,7 @@ def draw(groups: Sequence[Group], targets: Sequence[str], kind: str, device: str
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(tokens)
+        axes.set_xlim(tokens[0] / 1.06, tokens[-1] * 1.03)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", "\u2009")))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
@@ -104,7 +105,7 @@ def draw(groups: Sequence[Group], targets: Sequence[str], kind: str, device: str
     return paths
 
 
-LIMITS = {"time": "h @ Wᵀ alone: the limit", "memory": "the logits alone"}
+LIMITS = {"time": "h @ Wᵀ alone, the limit  1×", "memory": "the logits alone  1×"}
 QUANTITIES = {"time": "milliseconds", "memory": "peak memory, MiB"}
 
 
@@ -132,7 +133,7 @@ def end_label(points: Sequence[tuple[int, Row, float]], last: Group, kind: str) 
     """Name, the last ratio to the limit, and what to beware of."""
     tokens, row, value = points[-1]
     ratio = row.ratio if kind == "time" else value * MIB / bytes_of_logits(row.work)
-    text = f"{row.label}  {ratio:.1f}×" if ratio >= 0.1 else f"{row.label}  {ratio:.1g}×"
+    text = f"{row.label}  {ratio_words(ratio)}"
     if any(one.bad for _, one, _ in points):
         text += "\nwrong answer"
     if row.other:
@@ -142,30 +143,38 @@ def end_label(points: Sequence[tuple[int, Row, float]], last: Group, kind: str) 
     return text
 
 
+def ratio_words(ratio: float) -> str:
+    """Two or three digits."""
+    if ratio >= 99.5:
+        return f"{ratio:.0f}×"
+    return f"{ratio:.1f}×" if ratio >= 0.95 else f"{ratio:.2g}×"
+
+
 def place_labels(figure: Any, axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Right of the axes, level with the line's end, moved apart where they would overlap."""
     figure.canvas.draw()
-    height = axes.get_window_extent().height
+    box = axes.get_window_extent()
     wanted = []
     for x, y, text, colour in ends:
-        at = axes.transData.transform((x, y))[1] - axes.get_window_extent().y0
-        lines_of_text = text.count("\n") + 1
-        wanted.append([at / height, (0.046 if lines_of_text == 1 else 0.03 + 0.036 * lines_of_text), text, colour])
+        level = (axes.transData.transform((x, y))[1] - box.y0) / box.height
+        extra = text.count("\n")
+        wanted.append((level, 0.048 + 0.042 * extra, x, y, text, colour))
     wanted.sort(key=lambda one: one[0])
     centres = spread_out([one[0] for one in wanted], [one[1] for one in wanted])
-    for (at, _, text, colour), centre in zip(wanted, centres, strict=True):
+    for (_, _, x, y, text, colour), centre in zip(wanted, centres, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 5}
         axes.annotate(
             text,
-            xy=(1.005, at),
-            xytext=(1.045, centre),
-            xycoords="axes fraction",
+            xy=(x, y),
+            xytext=(1.035, centre),
+            xycoords="data",
             textcoords="axes fraction",
             va="center",
             ha="left",
             fontsize=11,
             linespacing=1.15,
             color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 0},
+            arrowprops=line,
             annotation_clip=False,
         )
 

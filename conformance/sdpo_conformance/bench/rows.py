@@ -6,7 +6,7 @@ import gc
 import re
 import sys
 import time
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -28,17 +28,16 @@ MEASURED, FAILED, NOT_OFFERED, NOT_RUN, UNAVAILABLE = "measured", "failed", "not
 """Of a row: timed; raised, crashed or hung; no entry for this work; left out for time; cannot be loaded."""
 
 
-class DeviceLost(Exception):
-    """No further call can succeed in this process."""
-
-
 def measure(cell: Cell, benchmark: Any, deadline: float | None) -> dict[str, Any]:
-    """The record of a cell. ``status`` and, unless measured, ``reason``; raises DeviceLost after recording."""
+    """The record of a cell. ``status`` and, unless measured, ``reason``; ``device_lost`` where
+    no further call can succeed in this process."""
     if deadline is not None and time.time() > deadline:
         return {"status": NOT_RUN, "reason": "the time limit was reached"}
     try:
         implementation = loaded(cell.target)
         subject = bind(implementation, cell.target, cell.work)
+        if interpreted(implementation.object):
+            raise NotOffered("its kernels run in Triton's interpreter here, whose time says nothing of a GPU")
         return measured(cell, subject, implementation, benchmark)
     except LoadingError as error:
         return {"status": UNAVAILABLE, "reason": str(error)}
@@ -79,8 +78,6 @@ def measured(cell: Cell, subject: Subject, implementation: Implementation, bench
         subject.run(inputs)
         settle(work)
     remarks = list(subject.remarks)
-    if interpreted(implementation.object):
-        remarks.append("in Triton's interpreter: its time says nothing of a GPU")
     nonconforming = "" if subject.other and subject.entry is not Capability.DIVERGENCE else conformity(cell, subject)
     verdict = UNJUDGED
     try:
@@ -118,7 +115,7 @@ def conformity(cell: Cell, subject: Subject) -> str:
     return _conformity(cell.target, subject.entry, cell.work.device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _conformity(target: str, entry: Capability, device: str) -> str:
     try:
         return shortened(nonconformity(loaded(target), entry, device))

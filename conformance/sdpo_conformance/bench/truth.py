@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ def slice_truth(work: Work, on_policy: bool = False) -> SliceTruth:
     if on_policy:
         chosen = logits.log_softmax(-1).gather(-1, inputs.response_ids.cpu().unsqueeze(-1)).squeeze(-1)
         old = chosen.to(old)
-    shared = {
+    shared: dict[str, Any] = {
         "teacher_logprobs": inputs.teacher_logprobs,
         "teacher_indices": inputs.teacher_indices,
         "base_logprobs": inputs.base_logprobs,

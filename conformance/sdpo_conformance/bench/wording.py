@@ -70,15 +70,17 @@ def shown(group: Group) -> list[Row]:
 
 
 def absences(rows: Sequence[Row]) -> list[str]:
-    """One line per implementation and reason for what could not be timed at all."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    """One line per implementation for what could not be timed at all, and why."""
+    found: dict[str, dict[str, int]] = {}
     for row in rows:
         if row.status in (NOT_OFFERED, UNAVAILABLE, NOT_RUN):
-            found.setdefault((row.label, f"{row.status}: {row.reason}"), []).append(row)
+            reasons = found.setdefault(row.label, {})
+            reason = row.reason if row.status == NOT_OFFERED else f"{row.status}: {row.reason}"
+            reasons[reason] = reasons.get(reason, 0) + 1
     lines = []
-    for (name, reason), members in found.items():
-        many = len(members) > 1 and members[0].status == NOT_RUN
-        lines.append(f"{name}: {reason}" + (f" ({len(members)} rows)" if many else ""))
+    for name, reasons in found.items():
+        words = [reason if count == 1 else f"{reason} ({count} rows)" for reason, count in reasons.items()]
+        lines.append(f"{name}: {'; '.join(words)}")
     return lines
 
 
