@@ -61,6 +61,7 @@ def judge(name: str, options: Options, folder: Path, progress: Progress | None =
             implementation=name,
             standing=Standing.NOT_INSTALLED if missing else Standing.COULD_NOT_RUN,
             device=options.get("device", "cpu"),
+            version=version_of(name),
             message=str(error),
         )
     return Column.judged(report.results, report.folder, version_of(name))
