@@ -115,6 +115,19 @@ def test_results_and_reproductions_are_read_from_a_run_folder(
     assert "KL-1.py" not in column.reproductions
 
 
+def test_tracebacks_do_not_tell_where_the_packages_lie(
+    make_results: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    results = make_results("mypkg.loss", {"IS-2": "failed", "IS-6": "failed"})
+    first, second = (one["failure"] for one in results["records"] if one["failure"])
+    first["detail"] = f'File "{pytest.__file__}", line 3, in f\nFile "/elsewhere/loss.py", line 1'
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (column,) = read_columns(tmp_path / "results.json")
+    assert column.results is not None
+    shown = [one["failure"]["detail"] for one in column.results["records"] if one["failure"]]
+    assert shown == ['File "pytest/__init__.py", line 3, in f\nFile "/elsewhere/loss.py", line 1', second["detail"]]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "implementations": [{}]}', "\x00"])
 def test_a_json_that_is_no_result(text: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.json"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -81,9 +83,18 @@ class Column:
             standing=Standing.JUDGED,
             device=results["run"]["device"],
             version=version,
-            results=results,
+            results={**results, "records": [without_local_paths(record) for record in results["records"]]},
             reproductions=reproductions_of(results, folder),
         )
+
+
+def without_local_paths(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record with the files of a traceback named from where they are imported: a matrix is made to be shown."""
+    failure = record["failure"]
+    detail = failure.get("detail", "")
+    for folder in sorted({str(Path(entry).resolve()) for entry in sys.path}, key=len, reverse=True):
+        detail = detail.replace(folder.rstrip(os.sep) + os.sep, "")
+    return record if detail == failure.get("detail", "") else {**record, "failure": {**failure, "detail": detail}}
 
 
 def reproductions_of(results: Mapping[str, Any], folder: Path) -> dict[str, Reproduction]:
