@@ -74,7 +74,7 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Any]:
     logits = loss_input.student_logits
     with torch.no_grad():
         results, gradient = results_and_gradient(batch_of(loss_input))
-    return {**results, "loss": Computed.apply(results["loss"], (gradient.to(logits.dtype),), logits)}
+    return {**results, "loss": Computed.apply(results["loss"], (gradient,), logits)}
 
 
 def compute_fused_sdpo_loss(loss_input: Any) -> Mapping[str, Any]:
@@ -82,9 +82,9 @@ def compute_fused_sdpo_loss(loss_input: Any) -> Mapping[str, Any]:
     with torch.no_grad():
         batch = batch_of(loss_input)
         results, gradient = results_and_gradient(batch)
-        to_hidden = (gradient @ head.to(gradient.dtype)).to(hidden.dtype)
+        to_hidden = gradient @ head.to(gradient.dtype)
         to_head = None
         if head.requires_grad:
             counted = torch.where((batch.mask != 0)[..., None], hidden.to(gradient.dtype), 0.0)
-            to_head = torch.einsum("btv,bth->vh", gradient, counted).to(head.dtype)
+            to_head = torch.einsum("btv,bth->vh", gradient, counted)
     return {**results, "loss": Computed.apply(results["loss"], (to_hidden, to_head), hidden, head)}

@@ -62,7 +62,7 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Any]:
         kl_reg = (anchor(batch, chosen) * weight).sum()
         loss = distill_loss + batch.kl_reg_weight * kl_reg
     return {
-        "loss": Computed.apply(loss, (buffer.to(logits.dtype),), logits),
+        "loss": Computed.apply(loss, (buffer,), logits),
         "distill_loss": distill_loss,
         "kl_reg": kl_reg,
         "mean_is_ratio": (ratio * weight).sum(),

@@ -136,13 +136,15 @@ LossFunction = Callable[[Any], Mapping[str, Any]]
 
 
 class Computed(torch.autograd.Function):
-    """A loss whose gradient to ``inputs`` was computed beside it."""
+    """A loss whose gradient to ``inputs`` was computed beside it, in the working precision: rounding it to half
+    before the incoming gradient is multiplied in would flush what loss scaling is there to save."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
+        ctx.gradients, ctx.dtypes = gradients, [tensor.dtype for tensor in inputs]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> Any:
-        return None, None, *(None if g is None else (g * incoming).to(g.dtype) for g in ctx.gradients)
+        pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
+        return None, None, *(None if g is None else (g * incoming).to(dtype) for g, dtype in pairs)
