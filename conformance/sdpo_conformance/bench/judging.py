@@ -177,7 +177,8 @@ def checked_cases(implementation: Implementation, entry: Capability) -> list[Los
     for case in recorded:
         if tuple(case.loss_input.teacher_indices.shape) != common:
             continue
-        if entry is Capability.DIVERGENCE and case.training.alpha >= 1:
+        masked = not bool(case.loss_input.response_mask.all())
+        if entry is Capability.DIVERGENCE and (masked or case.training.alpha >= 1):
             continue
         floating = {key: tensor.to(dtype) for key, tensor in case.tensors().items() if tensor.is_floating_point()}
         cast = replace(case.with_fields(**floating), name=case.name)

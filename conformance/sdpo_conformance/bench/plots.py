@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +184,19 @@ def spread_out(wanted: Sequence[float], heights: Sequence[float]) -> list[float]
     """Centres near ``wanted`` (ascending), at least half the heights of neighbours apart, the whole within
     [0, 1] where it fits."""
     centres = list(wanted)
+    apart = [(one + other) / 2 for one, other in pairwise(heights)]
     for _ in range(200):
-        for index in range(len(centres) - 1):
-            gap = (heights[index] + heights[index + 1]) / 2 - (centres[index + 1] - centres[index])
-            if gap > 1e-9:
-                centres[index] -= gap / 2
-                centres[index + 1] += gap / 2
-        low, high = centres[0] - heights[0] / 2, centres[-1] + heights[-1] / 2
-        shift = max(0.0, -low) - max(0.0, high - 1.0)
-        centres = [centre + shift for centre in centres]
+        for index, gap in enumerate(apart):
+            missing = gap - (centres[index + 1] - centres[index])
+            if missing > 0:
+                centres[index] -= missing / 2
+                centres[index + 1] += missing / 2
+    centres[0] = max(centres[0], heights[0] / 2)
+    for index, gap in enumerate(apart):
+        centres[index + 1] = max(centres[index + 1], centres[index] + gap)
+    centres[-1] = min(centres[-1], 1 - heights[-1] / 2)
+    for index in reversed(range(len(apart))):
+        centres[index] = min(centres[index], centres[index + 1] - apart[index])
     return centres
 
 
