@@ -26,9 +26,7 @@ MUSTS = [found for found in STEPS if found.level == "MUST"]
 
 def subject_of(distill: Callable[..., Any], claims: Claims | None = None, dtype: str = "float32") -> Subject:
     implementation = SimpleNamespace(distill=distill)
-    return Subject(
-        implementation, Capability.DISTILL, claims or Claims(), PROFILES["default"], dtypes=(dtype,)
-    )
+    return Subject(implementation, Capability.DISTILL, claims or Claims(), PROFILES["default"], dtypes=(dtype,))
 
 
 def failures(subject: Subject) -> dict[str, Exception]:
@@ -131,9 +129,7 @@ def test_what_does_not_deliver_is_an_error_not_a_crash(distill: Callable[..., An
         ("STEP-11", "accepts anything"),
     ],
 )
-def test_reproduction_shows_the_defect_without_the_harness(
-    requirement_id: str, name: str, tmp_path: Path
-) -> None:
+def test_reproduction_shows_the_defect_without_the_harness(requirement_id: str, name: str, tmp_path: Path) -> None:
     found = load_all()[requirement_id]
     (tmp_path / "wrong.py").write_text(
         "import sys\n"
@@ -144,13 +140,9 @@ def test_reproduction_shows_the_defect_without_the_harness(
     with pytest.raises(Disagreement) as raised:
         subject_of(DEFECTIVE[name][1]).run(found)
     program = raised.value.extra["reproduction"](tmp_path, found, str(tmp_path / "wrong.py"), "cpu")
-    shown = subprocess.run(
-        [sys.executable, program], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    shown = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert shown.returncode == 1, shown.stderr
     assert "no disagreement" not in shown.stdout
     (tmp_path / "wrong.py").write_text((tmp_path / "wrong.py").read_text() + "distill = SOUND['as it is']\n")
-    mended = subprocess.run(
-        [sys.executable, program], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    mended = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert mended.returncode == 0, mended.stdout + mended.stderr

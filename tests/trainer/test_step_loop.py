@@ -68,9 +68,7 @@ def test_gradient_checkpointing_changes_nothing_and_stays_on(family: Any, kernel
         model = build(ModelSpec(family, False, seed=23))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        result = step_loop.distill(
-            model, samples_of(SCENARIO), SCENARIO.training, torch.optim.AdamW, KERNELS[kernels]
-        )
+        result = step_loop.distill(model, samples_of(SCENARIO), SCENARIO.training, torch.optim.AdamW, KERNELS[kernels])
         assert bool(model.is_gradient_checkpointing) is checkpointing
         return result, adapter_weights(model)
 

@@ -91,9 +91,7 @@ def anchor_to_behaviour(run: Run, one: Prepared) -> Tensor:
 
 def pooled(run: Run) -> Tensor:
     lengths = [one.response.shape[1] for one in run.batch]
-    return sum((n * loss for n, loss in zip(lengths, run.losses, strict=True)), torch.zeros(())) / sum(
-        lengths
-    )
+    return sum((n * loss for n, loss in zip(lengths, run.losses, strict=True)), torch.zeros(())) / sum(lengths)
 
 
 def last_loss(run: Run) -> Tensor:
@@ -258,9 +256,7 @@ class Sound:
             if run.step > 1:
                 right.refresh(run)
 
-        return right.distill(
-            TrainerParts(refresh=do_nothing, before_step=own), model, samples, training, optimizer_cls
-        )
+        return right.distill(TrainerParts(refresh=do_nothing, before_step=own), model, samples, training, optimizer_cls)
 
     @staticmethod
     def refresh_after_last(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:

@@ -248,9 +248,7 @@ DEFECTS = (
         fix="Evaluate expm1(d) - d in float32.",
         change=around(
             "k3",
-            lambda before, w: valued(
-                (w.drift.bfloat16().exp() - 1 - w.drift.bfloat16()).to(w.drift), before(w)
-            ),
+            lambda before, w: valued((w.drift.bfloat16().exp() - 1 - w.drift.bfloat16()).to(w.drift), before(w)),
         ),
         seen=cite("genlm/genlm-backend#66"),
         usable_for="kl_reg_weight = 0, or bfloat16 runs that bear its rounding.",
@@ -260,9 +258,7 @@ DEFECTS = (
         sentence="distill_loss is reported with the anchor in it.",
         violates=("KL-5",),
         fix="Report sum(D r mask)/n under distill_loss.",
-        change=around(
-            "result", lambda before, w, metrics: before(w, {**metrics, "distill_loss": loss(w).detach()})
-        ),
+        change=around("result", lambda before, w, metrics: before(w, {**metrics, "distill_loss": loss(w).detach()})),
         usable_for="Training: loss and gradient are right, the metric is not.",
     ),
 )

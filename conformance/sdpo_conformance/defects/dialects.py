@@ -194,9 +194,7 @@ DIALECTS: tuple[Dialect, ...] = (
         "torchrl-sdpo",
         "torchrl's SDPOLoss",
         "student top-k, tail bucket, no importance ratio",
-        both(
-            onto("student"), distributions(with_tail), NO_ANCHOR, replacing(weighted=lambda w: w.divergence)
-        ),
+        both(onto("student"), distributions(with_tail), NO_ANCHOR, replacing(weighted=lambda w: w.divergence)),
     ),
     dialect(
         "verl-anchor",

@@ -428,9 +428,7 @@ DEFECTS = (
         sentence="The student is gathered at sorted token ids while the teacher keeps the order of its top-k.",
         violates=("GJS-5", "GJS-1"),
         fix="Keep both sides in the order of teacher_indices.",
-        change=replacing(
-            student_at_support=lambda w: w.l.gather(-1, w.support.sort(-1).values).clamp(min=LOG_ZERO)
-        ),
+        change=replacing(student_at_support=lambda w: w.l.gather(-1, w.support.sort(-1).values).clamp(min=LOG_ZERO)),
         seen=cite("kvablack/ddpo-pytorch#29"),
         usable_for="Supports sorted by token id.",
         capabilities=DIVERGENCES,
@@ -608,9 +606,7 @@ DEFECTS = (
         fix="Keep log-probs in float32.",
         change=replacing(
             student_at_support=lambda w: (
-                valued(F.log_softmax(w.z, -1).bfloat16().to(w.z), w.l)
-                .gather(-1, w.support)
-                .clamp(min=LOG_ZERO)
+                valued(F.log_softmax(w.z, -1).bfloat16().to(w.z), w.l).gather(-1, w.support).clamp(min=LOG_ZERO)
             )
         ),
         seen=cite("genlm/genlm-backend#66", "erfanzar/EasyDeL#267"),

@@ -75,9 +75,7 @@ def with_graph(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
     return logprobs_of(hidden, head).gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
 
 
-def topk_of(
-    of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
+def topk_of(of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The top-k of a function of the logits, without graph."""
     with torch.no_grad():
         values, ids = of(hidden, head).topk(min(max(1, k), head.shape[0]), dim=-1)

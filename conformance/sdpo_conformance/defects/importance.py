@@ -11,14 +11,10 @@ from sdpo_conformance.defects.model import Defect, around, both, replacing
 from sdpo_conformance.defects.parts import Work, ratio, token_mean, weighted
 from sdpo_conformance.defects.sources import cite
 
-ON_POLICY = (
-    "steps_per_batch = 1 with log-probs recorded by the same policy and software: the ratio is 1 there."
-)
+ON_POLICY = "steps_per_batch = 1 with log-probs recorded by the same policy and software: the ratio is 1 there."
 TRAINING = "Training: loss and gradient are right, the metric is not."
 
-APPLY_RATIO = (
-    "Multiply each token's divergence by min(exp(clamp(sg(new - old), -20, 20)), is_clip) before the mean."
-)
+APPLY_RATIO = "Multiply each token's divergence by min(exp(clamp(sg(new - old), -20, 20)), is_clip) before the mean."
 
 
 def difference(w: Work) -> Tensor:
@@ -150,10 +146,7 @@ DEFECTS = (
         fix=APPLY_RATIO,
         change=replacing(
             log_ratio=lambda w: (
-                (difference(w).clamp(-20, 20) * w.mask)
-                .sum(-1, keepdim=True)
-                .clamp(-20, 20)
-                .expand_as(w.chosen)
+                (difference(w).clamp(-20, 20) * w.mask).sum(-1, keepdim=True).clamp(-20, 20).expand_as(w.chosen)
             )
         ),
         seen=cite("unslothai/unsloth-zoo#870"),
@@ -285,9 +278,7 @@ DEFECTS = (
         sentence="The clamp to +-20 is applied to the ratio, not to its logarithm.",
         violates=("IS-4",),
         fix="Clamp new - old before exp.",
-        change=replacing(
-            log_ratio=difference, ratio=lambda w: w.log_ratio.exp().clamp(-20, 20).clamp(max=w.is_clip)
-        ),
+        change=replacing(log_ratio=difference, ratio=lambda w: w.log_ratio.exp().clamp(-20, 20).clamp(max=w.is_clip)),
         seen=cite("OpenRLHF/OpenRLHF#1293"),
         usable_for="Log-ratios above -20, with is_clip up to 20.",
     ),
@@ -349,9 +340,7 @@ DEFECTS = (
         violates=("IS-1", "IS-3", "GJS-4"),
         fix="Subtract the logsumexp over the vocabulary.",
         change=replacing(
-            log_ratio=lambda w: (
-                (w.z.gather(-1, w.y.unsqueeze(-1)).squeeze(-1) - w.old).detach().clamp(-20, 20)
-            )
+            log_ratio=lambda w: (w.z.gather(-1, w.y.unsqueeze(-1)).squeeze(-1) - w.old).detach().clamp(-20, 20)
         ),
     ),
     Defect(
@@ -454,9 +443,7 @@ DEFECTS = (
         fix="Count r >= is_clip alone.",
         change=around(
             "clip_fraction",
-            lambda before, w: (
-                before(w) + token_mean(w, (w.log_ratio < -abs(math.log(w.is_clip))).to(w.ratio))
-            ),
+            lambda before, w: before(w) + token_mean(w, (w.log_ratio < -abs(math.log(w.is_clip))).to(w.ratio)),
         ),
         usable_for=TRAINING,
     ),
@@ -520,9 +507,7 @@ DEFECTS = (
         fix="Report what enters the loss: sum(D r mask)/n.",
         change=around(
             "result",
-            lambda before, w, metrics: before(
-                w, {**metrics, "distill_loss": token_mean(w, w.divergence.detach())}
-            ),
+            lambda before, w, metrics: before(w, {**metrics, "distill_loss": token_mean(w, w.divergence.detach())}),
         ),
         usable_for=TRAINING,
     ),

@@ -148,9 +148,7 @@ def summarise(found: Iterable[Score]) -> Summary:
         runs=len(found),
         caught=sum(bool(one.caught) for one in found),
         named=sum(one.by_named for one in found),
-        missed=tuple(
-            f"{what}: seeds {', '.join(map(str, sorted(seeds)))}" for what, seeds in sorted(missed.items())
-        ),
+        missed=tuple(f"{what}: seeds {', '.join(map(str, sorted(seeds)))}" for what, seeds in sorted(missed.items())),
     )
 
 
@@ -159,9 +157,7 @@ def table(found: Sequence[Score]) -> Any:
     from rich.table import Table
 
     order = list(defects.catalogue())
-    result = Table(
-        "defect", "entry", "named by", "examples", "caught by", title="mutation score", title_justify="left"
-    )
+    result = Table("defect", "entry", "named by", "examples", "caught by", title="mutation score", title_justify="left")
     for one in sorted((s for s in found if s.seed == 0), key=lambda s: (order.index(s.defect), s.entry)):
         others = " ".join(name for name in one.caught if name != one.named)
         mark = one.named if one.by_named else f"[red]{one.named} MISSED[/red]"
@@ -174,15 +170,11 @@ def table(found: Sequence[Score]) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="sdpo_conformance.defects.mutation", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="sdpo_conformance.defects.mutation", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=sorted(PROFILES), default="default")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0 on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--entry", action="append", choices=[c.value for c in Capability], help="only these entries"
-    )
+    parser.add_argument("--entry", action="append", choices=[c.value for c in Capability], help="only these entries")
     parser.add_argument("--only", action="append", help="only these defects")
     parser.add_argument(
         "--named-only", action="store_true", help="with the first seed too, only the naming requirement"

@@ -48,9 +48,7 @@ class Precomputed(torch.autograd.Function):
         return None, None, None, *ctx.release(ctx.kept, incoming)
 
 
-def precomputing(
-    keep: Callable[[list[Tensor]], list[Tensor]], release: Release, always_grad: bool = True
-) -> Change:
+def precomputing(keep: Callable[[list[Tensor]], list[Tensor]], release: Release, always_grad: bool = True) -> Change:
     """Compute gradients in the forward, as fused kernels do. ``keep`` says where they wait for the backward."""
 
     def entry(before: Entry, parts: Parts, loss_input: Any) -> Result:
@@ -109,9 +107,7 @@ def touching(change: Callable[[Any], None]) -> Change:
 
 def given(loss_input: Any) -> Tensor:
     """Logits or hidden states."""
-    tensor: Tensor = (
-        loss_input.student_hidden if hasattr(loss_input, "student_hidden") else loss_input.student_logits
-    )
+    tensor: Tensor = loss_input.student_hidden if hasattr(loss_input, "student_hidden") else loss_input.student_logits
     return tensor
 
 
@@ -349,9 +345,7 @@ DEFECTS = (
         sentence="Logits or hidden states are read from the start of their storage.",
         violates=("GRAD-4",),
         fix="Use data_ptr() or storage_offset().",
-        change=reading(
-            lambda loss_input: leading(loss_input, lambda tensor: as_stored(tensor, from_start=True))
-        ),
+        change=reading(lambda loss_input: leading(loss_input, lambda tensor: as_stored(tensor, from_start=True))),
         usable_for="Contiguous inputs that are no slices of larger tensors.",
     ),
     Defect(
@@ -359,9 +353,7 @@ DEFECTS = (
         sentence="old_student_logprobs is read as if it were contiguous.",
         violates=("GRAD-4",),
         fix="Use each tensor's own strides, or call contiguous().",
-        change=reading(
-            lambda loss_input: {"old_student_logprobs": as_stored(loss_input.old_student_logprobs)}
-        ),
+        change=reading(lambda loss_input: {"old_student_logprobs": as_stored(loss_input.old_student_logprobs)}),
         seen=cite("vllm-project/vllm#42684"),
         usable_for=CONTIGUOUS,
     ),

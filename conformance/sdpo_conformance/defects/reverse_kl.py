@@ -128,9 +128,7 @@ DEFECTS = (
         violates=("RKL-3",),
         fix="dD/dl[y] = l[y] - tau_y.",
         change=replacing(
-            reverse_kl=lambda w: valued(
-                (w.chosen - w.tau_y) * w.chosen, (w.chosen - w.tau_y).detach() * w.chosen.exp()
-            )
+            reverse_kl=lambda w: valued((w.chosen - w.tau_y) * w.chosen, (w.chosen - w.tau_y).detach() * w.chosen.exp())
         ),
         usable_for=f"{BELOW_ONE} At alpha = 1 the values are right, the gradient is not.",
     ),
@@ -140,9 +138,7 @@ DEFECTS = (
         violates=("RKL-1",),
         fix="Take the teacher's log-prob as it came, normalised over the vocabulary.",
         change=replacing(
-            teacher_at_response=lambda w: torch.where(
-                found(w)[1], found(w)[0] - torch.logsumexp(w.tau, -1), -20.0
-            )
+            teacher_at_response=lambda w: torch.where(found(w)[1], found(w)[0] - torch.logsumexp(w.tau, -1), -20.0)
         ),
         usable_for=BELOW_ONE,
     ),

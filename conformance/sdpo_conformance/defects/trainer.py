@@ -319,9 +319,7 @@ def previous_metrics(run: Run, total: Tensor, grad_norm: float) -> Metrics:
 def metrics_after_update(run: Run, total: Tensor, grad_norm: float) -> Metrics:
     """Loss and metrics under the updated weights."""
     run.results = [trainer_variants.sample_loss(run, one, right_loss) for one in run.batch]
-    return trainer_variants.report(
-        run, torch.stack([result["loss"] for result in run.results]).mean(), grad_norm
-    )
+    return trainer_variants.report(run, torch.stack([result["loss"] for result in run.results]).mean(), grad_norm)
 
 
 def metrics_of_last_sample(run: Run, total: Tensor, grad_norm: float) -> Metrics:
@@ -436,18 +434,12 @@ def emptiness_only(samples: Sequence[Any], training: Any) -> None:
 
 def recorded_fitted(run: Run, one: Prepared) -> Tensor:
     """The sampler's log-probs, made as long as the response."""
-    return (
-        trainer_variants.first_behaviour(run, one)
-        if one.recorded is None
-        else fitted(one.recorded, one.response)
-    )
+    return trainer_variants.first_behaviour(run, one) if one.recorded is None else fitted(one.recorded, one.response)
 
 
 def one_step_only(model: Any, samples: Sequence[Any], training: Any, optimizer_cls: Any) -> Any:
     """One step whatever steps_per_batch says."""
-    return trainer_variants.distill(
-        TrainerParts(), model, samples, replace(training, steps_per_batch=1), optimizer_cls
-    )
+    return trainer_variants.distill(TrainerParts(), model, samples, replace(training, steps_per_batch=1), optimizer_cls)
 
 
 def one_step_more(model: Any, samples: Sequence[Any], training: Any, optimizer_cls: Any) -> Any:

@@ -82,8 +82,7 @@ def bounds_of(moment: Moment) -> Bounds:
     precision = PRECISIONS[spec.dtype]
     whole = float(norm(moment.gradient))
     gradient = {
-        name: precision.of_tensor * float(g.norm()) + precision.of_whole * whole
-        for name, g in moment.gradient.items()
+        name: precision.of_tensor * float(g.norm()) + precision.of_whole * whole for name, g in moment.gradient.items()
     }
     metrics = {
         key: precision.metric_relative * abs(value) + precision.metric_absolute

@@ -29,7 +29,5 @@ def finding(
     """A finding about this run; ``step`` counts from 1."""
     where = observation.scenario.name if step is None else f"step {step} of {observation.scenario.name}"
     extra = {"scenario": observation.scenario.name, "step": step, **more.pop("extra", {})}
-    found = Disagreement(
-        aspect=f"{aspect} ({where})", expected=expected, got=got, probe="distill", extra=extra, **more
-    )
+    found = Disagreement(aspect=f"{aspect} ({where})", expected=expected, got=got, probe="distill", extra=extra, **more)
     return Finding((requirements,) if isinstance(requirements, str) else requirements, found)

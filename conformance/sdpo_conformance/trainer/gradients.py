@@ -40,9 +40,7 @@ def judged_steps(observation: Observation, ground: Ground) -> Iterator[StepJudge
     suspected: Mistake | None = None
     for step in observation.steps[: observation.scenario.steps]:
         # a parameter the optimizer never got stays where it started
-        history.append(
-            {**upcast(observation.start), **(history[-1] if history else {}), **upcast(step.before)}
-        )
+        history.append({**upcast(observation.start), **(history[-1] if history else {}), **upcast(step.before)})
         moment = Moment(ground, list(history), left_over)
         bounds = bounds_of(moment)
         got = moment.handed = complete(upcast(step.gradient), moment)

@@ -51,9 +51,7 @@ class Ground:
         top_k = scenario.training.teacher_top_k
         self.prepared: list[PreparedSample] = [prepare(self.model, sample, top_k) for sample in self.samples]
         self.recorded: list[Tensor] = [recorded_logprobs(self.model, sample) for sample in self.samples]
-        self.start: Weights = {
-            name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad
-        }
+        self.start: Weights = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def at(self, weights: Weights) -> Any:
         """The model with these adapter weights."""

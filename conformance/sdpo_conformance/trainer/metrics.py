@@ -61,9 +61,7 @@ def metric_findings(observation: Observation, judgements: Sequence[StepJudgement
                     expected=number(truth),
                     got=number(entry[key]),
                     step=step,
-                    detail=f"it is that {anchor.words}"
-                    if anchor
-                    else metric_words(key, entry[key], judgements, index),
+                    detail=f"it is that {anchor.words}" if anchor else metric_words(key, entry[key], judgements, index),
                     excess=abs(entry[key] - truth) / bound,
                     extra={"shows": "metric", "metric": key, "truth": truth, "bound": bound},
                 )

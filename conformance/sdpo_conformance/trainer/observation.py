@@ -94,9 +94,7 @@ def same(before: Tensor, after: Tensor) -> bool:
 _KEPT: dict[tuple[int, Scenario, str], tuple[Any, Observation | ImplementationError]] = {}
 
 
-def observe(
-    distill: Callable[..., Any], scenario: Scenario, device: str = "cpu", owner: Any = None
-) -> Observation:
+def observe(distill: Callable[..., Any], scenario: Scenario, device: str = "cpu", owner: Any = None) -> Observation:
     """Run the trainer on the scenario, or recall that it was; raises ImplementationError if it did not
     deliver. Runs are kept by ``owner``, what ``distill`` is an attribute of: a bound method is a new object
     each time it is asked for."""

@@ -58,9 +58,7 @@ def write_reproduction(
             config=literal(config_arguments(scenario.model)),
             lora=literal(lora_arguments(scenario.model)),
             dtype=scenario.model.dtype,
-            samples=[
-                literal(asdict(sample)) for sample in (samples_of(scenario) if samples is None else samples)
-            ],
+            samples=[literal(asdict(sample)) for sample in (samples_of(scenario) if samples is None else samples)],
             training=literal(asdict(scenario.training)),
             seed=scenario.seed,
             shows=extra.get("shows", "run"),

@@ -62,9 +62,7 @@ def run_finding(
         return finding(observation, requirements, "the final adapter", expected, got, detail=detail)
     wanted, found = truth[0][step - 1], observation.metrics[step - 1]
     key = max(METRICS, key=lambda k: abs(found.get(k, wanted[k]) - wanted[k]) / (abs(wanted[k]) + 1e-3))
-    return finding(
-        observation, requirements, key, number(wanted[key]), number(found[key]), step, detail=detail
-    )
+    return finding(observation, requirements, key, number(wanted[key]), number(found[key]), step, detail=detail)
 
 
 def replay(ground: Ground, mistake: Mistake) -> Run | None:
