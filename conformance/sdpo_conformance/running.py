@@ -30,7 +30,7 @@ class RunError(Exception):
     """The run itself could not happen; the message is one line, the exit status 2."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a run found. ``results`` is the document of results.schema.json; ``folder`` holds the reproductions."""
 
@@ -67,6 +67,10 @@ class Report:
 
     def __str__(self) -> str:
         return str(self.results["verdict"]["text"])
+
+    def __repr__(self) -> str:
+        failed = ", ".join(dict.fromkeys(str(record["requirement"]) for record in self.failures)) or "none"
+        return f"<Report {self.results['implementation']}: {self} Failed: {failed}. See {self.folder}>"
 
 
 def run(

@@ -101,10 +101,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def time_row(benchmark: Any, run: Callable[[Inputs], Any], copies: list[Inputs], budget: Budget) -> Timing:
-    """Warm up, choose the number of rounds, and let pytest-benchmark take them."""
+    """Warm up, choose the number of rounds, and let pytest-benchmark take them.
+
+    Every copy of the inputs is warmed up: a subject may keep what its own trainer would hand it.
+    """
     limit = Limit(copies[0])
     turns = cycle(copies)
-    for _ in range(budget.warmup):
+    for _ in range(max(budget.warmup, len(copies))):
         run(next(turns))
         limit.run(copies[0])
     start = clock()

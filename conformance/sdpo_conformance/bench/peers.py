@@ -59,7 +59,7 @@ def trl_topk(work: Work) -> LossOf:
     """TRL's loss functions in the order of its trainer, top-k of the student, without the tail bucket."""
     topk_loss = imported(TRL, "compute_topk_self_distillation_loss", "trl")
     clipped = imported(TRL, "apply_importance_sampling_clipping", "trl")
-    kept: dict[int, Tensor] = {}
+    kept: dict[Tensor, Tensor] = {}
 
     def loss(inputs: Inputs) -> Tensor:
         teacher = teacher_logits(inputs, kept)
@@ -88,14 +88,13 @@ def selected_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return found
 
 
-def teacher_logits(inputs: Inputs, kept: dict[int, Tensor]) -> Tensor:
-    """The teacher's logits, made once: in training they come from the teacher's own forward."""
-    key = inputs.teacher_hidden.data_ptr()
-    if key not in kept:
-        kept.clear()
+def teacher_logits(inputs: Inputs, kept: dict[Tensor, Tensor]) -> Tensor:
+    """The teacher's logits, made once for each copy of the inputs, in the warm-up: in training they come from the
+    teacher's own forward."""
+    if inputs.teacher_hidden not in kept:
         with torch.no_grad():
-            kept[key] = inputs.teacher_hidden @ inputs.head.T
-    return kept[key]
+            kept[inputs.teacher_hidden] = inputs.teacher_hidden @ inputs.head.T
+    return kept[inputs.teacher_hidden]
 
 
 def imported(module: str, name: str, package: str) -> Any:

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-from sdpo_conformance.records import Status
+from sdpo_conformance.records import BAD, Status
 
 
 def junit_xml(results: Mapping[str, Any]) -> str:
     """One test case per requirement and entry."""
     records = results["records"]
-    failed = [record for record in records if record["status"] in (Status.FAILED, Status.UNEXPECTED_PASS)]
+    failed = [
+        record
+        for record in records
+        if record["status"] in (Status.FAILED, Status.UNEXPECTED_PASS, Status.INTERNAL_ERROR)
+    ]
     skipped = [record for record in records if record["status"] in (Status.NOT_JUDGED, Status.EXPECTED_FAILURE)]
     suite = ElementTree.Element(
         "testsuite",

@@ -30,7 +30,7 @@ def results_of(
 ) -> dict[str, Any]:
     """The whole document; runs the diagnosis on the failures kept in ``folder``."""
     failed = [record for record in records if record.status is Status.FAILED]
-    diagnosis = diagnose_run(folder, failed, implementation.offered) if failed else None
+    diagnosis = diagnosed(folder, failed, implementation) if failed else None
     return {
         "format": FORMAT,
         "implementation": implementation.target,
@@ -41,6 +41,15 @@ def results_of(
         "diagnosis": diagnosis,
         "verdict": verdict(implementation, records, diagnosis),
     }
+
+
+def diagnosed(folder: Path, failed: Sequence[Record], implementation: Implementation) -> Mapping[str, Any] | None:
+    """The diagnosis; a fault of its own costs the diagnosis, not the verdicts."""
+    try:
+        return diagnose_run(folder, failed, implementation.offered)
+    except Exception as error:
+        line = f"the diagnosis itself failed ({type(error).__name__}: {error}); please report it"
+        return {"lines": [line[:300]], "usable_for": "", "matches": []}
 
 
 def described(record: Record) -> dict[str, Any]:
