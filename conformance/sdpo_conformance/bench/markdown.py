@@ -14,7 +14,7 @@ from sdpo_conformance.bench.wording import (
     figures,
     limit_figures,
     machine,
-    notes_of,
+    notes,
     shown,
     title,
     verdict_of,
@@ -38,9 +38,12 @@ def lines_of(document: Mapping[str, Any], targets: Sequence[str], changes: Seque
         said = []
         for row in shown(group):
             yield line(figures(group, row))
-            said += [f"- {row.label}: {text}" for text in (verdict_of(row), notes_of(row)) if text]
+            if verdict := verdict_of(row):
+                said.append(f"- {row.label}: {verdict}")
         if said:
             yield from ("", *map(escaped, said))
+    if worth_knowing := notes(rows):
+        yield from ("", "## Notes", "", *(f"- {escaped(text)}" for text in worth_knowing))
     if missing := absences(rows):
         yield from ("", "## Not measured", "", *(f"- {escaped(text)}" for text in missing))
     if changes is not None:

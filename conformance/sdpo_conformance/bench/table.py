@@ -19,7 +19,7 @@ from sdpo_conformance.bench.wording import (
     figures,
     limit_figures,
     machine,
-    notes_of,
+    notes,
     shown,
     title,
     verdict_of,
@@ -35,7 +35,7 @@ def print_run(document: Mapping[str, Any], targets: Sequence[str], console: Cons
             console.print()
             print_group(group, console)
     console.print()
-    for line in absences(rows):
+    for line in [*notes(rows), *absences(rows)]:
         console.print(f"  {line}", highlight=False, markup=False)
     console.print(Text(READING, style="dim"))
 
@@ -53,8 +53,6 @@ def print_group(group: Group, console: Console) -> None:
         table.add_row(*figures(group, row), style=style)
         if verdict := verdict_of(row):
             lines.append(Text(f"{row.label}: {verdict}", style="red"))
-        if notes := notes_of(row):
-            lines.append(Text(f"{row.label}: {notes}", style="dim"))
     console.print(Padding(table, (0, 0, 0, 2)))
     for line in lines:
         console.print(Padding(line, (0, 0, 0, 2)))

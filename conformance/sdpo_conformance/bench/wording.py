@@ -21,10 +21,11 @@ def title(group: Group) -> str:
 
 def figures(group: Group, row: Row) -> tuple[str, ...]:
     """The cells under ``HEADERS``."""
+    name = f"{row.label} †" if row.other else row.label
     if row.ms is None:
-        return (row.label, *("–",) * 6)
+        return (name, *("–",) * 6)
     return (
-        row.label,
+        name,
         number(row.ms),
         f"{50 * (row.q3_ms - row.q1_ms) / row.ms:.1f}",
         number(row.ratio),
@@ -59,9 +60,13 @@ def verdict_of(row: Row) -> str:
     return "; ".join(parts)
 
 
-def notes_of(row: Row) -> str:
-    """What is worth knowing about a row beside its figures."""
-    return "; ".join([*([f"another objective: {row.other}"] if row.other else []), *row.remarks])
+def notes(rows: Sequence[Row]) -> list[str]:
+    """One line per implementation on what is worth knowing beside the figures; † marks another objective."""
+    found: dict[str, list[str]] = {}
+    for row in filter(lambda row: row.measured, rows):
+        said = [f"† another objective: {row.other}"] if row.other else []
+        found.setdefault(row.label, []).extend([*said, *row.remarks])
+    return [f"{name}: {'; '.join(dict.fromkeys(parts))}" for name, parts in found.items() if parts]
 
 
 def shown(group: Group) -> list[Row]:
