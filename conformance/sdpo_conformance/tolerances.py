@@ -36,6 +36,9 @@ FLOAT_FACTOR = 4.0
 HALF_FACTOR = 0.5
 """Worst-case units allowed in bfloat16 and float16 beyond twice the eager error."""
 
+MANY_TERMS = 1000
+"""From this many columns on, the rounding of a float32 sum over the vocabulary grows as the root of their number."""
+
 CAP_MARGIN = 4.0
 """Units within which a ratio may fall on either side of the cap."""
 
@@ -358,7 +361,9 @@ def _input_gradients(
     if isinstance(loss_input, FusedSDPOLossInput):
         hidden, head = upcast(loss_input.student_hidden), upcast(loss_input.lm_head_weight)
         hidden = torch.where(torch.isfinite(hidden), hidden, 0.0)
-        spread = logits_error + eps * logits_gradient.abs() + smallest
+        terms = head.shape[0]
+        summing = math.sqrt(terms) / 4 if terms > MANY_TERMS and factor == FLOAT_FACTOR else 1.0
+        spread = logits_error + summing * eps * logits_gradient.abs() + smallest
         pairs = {"student_hidden": (logits_gradient @ head, spread @ head.abs())}
         if case.trainable_head:
             pairs["lm_head_weight"] = (

@@ -104,8 +104,8 @@ def test_fus_3(subject: Subject) -> None:
         output = differentiable_output(call_entry(subject.function, subject.entry, loss_input), subject.entry)
         head = tuple(loss_input.lm_head_weight.shape)
         ids, support = loss_input.response_ids, loss_input.teacher_indices
-        if head[0] == head[1] or set(head) & {ids.numel(), *ids.shape, support.shape[-1]}:
-            return
+        if head[0] == head[1] or min(head) <= ids.numel() or support.shape[-1] in head:
+            return  # a chunk of tokens could yield a product of the head's shape
         watch = ProductsOfShape(head)
         with implementation_errors("backward"), watch:
             output.backward(incoming_gradient(frozen, subject.entry, output))
