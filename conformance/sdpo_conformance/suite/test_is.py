@@ -181,7 +181,7 @@ def test_is_6(subject: Subject) -> None:
         ratio=("mild", "below", "above_cap", "clamp_low"),
         is_clip=("default", "high"),
         mask=("full", "ragged", "random"),
-        size=("small", "tall", "tall"),
+        size=("small", "tall", "crowd"),
         alpha=ANY_ALPHA,
     )
 

@@ -38,7 +38,7 @@ def full_mask(case: LossCase) -> LossCase:
     capabilities=LOSSES,
 )
 def test_red_1(subject: Subject) -> None:
-    corner = BROAD.but(mask=("ragged", "random", "full"), size=("small", "tall"))
+    corner = BROAD.but(mask=("ragged", "random", "full"), size=("small", "tall", "crowd"))
     subject.for_all(corner, lambda case: subject.agrees(case, ALL, control=full_mask(case)))
 
 
@@ -97,7 +97,7 @@ def test_red_5(subject: Subject) -> None:
             subject.agrees(case.rows(keep), ALL, control=case)
         subject.agrees(padded(case), ALL, control=case)
 
-    corner = BROAD.but(mask=("full", "ragged", "fractional"), size=("small", "small", "tall"))
+    corner = BROAD.but(mask=("full", "ragged", "fractional"), size=("small", "tall", "crowd"))
     subject.for_all(corner, check, share=0.35)
 
 
