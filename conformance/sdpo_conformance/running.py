@@ -133,9 +133,7 @@ def pytest_command(options: Sequence[str]) -> list[str]:
 
 def run_pytest(options: Sequence[str], folder: Path, progress: Progress | None) -> tuple[int, str]:
     """Run it, calling ``progress`` with (verdicts, planned); returns the exit status and the log's text."""
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": search_path()}
-    environment.pop("PYTEST_ADDOPTS", None)
-    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment = {"OMP_NUM_THREADS": "1", **child_environment()}
     started = time.monotonic()
     if (folder / RESULTS).exists() and (folder / MARKER).exists():
         (folder / RESULTS).unlink()
@@ -183,6 +181,16 @@ def read_plan(path: Path) -> list[Any]:
         return plan
     except (OSError, ValueError):
         return []
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, less what a pytest around it would pass on to a pytest of ours."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS") and not name.startswith("PYTEST_XDIST_")
+    }
+    return {**inherited, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": search_path()}
 
 
 def search_path() -> str:

@@ -27,7 +27,7 @@ from sdpo_conformance.bench.cells import (
     write_plan,
 )
 from sdpo_conformance.bench.workloads import Work
-from sdpo_conformance.running import RunError, search_path
+from sdpo_conformance.running import RunError, child_environment
 
 Progress = Callable[[int, int], None]
 
@@ -70,9 +70,7 @@ def run_bench(
 def run_worker(folder: Path, cells: Sequence[Cell], cell_timeout: float, progress: Progress | None) -> tuple[int, bool]:
     """One process over the cells that have no record; its exit status, and whether it had to be stopped."""
     (folder / CURRENT).unlink(missing_ok=True)
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": search_path()}
-    environment.pop("PYTEST_ADDOPTS", None)
-    environment["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    environment = {**child_environment(), "TRL_EXPERIMENTAL_SILENCE": "1"}
     with (folder / LOG).open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             worker_command(folder),
