@@ -51,8 +51,8 @@ SMALLEST = {
     torch.bfloat16: 4 * 1.2e-38,
     torch.float16: 4 * 6.0e-8,
 }
-"""Results this small may be flushed to zero: a few subnormals of the dtype a gradient is stored in."""
-
+"""Results this small may be flushed to zero: a few subnormals of the dtype a gradient is stored in. A kernel that
+makes the gradient in its forward pass stores it before it knows the incoming one, which then multiplies them."""
 
 LARGEST_SHARE = 0.5
 """A gradient beyond this share of its dtype's largest number may overflow in any implementation."""
@@ -278,7 +278,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
             eager.per_token_gradients if eager else None,
             factor,
             eps,
-            smallest,
+            smallest * max(1.0, float(incoming.abs().max())),
         )
         attainable = attainable and (
             eager is None
@@ -312,7 +312,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
         eager.gradients if eager else None,
         factor,
         eps,
-        smallest,
+        smallest * max(1.0, abs(case.incoming)),
     )
     finite = eager is None or eager.finite
     return Expectations(results, gradients, attainable and finite and fits(case, gradients))
