@@ -123,13 +123,12 @@ class Subject:
             return self._raise_smallest()
         self._draw(loss_cases(within, self.entry, dtypes, shape_of), check, share)
 
-    def visit(self, corner: Corner, check: Callable[[LossCase], object], examples: int) -> None:
-        """Run ``check`` on ``examples`` cases of one narrow corner; raises the first failure."""
+    def each(self, cases: Iterable[LossCase], check: Callable[[LossCase], object]) -> None:
+        """Run ``check`` on every one of ``cases``; raises the first failure."""
         self._smallest = None
         with suppress(Enough):
-            for number in range(examples):
-                source = SeededSource(f"{self.seed}/{corner}/{number}")
-                self._attempt(check, build_case(source, corner, self.entry, self.torch_dtypes))
+            for case in cases:
+                self._attempt(check, case)
 
     def given(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float = 1.0) -> None:
         """Run ``check`` on drawn examples and raise the failure on the smallest."""

@@ -14,6 +14,7 @@ from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import EVERYTHING, NEUTRAL
 from sdpo_conformance.strategies.masked import nan_or_inf_where_masked
 from sdpo_conformance.strategies.policy import on_policy
+from sdpo_conformance.strategies.sums import long_sums
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.entries import ALL, DIVERGENCES, LOSSES
 from sdpo_conformance.tolerances import expectations
@@ -25,14 +26,6 @@ DIVERGENCE_ONLY = NEUTRAL.but(
     layout=EVERYTHING.layout,
     incoming=EVERYTHING.incoming,
 )
-
-
-DENSE = NEUTRAL.but(alpha="one", ratio="mild", logits="flat", support="few", mass="normal")
-LONG_SUMS = (
-    DENSE.but(size="wide:8209", head="frozen"),
-    DENSE.but(size="tall:1025", head="trainable"),
-)
-"""Gradients to which every column, or every token, adds: where sums kept in half precision go wrong."""
 
 
 def everything(subject: Subject) -> None:
@@ -74,9 +67,8 @@ def test_num_1(subject: Subject) -> None:
 def test_num_2(subject: Subject) -> None:
     def run(narrowed: Subject) -> None:
         everything(narrowed)
-        if subject.entry is Capability.FUSED:
-            for corner in LONG_SUMS:
-                narrowed.visit(corner, lambda case: narrowed.agrees(case, ALL), examples=3)
+        for dtype in narrowed.torch_dtypes:
+            narrowed.each(long_sums(subject.entry, dtype), lambda case: narrowed.agrees(case, ALL))
 
     in_dtypes(subject, ("bfloat16", "float16"), run)
 
