@@ -41,9 +41,15 @@ def test_the_first_seed_is_judged_by_everything_and_the_others_by_the_naming_req
     assert [(task.seed, task.everything) for task in work] == [(0, True), (1, False), (2, False)]
 
 
+def test_one_entry_of_a_defect_is_judged_by_everything() -> None:
+    work = tasks(["alpha-swapped"], list(Capability), "quick", 1)
+    assert [task.entry for task in work if task.everything] == [Capability.LOSS]
+    assert len(work) > 1
+
+
 def test_a_miss_is_told_with_its_seeds() -> None:
-    caught = Score("a", "compute_sdpo_loss", 0, "IS-2", {"IS-2": 3}, 0.1)
-    missed = Score("a", "compute_sdpo_loss", 1, "IS-2", {"IS-3": 3}, 0.1)
+    caught = Score("a", "compute_sdpo_loss", 0, "IS-2", True, {"IS-2": 3}, 0.1)
+    missed = Score("a", "compute_sdpo_loss", 1, "IS-2", True, {"IS-3": 3}, 0.1)
     summary = summarise([caught, missed])
     assert (summary.runs, summary.caught, summary.named) == (2, 2, 1)
     assert summary.missed == ("a through compute_sdpo_loss, IS-2: seeds 1",)

@@ -2,8 +2,8 @@
 
 ``python -m sdpo_conformance.defects.mutation --profile default --seeds 10 --jobs 8 --json scores.json``
 
-With the first seed every requirement judges every defect; with the others only the one that names it. Exit
-status 0 when each defect is caught by the requirement that names it with every seed, 1 otherwise.
+With the first seed every requirement judges every defect, through one entry; all else is judged by the requirement
+that names it. Exit status 0 when each defect is caught by the requirement that names it with every seed, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ class Task:
 @dataclass(frozen=True)
 class Score:
     """``named`` is the requirement that has to catch the defect in this entry; ``caught`` maps each requirement
-    that failed to the examples it took, not counting those by which the failure was made small."""
+    that failed to the examples it took, not counting those by which the failure was made small; ``everything`` as in
+    the task."""
 
     defect: str
     entry: str
     seed: int
     named: str
+    everything: bool
     caught: Mapping[str, int]
     seconds: float
 
@@ -72,13 +74,18 @@ def tasks(
 ) -> list[Task]:
     """The work, slow entries first."""
     found = [
-        Task(name, entry, seed, profile, everything=seed == 0 and not named_only)
+        Task(name, entry, seed, profile, everything=seed == 0 and place == 0 and not named_only)
         for seed in range(seeds)
         for name in names
-        for entry in defects.find(name).capabilities
-        if entry in entries and named_requirement(defects.find(name), entry)
+        for place, entry in enumerate(judged_through(defects.find(name), entries))
     ]
     return sorted(found, key=lambda task: (not task.everything, task.entry is not Capability.DISTILL))
+
+
+def judged_through(defect: Defect, entries: Sequence[Capability]) -> list[Capability]:
+    """Those of ``entries`` through which a requirement names the defect, the plain loss first."""
+    through = [entry for entry in defect.capabilities if entry in entries and named_requirement(defect, entry)]
+    return sorted(through, key=lambda entry: entry is not Capability.LOSS)
 
 
 def score(task: Task) -> Score:
@@ -110,7 +117,7 @@ def score(task: Task) -> Score:
         except BaseException as error:
             if type(error).__name__ != "Skipped":
                 raise
-    return Score(task.defect, task.entry.value, task.seed, named, caught, time.monotonic() - started)
+    return Score(task.defect, task.entry.value, task.seed, named, task.everything, caught, time.monotonic() - started)
 
 
 def scores(work: Sequence[Task], jobs: int) -> Iterator[Score]:
@@ -157,9 +164,14 @@ def table(found: Sequence[Score]) -> Any:
     from rich.table import Table
 
     order = list(defects.catalogue())
-    result = Table("defect", "entry", "named by", "examples", "caught by", title="mutation score", title_justify="left")
+    result = Table(title="mutation score", title_justify="left")
+    for name in ("defect", "entry", "named by", "examples"):
+        result.add_column(name, no_wrap=True)
+    result.add_column("also caught by")
     for one in sorted((s for s in found if s.seed == 0), key=lambda s: (order.index(s.defect), s.entry)):
-        others = " ".join(name for name in one.caught if name != one.named)
+        others = (
+            " ".join(name for name in one.caught if name != one.named) if one.everything else "[dim]not asked[/dim]"
+        )
         mark = one.named if one.by_named else f"[red]{one.named} MISSED[/red]"
         entry = one.entry.removeprefix("compute_").removesuffix("_loss")
         result.add_row(
@@ -192,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console.width = 160
     work = tasks(names, entries, options.profile, options.seeds, options.named_only)
     found: list[Score] = []
     started = time.monotonic()
