@@ -19,7 +19,7 @@ from sdpo_conformance.cases import LossCase, recorded_cases
 from sdpo_conformance.execution import ImplementationError, Outcome, evaluate, is_fused_entry
 from sdpo_conformance.judgement import Disagreement, compare
 from sdpo_conformance.profiles import Profile
-from sdpo_conformance.protocol import DTYPES, Capability, Claims
+from sdpo_conformance.protocol import DTYPES, RATIO_LOG_CLAMP, Capability, Claims
 from sdpo_conformance.requirements import Requirement
 from sdpo_conformance.strategies import Corner, build_case, loss_cases, visits
 from sdpo_conformance.strategies.loss import ShapeOf
@@ -277,6 +277,9 @@ def admits(corner: Corner, case: LossCase) -> bool:
     training, loss_input, truth = case.training, case.loss_input, case.truth
     off_policy = bool(((truth.chosen - loss_input.old_student_logprobs).abs() > 1e-6).any())
     if off_policy and set(corner.ratio) <= {"on_policy"}:
+        return False
+    beyond = (truth.chosen - loss_input.old_student_logprobs).abs() > RATIO_LOG_CLAMP
+    if bool(beyond.any()) and not {"clamp_high", "clamp_low", "infinite"} & set(corner.ratio):
         return False
     if bool(torch.isinf(loss_input.old_student_logprobs).any()) and "infinite" not in corner.ratio:
         return False

@@ -48,11 +48,12 @@ def test_one_entry_of_a_defect_is_judged_by_everything() -> None:
 
 
 def test_a_miss_is_told_with_its_seeds() -> None:
-    caught = Score("a", "compute_sdpo_loss", 0, "IS-2", True, {"IS-2": 3}, 0.1)
-    missed = Score("a", "compute_sdpo_loss", 1, "IS-2", True, {"IS-3": 3}, 0.1)
-    summary = summarise([caught, missed])
-    assert (summary.runs, summary.caught, summary.named) == (2, 2, 1)
-    assert summary.missed == ("a through compute_sdpo_loss, IS-2: seeds 1",)
+    caught = Score("a", "compute_sdpo_loss", 0, "IS-2", True, {"IS-2": 3}, (), 0.1)
+    missed = Score("a", "compute_sdpo_loss", 1, "IS-2", True, {"IS-3": 3}, (), 0.1)
+    blamed_elsewhere = Score("a", "compute_sdpo_loss", 2, "IS-2", True, {"IS-2": 3}, ("IS-2",), 0.1)
+    summary = summarise([caught, missed, blamed_elsewhere])
+    assert (summary.runs, summary.caught, summary.named) == (3, 3, 1)
+    assert summary.missed == ("a through compute_sdpo_loss, IS-2: seeds 1, 2",)
 
 
 def test_the_command_writes_its_scores(tmp_path: Path) -> None:

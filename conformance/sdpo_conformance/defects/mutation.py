@@ -42,8 +42,8 @@ class Task:
 @dataclass(frozen=True)
 class Score:
     """``named`` is the requirement that has to catch the defect in this entry; ``caught`` maps each requirement
-    that failed to the examples it took, not counting those by which the failure was made small; ``everything`` as in
-    the task."""
+    that failed to the examples it took, not counting those by which the failure was made small; ``secondary`` are
+    those of them that lay the blame elsewhere; ``everything`` as in the task."""
 
     defect: str
     entry: str
@@ -51,11 +51,12 @@ class Score:
     named: str
     everything: bool
     caught: Mapping[str, int]
+    secondary: tuple[str, ...]
     seconds: float
 
     @property
     def by_named(self) -> bool:
-        return self.named in self.caught
+        return self.named in self.caught and self.named not in self.secondary
 
 
 def named_requirement(defect: Defect, entry: Capability) -> str | None:
@@ -105,6 +106,7 @@ def score(task: Task) -> Score:
     profile = replace(PROFILES[task.profile], shrink_seconds=0.0)
     started = time.monotonic()
     caught: dict[str, int] = {}
+    secondary: list[str] = []
     for requirement in load_all().values():
         if task.entry not in requirement.capabilities or not (task.everything or requirement.id == named):
             continue
@@ -112,12 +114,23 @@ def score(task: Task) -> Score:
         subject = Subject(implementation, task.entry, Claims(), profile, task.seed, dtypes=DTYPES)
         try:
             subject.run(requirement)
-        except (Disagreement, ImplementationError):
+        except (Disagreement, ImplementationError) as failure:
             caught[requirement.id] = max(subject.tally.examples, 1)
+            if getattr(failure, "secondary", False):
+                secondary.append(requirement.id)
         except BaseException as error:
             if type(error).__name__ != "Skipped":
                 raise
-    return Score(task.defect, task.entry.value, task.seed, named, task.everything, caught, time.monotonic() - started)
+    return Score(
+        task.defect,
+        task.entry.value,
+        task.seed,
+        named,
+        task.everything,
+        caught,
+        tuple(secondary),
+        time.monotonic() - started,
+    )
 
 
 def scores(work: Sequence[Task], jobs: int) -> Iterator[Score]:
@@ -167,15 +180,21 @@ def table(found: Sequence[Score]) -> Any:
     result = Table(title="mutation score", title_justify="left")
     for name in ("defect", "entry", "named by", "examples"):
         result.add_column(name, no_wrap=True)
-    result.add_column("also caught by")
+    result.add_column("also broken")
+    result.add_column("wrong because of these")
     for one in sorted((s for s in found if s.seed == 0), key=lambda s: (order.index(s.defect), s.entry)):
-        others = (
-            " ".join(name for name in one.caught if name != one.named) if one.everything else "[dim]not asked[/dim]"
-        )
+        others = " ".join(name for name in one.caught if name != one.named and name not in one.secondary)
+        if not one.everything:
+            others = "[dim]not asked[/dim]"
         mark = one.named if one.by_named else f"[red]{one.named} MISSED[/red]"
         entry = one.entry.removeprefix("compute_").removesuffix("_loss")
         result.add_row(
-            one.defect, entry, mark, str(one.caught.get(one.named, "-")), others or "[dim]nothing else[/dim]"
+            one.defect,
+            entry,
+            mark,
+            str(one.caught.get(one.named, "-")),
+            others or "[dim]nothing else[/dim]",
+            " ".join(name for name in one.secondary if name != one.named),
         )
     return result
 
