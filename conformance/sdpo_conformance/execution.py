@@ -43,6 +43,10 @@ class ImplementationError(Exception):
         self.device_lost = device_lost
 
 
+class NotReported(ImplementationError):
+    """The result lacks a key."""
+
+
 @dataclass
 class Watchdog:
     """Ends the process when one call lasts longer than ``seconds``, leaving a traceback in ``log``."""
@@ -94,9 +98,10 @@ class Outcome:
     touched: tuple[str, ...] = ()
 
     def number(self, key: str) -> Tensor:
-        """A result as a float64 CPU tensor; raises ImplementationError where it is missing or no number."""
+        """A result as a float64 CPU tensor; raises NotReported where it is missing, ImplementationError where it
+        is no number."""
         if key not in self.result:
-            raise ImplementationError(f"the result has no {key!r}; it has {sorted(map(str, self.result))}")
+            raise NotReported(f"the result has no {key!r}; it has {sorted(map(str, self.result))}")
         value = self.result[key]
         if isinstance(value, Tensor):
             if value.is_complex():

@@ -41,6 +41,9 @@ KL_WEIGHTS = (0.1, 1.0, 0.01, 2.5, 1e-4)
 FLOOR_TARGETS = (-17.5, -19.4, -15.0, -21.0, -25.0)
 """log of the support's mass, on both sides of log 1e-8 = -18.42 and never within rounding of it."""
 
+LEAST_NEUTRAL_MASS = -16.0
+"""log of the least mass that a support has where the mass is not what is tested."""
+
 MIXES = ("uniform", "upstream", "float32_sides")
 """Half precision with everything in it; with float32 old log-probs and mask, as CLaaS's trainer has it; with
 only the logits in half precision."""
@@ -277,12 +280,15 @@ def build_case(
         deep = (mass == mass_kinds.index("deep")).unsqueeze(-1) & (support == y.unsqueeze(-1))
         tau = torch.where(deep, numbers.uniform(-40, -21, b, t).unsqueeze(-1), tau)
 
+    neutral = torch.ones(b, t, dtype=torch.bool)
+    if "student_floor" in mass_kinds:
+        neutral = mass != mass_kinds.index("student_floor")
     leading: dict[str, Tensor]
     if fused:
-        leading = hidden_and_head(numbers, shape, logits, hot, height, offset, dtype)
+        leading = hidden_and_head(numbers, shape, logits, support, neutral, hot, height, offset, dtype)
         z = leading["student_hidden"].double() @ leading["lm_head_weight"].double().T
     else:
-        logits = logits + offset
+        logits = logits * temper(logits, support, neutral).unsqueeze(-1) + offset
         if hot is not None:
             logits = logits.scatter_add(-1, hot, height.unsqueeze(-1))
         leading = {"student_logits": logits.to(dtype)}
@@ -323,10 +329,25 @@ def build_case(
     )
 
 
+def temper(logits: Tensor, support: Tensor, neutral: Tensor) -> Tensor:
+    """(B, T) factors, 1 nearly everywhere, that flatten the logits of ``neutral`` tokens until the support has
+    mass: a peaked student and a small support would else meet the floor of GJS-8 by chance."""
+    factor = torch.ones(logits.shape[:2], dtype=torch.float64)
+    while True:
+        flat = logits * factor.unsqueeze(-1)
+        mass = flat.gather(-1, support).logsumexp(-1) - flat.logsumexp(-1)
+        low = neutral & (mass < LEAST_NEUTRAL_MASS)
+        if not bool(low.any()):
+            return factor
+        factor = torch.where(low, factor / 2, factor)
+
+
 def hidden_and_head(
     numbers: Numbers,
     shape: Shape,
     logits: Tensor,
+    support: Tensor,
+    neutral: Tensor,
     hot: Tensor | None,
     height: Tensor,
     offset: float,
@@ -337,6 +358,7 @@ def hidden_and_head(
     spread = float(logits.std()) if logits.numel() > 1 else 1.0
     hidden = spread * numbers.normal(shape.b, shape.t, shape.h) / math.sqrt(max(shape.h - 2, 1))
     head = numbers.normal(shape.v, shape.h)
+    hidden *= temper(hidden[..., 2:] @ head[:, 2:].T, support, neutral).unsqueeze(-1)
     hidden[..., 0] = height
     hidden[..., 1] = offset
     head[:, 0] = 0.0
