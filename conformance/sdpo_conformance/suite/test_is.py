@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from sdpo_conformance.execution import (
     materialise,
 )
 from sdpo_conformance.judgement import GRADIENT, Disagreement, number
-from sdpo_conformance.protocol import DTYPES, SDPOLossInput, TrainingConfig
+from sdpo_conformance.protocol import DTYPES, RATIO_LOG_CLAMP, SDPOLossInput, TrainingConfig
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import NEUTRAL, Corner
 from sdpo_conformance.strategies.policy import on_policy
@@ -33,7 +33,26 @@ ANY_ALPHA = ("half", "inside", "one")
 
 def judged(subject: Subject, corner: Corner, *aspects: str) -> None:
     """Judge ``aspects`` within ``corner`` with the on-policy control."""
-    subject.for_all(corner, lambda case: subject.agrees(case, aspects, control=on_policy(case)))
+    subject.for_all(corner, lambda case: beside_the_clamp(subject, case, aspects, on_policy(case)))
+
+
+def within_the_clamp(case: LossCase) -> LossCase:
+    """The control of rules that know no clamp: no log-ratio is further than 3 from 0."""
+    old = case.loss_input.old_student_logprobs
+    near = (case.truth.chosen - old.double()).clamp(-3, 3)
+    return case.with_fields(old_student_logprobs=(case.truth.chosen - near).to(old.dtype))
+
+
+def beside_the_clamp(subject: Subject, case: LossCase, aspects: Sequence[str], control: LossCase) -> None:
+    """Judge ``aspects``; what is wrong beyond the clamp alone is IS-4's finding."""
+    try:
+        subject.agrees(case, aspects, control=control)
+    except Disagreement as found:
+        beyond = (case.truth.chosen - case.loss_input.old_student_logprobs).abs() > RATIO_LOG_CLAMP
+        found.secondary = found.secondary or (
+            bool(beyond.any()) and not subject.wrong_on(within_the_clamp(case), aspects)
+        )
+        raise
 
 
 def ratio_is_right(subject: Subject, case: LossCase) -> bool:
@@ -147,13 +166,7 @@ def test_is_3(subject: Subject) -> None:
 )
 def test_is_4(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        old = case.loss_input.old_student_logprobs.double()
-        inside = case.with_fields(
-            old_student_logprobs=(case.truth.chosen - (case.truth.chosen - old).clamp(-3, 3)).to(
-                case.loss_input.old_student_logprobs.dtype
-            )
-        )
-        subject.agrees(case, (*VALUE, "mean_is_ratio", GRADIENT), control=inside)
+        subject.agrees(case, (*VALUE, "mean_is_ratio", GRADIENT), control=within_the_clamp(case))
         if not case.fused:
             unlikely = with_unlikely_responses(case)
             try:
@@ -204,7 +217,7 @@ def test_is_6(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         old = case.loss_input.old_student_logprobs
         alike = case.with_fields(old_student_logprobs=(case.truth.chosen + 0.75).to(old.dtype))
-        subject.agrees(case, (*VALUE, GRADIENT), control=alike)
+        beside_the_clamp(subject, case, (*VALUE, GRADIENT), alike)
 
     subject.for_all(corner, check)
 
