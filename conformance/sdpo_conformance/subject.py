@@ -26,6 +26,9 @@ from sdpo_conformance.strategies.loss import ShapeOf
 from sdpo_conformance.strategies.source import SeededSource
 from sdpo_conformance.tolerances import Expectations, expectations
 
+WIDEST_SUPPORT = 1024
+"""An implementation may refuse a wider support than this with a clear error, but not answer it wrong."""
+
 
 class Enough(BaseException):
     """Stops Hypothesis from outside: the time for this requirement, or for shrinking, is spent.
@@ -177,6 +180,9 @@ class Subject:
         except (Disagreement, ImplementationError) as failure:
             if isinstance(failure, ImplementationError):
                 failure.case = failure.case or case
+                if refuses_support(failure):
+                    self.tally.rejected += 1
+                    return
             if self._smallest is None:
                 self._first_failure = now
             size = size_of(case)
@@ -240,6 +246,16 @@ class Subject:
             return compare(control, self.entry, outcome, aspects, expected) is not None
         except ImplementationError:
             return True
+
+
+def refuses_support(error: ImplementationError) -> bool:
+    """Whether a kernel said that it takes no support this wide: an answer, past any top-k that is trained with."""
+    case = error.case
+    return (
+        isinstance(case, LossCase)
+        and case.loss_input.teacher_indices.shape[-1] > WIDEST_SUPPORT
+        and any(f"raised {kind}:" in error.summary for kind in ("ValueError", "NotImplementedError"))
+    )
 
 
 def size_of(case: Any) -> tuple[int, ...]:

@@ -58,6 +58,24 @@ def test_crashes_and_hangs_cost_one_requirement_each(judge: Any) -> None:
     assert (report.folder / hung["reproduction"]).exists()
 
 
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        ("raise ValueError('K is above 1024')", 0),
+        ("raise IndexError('K is above 1024')", 1),
+        ("i.teacher_logprobs[..., 1024:] = -50.0", 1),
+    ],
+)
+def test_a_support_above_1024_may_be_refused_but_not_answered_wrong(judge: Any, answer: str, status: int) -> None:
+    body = f"""
+        def compute_sdpo_loss(i):
+            if i.teacher_indices.shape[-1] > 1024:
+                {answer}
+            return right(i)
+        """
+    assert judge(body, only=["GJS-1"], profile="default").exit_status == status
+
+
 def test_modified_inputs_and_missing_keys(judge: Any) -> None:
     report = judge(
         """
