@@ -37,6 +37,9 @@ ENTRIES = {
 NOISE = ("VariableReplacer", "VariableInserter", "ExceptionReplacer")
 """Operators whose changes are random names, or touch only what is caught and raised again."""
 
+BROADEST = ("NUM-1", "KL-1")
+"""Asked first: they see most."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -155,7 +158,7 @@ def judge(mutant: Mutant, profile: str, seed: int) -> Fate:
         except Exception as error:
             return fate(f"loading: {type(error).__name__}")
         limits = replace(PROFILES[profile], shrink_seconds=0.0)
-        for requirement in load_all().values():
+        for requirement in sorted(load_all().values(), key=lambda each: each.id not in BROADEST):
             for entry in ENTRIES[mutant.module]:
                 if entry not in requirement.capabilities:
                     continue
@@ -189,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(judge, mutant, options.profile, options.seed) for mutant in work]):
             fates.append(future.result())
+            if len(fates) % 50 == 0:
+                print(f"{len(fates)} of {len(work)}", file=sys.stderr, flush=True)
             if fates[-1].killed_by is None:
                 print(f"survived: {fates[-1].module}\n{fates[-1].change}\n", flush=True)
     survivors = [fate for fate in fates if fate.killed_by is None]
