@@ -28,6 +28,7 @@ LAYOUTS = (
     "transposed",
     "strided",
     "offset",
+    "sliced",
     "expanded",
     "odd:base_logprobs",
     "odd:old_student_logprobs",
@@ -36,7 +37,8 @@ LAYOUTS = (
     "odd:teacher_logprobs",
     "odd:teacher_indices",
 )
-"""How the tensors lie in memory; ``odd:FIELD``: that one transposed, the others contiguous."""
+"""How the tensors lie in memory; ``sliced``: cut out of longer rows; ``odd:FIELD``: that one transposed, the others
+contiguous."""
 
 PER_TOKEN_FIELDS = ("base_logprobs", "response_mask", "old_student_logprobs", "response_ids")
 SHARED_FIELDS = ("teacher_logprobs", "teacher_indices", *PER_TOKEN_FIELDS)

@@ -128,6 +128,8 @@ def lay_out(tensor: Tensor, layout: str, key: str) -> Tensor:
     if layout == "offset":
         taller = torch.cat([tensor[:1], tensor], dim=0).contiguous() if tensor.shape[0] else tensor
         return taller[1:] if tensor.shape[0] else tensor
+    if layout == "sliced" and tensor.shape[1]:
+        return torch.cat([tensor[:, :1], tensor, tensor[:, -1:]], dim=1)[:, 1:-1]
     if layout == "expanded" and tensor.shape[0] > 1 and all(tensor[0].equal(row) for row in tensor[1:]):
         return tensor[:1].contiguous().expand_as(tensor)
     return tensor

@@ -39,6 +39,9 @@ HALF_FACTOR = 0.5
 MANY_TERMS = 1000
 """From this many columns on, the rounding of a float32 sum over the vocabulary grows as the root of their number."""
 
+COLUMNS_PER_ROUNDING = 16
+"""An online logsumexp rounds once per tile, and all of its roundings may go one way: tiles of 16 columns or more."""
+
 CAP_MARGIN = 4.0
 """Units within which a ratio may fall on either side of the cap."""
 
@@ -56,6 +59,16 @@ makes the gradient in its forward pass stores it before it knows the incoming on
 
 LARGEST_SHARE = 0.5
 """A gradient beyond this share of its dtype's largest number may overflow in any implementation."""
+
+
+def tiles(columns: int) -> float:
+    """Roundings of a logsumexp that is kept online, tile by tile: all of them may go one way."""
+    return max(1.0, columns / COLUMNS_PER_ROUNDING) if columns > MANY_TERMS else 1.0
+
+
+def is_half(eps: float) -> bool:
+    """Whether an epsilon is bfloat16's or float16's."""
+    return eps > 1e-5
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,8 @@ def token_errors(case: LossCase) -> TokenErrors:
     logprobs = z - truth.logsumexp.unsqueeze(-1)
     softmax = logprobs.exp()
     finite_logprobs = torch.where(logprobs.isinf(), 0.0, logprobs)
-    logsumexp_error = (softmax * z_error).sum(-1, keepdim=True) + eps_z * (truth.logsumexp.abs().unsqueeze(-1) + 2)
+    size = truth.logsumexp.abs().unsqueeze(-1) + 1 + (1.0 if is_half(eps_z) else tiles(z.shape[-1]))
+    logsumexp_error = (softmax * z_error).sum(-1, keepdim=True) + eps_z * size
     l_error = z_error + logsumexp_error + eps_z * (finite_logprobs.abs() + 2)
     chosen_error = l_error.gather(-1, y.unsqueeze(-1)).squeeze(-1)
     onehot = torch.zeros_like(softmax).scatter_(-1, y.unsqueeze(-1), 1.0)

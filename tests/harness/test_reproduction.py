@@ -30,7 +30,7 @@ DEFECTS = {
     ),
     "repeat": (
         "GRAD-7",
-        "    result = right(i)\n    return {**result, 'loss': result['loss'] * (1 + 1e-6 * torch.rand(()))}\n",
+        "    result = right(i)\n    return {**result, 'loss': result['loss'] * (1 + 1e-3 * torch.rand(()))}\n",
     ),
 }
 PRELUDE = """

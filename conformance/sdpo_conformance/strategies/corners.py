@@ -45,17 +45,21 @@ class Corner:
 
 NEUTRAL = Corner()
 
-TALL = (17, 33, 65, 131, 40, 257, 67, 301, 1025)
-"""Responses past tiles of 16 to 1024 tokens."""
+TALL = (17, 33, 64, 131, 40, 257, 256, 301, 1025)
+"""Responses past tiles of 16 to 1024 tokens, some a whole number of tiles."""
 
-WIDE = (257, 1000, 1537, 2500, 4099, 1025, 8209, 513, 33001, 777, 70001)
-"""Vocabularies past tiles of 256 to 65536, none a multiple of anything."""
+WIDE = (257, 1024, 1537, 4096, 4099, 1025, 8209, 512, 33001, 768, 70001)
+"""Vocabularies past tiles of 256 to 65536, some a whole number of tiles, as real vocabularies are."""
 
-CROWD = (9, 17, 33)
-"""Batches past tiles of 8 to 32 rows."""
+CROWD = (9, 16, 33)
+"""Batches past tiles of 8 to 32 rows, one a whole number of tiles."""
 
-MANY = (65, 100, 129, 257, 1025)
-"""Supports past tiles of 64 to 1024."""
+MANY = (65, 128, 257, 512, 1025)
+"""Supports past tiles of 64 to 1024, some a whole number of tiles."""
+
+NEAR_ZERO = (1e-3, 0.01, 1e-6)
+NEAR_ONE = (0.999, 0.99, 1 - 1e-5, 1 - 1e-7)
+"""Values of alpha at which float32 still tells alpha from 0 and 1."""
 
 EVERYTHING = Corner(
     alpha=("half", "inside", "near_zero", "near_one", "zero", "one"),
@@ -65,27 +69,34 @@ EVERYTHING = Corner(
     drift=("mild", "equal", "strong", "clamp_high", "clamp_low"),
     mask=("full", "ragged", "random", "fractional", "tiny"),
     mass=("normal", "normal", "shifted", "teacher_floor", "student_floor", "deep"),
-    layout=("contiguous", "contiguous", "transposed", "strided", "offset"),
+    layout=("contiguous", "contiguous", "transposed", "strided", "offset", "sliced"),
     incoming=(1.0, 1.0, -0.5, 3.0),
 )
 """Every kind that a MUST may ask for at once."""
 
 
-EXPANDED = {"tall": TALL, "wide": WIDE, "many": MANY, "crowd": CROWD}
-COSTLY = (1025, 8209, 33001, 70001)
+EXPANDED: dict[str, tuple[float, ...]] = {
+    "tall": TALL,
+    "wide": WIDE,
+    "many": MANY,
+    "crowd": CROWD,
+    "near_zero": NEAR_ZERO,
+    "near_one": NEAR_ONE,
+}
+COSTLY = ("tall:1025", "wide:8209", "wide:33001", "wide:70001")
 """Sizes that a quick run leaves to chance."""
 
 
 def visits(corner: Corner, costly: bool) -> list[Corner]:
     """``corner`` once for each kind of each of its fields, so that no kind is left to chance; the kinds that
-    stand for a list of sizes once for each of them."""
+    stand for a list of values once for each of them."""
     found = []
     for dimension in fields(corner):
         kinds: tuple[Any, ...] = getattr(corner, dimension.name)
         for kind in dict.fromkeys(kinds):
             if kind in EXPANDED:
-                sizes = [size for size in EXPANDED[kind] if costly or size not in COSTLY]
-                found += [corner.but(**{dimension.name: f"{kind}:{size}"}) for size in sizes]
+                named = [f"{kind}:{value!r}" for value in EXPANDED[kind]]
+                found += [corner.but(**{dimension.name: one}) for one in named if costly or one not in COSTLY]
             elif len(kinds) > 1:
                 found.append(corner.but(**{dimension.name: kind}))
     return found

@@ -19,14 +19,15 @@ from torch import Tensor
 from sdpo_conformance.cases import LossCase
 from sdpo_conformance.execution import is_fused_entry
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
-from sdpo_conformance.strategies.corners import CROWD, MANY, TALL, WIDE, Corner
+from sdpo_conformance.strategies.corners import CROWD, MANY, NEAR_ONE, NEAR_ZERO, TALL, WIDE, Corner
 from sdpo_conformance.strategies.source import HypothesisSource, Source
+from sdpo_conformance.tolerances import MANY_TERMS
 
 ALPHAS: dict[str, tuple[float, ...]] = {
     "half": (0.5,),
     "inside": (0.3, 0.7, 0.1, 0.9),
-    "near_zero": (1e-3, 0.01, 1e-6),
-    "near_one": (0.999, 0.99, 1 - 1e-5),
+    "near_zero": NEAR_ZERO,
+    "near_one": NEAR_ONE,
     "zero": (0.0,),
     "one": (1.0,),
 }
@@ -90,6 +91,12 @@ def draw_shape(source: Source, corner: Corner, fused: bool) -> Shape:
     return Shape(b, t, v, k, h)
 
 
+def draw_alpha(source: Source, corner: Corner) -> float:
+    """A value of one of the corner's kinds, or the one that a visit names."""
+    kind, _, value = source.pick(corner.alpha).partition(":")
+    return float(value) if value else source.pick(ALPHAS[kind])
+
+
 class Numbers:
     """The seeded generator behind one example."""
 
@@ -141,7 +148,7 @@ def draw_logits(
     half16 = dtype == torch.float16
     scale = {"flat": 0.05, "peaked": 2.0 if half16 else 5.0}.get(kind, 1.0 if half16 else 1.5)
     logits = scale * numbers.normal(shape.b, shape.t, shape.v)
-    if source.pick((False, True)):
+    if source.pick((False, True)) and shape.v <= MANY_TERMS:  # equal terms: their float32 sum rounds one way
         logits = (logits * 8).round() / 8
     offset = 0.0
     if kind == "large":
@@ -299,7 +306,7 @@ def build_case(
         IS_CLIPS[source.pick([k for k in corner.is_clip if not (half16 and k == "huge")] or ["default"])]
     )
     training = TrainingConfig(
-        alpha=source.pick(ALPHAS[source.pick(corner.alpha)]),
+        alpha=draw_alpha(source, corner),
         is_clip=is_clip,
         kl_reg_weight=source.pick(KL_WEIGHTS) if source.pick(corner.anchor) == "on" else 0.0,
     )

@@ -22,7 +22,7 @@ from sdpo_conformance.judgement import GRADIENT, Disagreement, gradient_disagree
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, TrainingConfig
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import EVERYTHING, NEUTRAL
-from sdpo_conformance.strategies.shapes import ANY_DIVERGENCE, ANY_LOSS, edge_shape
+from sdpo_conformance.strategies.shapes import ANY_DIVERGENCE, ANY_LOSS, edge_shape, wide_hidden_states
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.entries import ALL
 
@@ -214,3 +214,5 @@ def test_fus_5(subject: Subject) -> None:
 def test_fus_6(subject: Subject) -> None:
     corner = ANY_DIVERGENCE if subject.entry is Capability.DIVERGENCE else ANY_LOSS
     subject.for_all(corner, lambda case: subject.agrees(case, ALL), shape_of=edge_shape)
+    wide = wide_hidden_states(corner, subject.entry, subject.torch_dtypes[0], subject.seed)
+    subject.each(wide, lambda case: subject.agrees(case, ALL))
