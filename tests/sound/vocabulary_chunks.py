@@ -1,4 +1,4 @@
-"""An online logsumexp over chunks of eleven columns."""
+"""An online logsumexp over chunks of eleven columns, or more where there would be hundreds of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from .shared import NOWHERE, at, batch_of, jensen_shannon, reduced, renormalised, surrogate
 
 CHUNK = 11
+CHUNKS = 256
 
 
 def online_logsumexp(z: Tensor) -> Tensor:
     """(B, T, 1), chunk by chunk."""
     running = torch.full_like(z[..., :1], -1e30)
-    for columns in z.split(CHUNK, dim=-1):
+    for columns in z.split(max(CHUNK, z.shape[-1] // CHUNKS), dim=-1):
         running = torch.logaddexp(running, torch.logsumexp(columns, -1, keepdim=True).clamp(min=-1e30))
     return running
 
