@@ -109,6 +109,21 @@ for name, value in result.items():
 for name, gradient in zip({differentiable}, backward(loss_input, result)):
     judge(f"gradient.{{name}}", gradient)
 """,
+    "incoming_expanded": """\
+loss_input = fresh_input()
+output = call(loss_input)[{output!r}]
+usual = stored["incoming"]
+one_number = usual[:1, :1].clone().to(output).expand_as(output)
+(gradient,) = torch.autograd.grad(output, [loss_input.student_hidden], one_number, allow_unused=True)
+judge("gradient.student_hidden", gradient.cpu().double() * (usual / usual[:1, :1]).unsqueeze(-1))
+""",
+    "incoming_transposed": """\
+loss_input = fresh_input()
+output = call(loss_input)[{output!r}]
+incoming = stored["incoming"].to(output).T.contiguous().T
+(gradient,) = torch.autograd.grad(output, [loss_input.student_hidden], incoming, allow_unused=True)
+judge("gradient.student_hidden", gradient)
+""",
     "head_alone": """\
 loss_input = fresh_input()
 loss_input.student_hidden = loss_input.student_hidden.detach()

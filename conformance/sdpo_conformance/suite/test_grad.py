@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases import LAYOUTS, LossCase
+from sdpo_conformance.cases import LAYOUTS, LossCase, divergence_incoming
 from sdpo_conformance.execution import (
     Outcome,
     call_entry,
@@ -16,14 +16,16 @@ from sdpo_conformance.execution import (
     gradients_of,
     implementation_errors,
     incoming_gradient,
+    lay_out,
     materialise,
 )
-from sdpo_conformance.judgement import GRADIENT, Disagreement, compare
+from sdpo_conformance.judgement import GRADIENT, Disagreement, compare, gradient_disagreement
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import NEUTRAL
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.entries import ALL, DIVERGENCES
+from sdpo_conformance.tolerances import Expectation
 
 SOURCE = f"{UPSTREAM} compute_sdpo_loss, and the contract of torch.autograd"
 BROAD = NEUTRAL.but(
@@ -119,14 +121,21 @@ def test_grad_3(subject: Subject) -> None:
 @requirement(
     "GRAD-4",
     Level.MUST,
-    "inputs may be non-contiguous, expanded, or views that start inside their storage",
+    "inputs, and the gradient that arrives at a divergence, may be non-contiguous, expanded, or views that start "
+    "inside their storage",
     source="claas/training/distillation.py passes slices of logits; torch semantics",
     why="a kernel that assumes strides reads the wrong tokens",
     capabilities=DIVERGENCES,
 )
 def test_grad_4(subject: Subject) -> None:
     corner = corner_of(subject).but(layout=tuple(layout for layout in LAYOUTS if layout != "contiguous"))
-    subject.for_all(corner, lambda case: subject.agrees(case, ALL, control=replace(case, layout="contiguous")))
+
+    def check(case: LossCase) -> None:
+        subject.agrees(case, ALL, control=replace(case, layout="contiguous"))
+        if subject.entry is Capability.DIVERGENCE:
+            incoming_laid_out(subject, replace(case, trainable_head=False))
+
+    subject.for_all(corner, check)
 
 
 @requirement(
@@ -247,6 +256,32 @@ def test_grad_7(subject: Subject) -> None:
 def same(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality, NaN equal to NaN."""
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def incoming_laid_out(subject: Subject, case: LossCase) -> None:
+    """The gradient that ``divergence.sum()`` sends, one number in memory, and a transposed one."""
+    expected = subject.expectations(case)
+    if expected is None:
+        return
+    usual = divergence_incoming(case)
+    for words in ("expanded", "transposed"):
+        loss_input = materialise(case, subject.device)
+        output = output_of(subject, loss_input)
+        if words == "expanded":
+            laid_out = usual[:1, :1].to(output).expand_as(output)
+        else:
+            laid_out = lay_out(usual.to(output), "transposed", "")
+        with implementation_errors("backward"):
+            (found,) = torch.autograd.grad(output, [loss_input.student_hidden], laid_out, allow_unused=True)
+        key, scale = "student_hidden", (laid_out.detach().cpu().double() / usual).unsqueeze(-1)
+        truth = expected.gradients[key]
+        gradient = None if found is None else found.detach().to("cpu", torch.float64)
+        scaled = Expectation(truth.value * scale, truth.bound * scale.abs())
+        wrong = gradient_disagreement(key, scaled, Outcome({}, {key: gradient}))
+        if wrong is not None:
+            wrong.case, wrong.probe = case, f"incoming_{words}"
+            wrong.detail = wrong.detail or f"the gradient that arrives is {words}"
+            raise wrong
 
 
 def same_graph_twice(subject: Subject, case: LossCase) -> None:
