@@ -126,7 +126,7 @@ class Subject:
             return self._raise_smallest()
         self._draw(loss_cases(within, self.entry, dtypes, shape_of), check, share)
 
-    def each(self, cases: Iterable[LossCase], check: Callable[[LossCase], object]) -> None:
+    def each(self, cases: Iterable[Any], check: Callable[[Any], object]) -> None:
         """Run ``check`` on every one of ``cases``; raises the first failure."""
         self._smallest = None
         with suppress(Enough):

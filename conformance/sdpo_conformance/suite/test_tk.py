@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from sdpo_conformance.protocol import DTYPES, Capability
+from sdpo_conformance.protocol import Capability
 from sdpo_conformance.requirements import UPSTREAM_TRAINER, Level, requirement
-from sdpo_conformance.strategies.heads import LENGTHS, LONG, HeadCase, head_cases
+from sdpo_conformance.strategies.heads import CHUNKED, EDGES, LENGTHS, LONG, HeadCase, edge_cases, head_cases
 from sdpo_conformance.subject import Subject
-from sdpo_conformance.suite.heads import compare, disagreement, rank
+from sdpo_conformance.suite.heads import Tensors, compare, disagreement, judge_two_calls, judge_untouched, rank
 from sdpo_conformance.trainer.heads import at, support_size, vocabulary_logprobs
 
 TOPK = (Capability.TEACHER_TOPK,)
+Ranking = tuple[Tensor, Tensor]
+"""Log-probs and indices."""
+
 SOURCE = f"{UPSTREAM_TRAINER} DistillationTrainer._build_self_teacher_topk"
 
 
@@ -28,9 +33,20 @@ def legal_indices(case: HeadCase, indices: Tensor) -> Tensor:
     return found
 
 
-def strategy_share(subject: Subject) -> tuple[list[torch.dtype], tuple[int, ...]]:
-    """The dtypes of the run, and lengths of which some cross chunks."""
-    return [DTYPES[name] for name in subject.dtypes], (1, *LENGTHS, *LONG[2:5])
+def judge(subject: Subject, check: Callable[[HeadCase, Ranking], None]) -> None:
+    """Small cases, every edge, and a second call on tensors that changed."""
+    dtypes, lengths = subject.torch_dtypes, (1, *LENGTHS, *LONG[2:5])
+
+    def call(case: HeadCase, tensors: Tensors) -> Ranking:
+        return rank(subject, case, tensors)
+
+    subject.given(head_cases(dtypes, lengths), lambda case: check(case, rank(subject, case)))
+    subject.each(
+        edge_cases((*EDGES, *CHUNKED), dtypes, subject.seed),
+        lambda case: check(case, rank(subject, case)),
+    )
+    changed = edge_cases(CHUNKED[:4], dtypes, subject.seed)
+    subject.each(changed, lambda case: judge_two_calls(subject, case, call, check))
 
 
 @requirement(
@@ -42,8 +58,8 @@ def strategy_share(subject: Subject) -> tuple[list[torch.dtype], tuple[int, ...]
     capabilities=TOPK,
 )
 def test_tk_1(subject: Subject) -> None:
-    def check(case: HeadCase) -> None:
-        logprobs, indices = rank(subject, case)
+    def check(case: HeadCase, ranking: Ranking) -> None:
+        logprobs, indices = ranking
         expectation = at(vocabulary_logprobs(case), legal_indices(case, indices))
         got = logprobs.detach().cpu().double()
         difference = got - expectation.value
@@ -52,7 +68,7 @@ def test_tk_1(subject: Subject) -> None:
         words = "off by one constant per token: normalised over something else" if several else ""
         compare(case, "log-prob", expectation, got, words)
 
-    subject.given(head_cases(*strategy_share(subject)), check)
+    judge(subject, check)
 
 
 @requirement(
@@ -64,8 +80,8 @@ def test_tk_1(subject: Subject) -> None:
     capabilities=TOPK,
 )
 def test_tk_2(subject: Subject) -> None:
-    def check(case: HeadCase) -> None:
-        _, indices = rank(subject, case)
+    def check(case: HeadCase, ranking: Ranking) -> None:
+        _, indices = ranking
         found = legal_indices(case, indices)
         whole = vocabulary_logprobs(case)
         chosen = at(whole, found)
@@ -81,20 +97,22 @@ def test_tk_2(subject: Subject) -> None:
                 f"token {int(found[b, t, k])} with {float(chosen.value[b, t, k]):.7g}",
             )
 
-    subject.given(head_cases(*strategy_share(subject)), check)
+    judge(subject, check)
 
 
 @requirement(
     "TK-3",
     Level.MUST,
-    "the log-probs carry no graph, even where hidden states and head ask for a gradient",
+    "the log-probs carry no graph, even where hidden states and head ask for a gradient, and the call leaves both "
+    "as they were",
     source=f"{SOURCE}: torch.no_grad()",
     why="the teacher is frozen: a graph costs memory and, once used, trains it",
     capabilities=TOPK,
 )
 def test_tk_3(subject: Subject) -> None:
     def check(case: HeadCase) -> None:
-        if rank(subject, case, requires_grad=True)[0].requires_grad:
+        if judge_untouched(subject, case, lambda case, tensors: rank(subject, case, tensors))[0].requires_grad:
             raise disagreement(case, "log-probs", "requires_grad False", "a tensor with a graph")
 
-    subject.given(head_cases([DTYPES[name] for name in subject.dtypes], LENGTHS[:3]), check, 0.1)
+    subject.given(head_cases(subject.torch_dtypes, LENGTHS[:3]), check, 0.1)
+    subject.each(edge_cases(CHUNKED[:5], subject.torch_dtypes, subject.seed), check)
