@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "own-package"
@@ -74,18 +75,17 @@ def test_the_formats_page_runs(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def action() -> dict[str, Any]:
-    yaml = pytest.importorskip("yaml")
     content: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
     return content
 
 
 def test_the_action_and_its_example_agree(action: dict[str, Any]) -> None:
-    yaml = pytest.importorskip("yaml")
     workflow = yaml.safe_load((EXAMPLE / ".github" / "workflows" / "conformance.yml").read_text(encoding="utf-8"))
     used = next(step for step in workflow["jobs"]["sdpo"]["steps"] if "sdpo-conformance@" in step.get("uses", ""))
     assert set(used["with"]) <= set(action["inputs"])
     required = {name for name, found in action["inputs"].items() if found.get("required")}
     assert required <= set(used["with"])
+    assert "_" in used["uses"].partition("/")[0], "no account may have the placeholder's name"
     for step in action["runs"]["steps"]:
         assert "${{ inputs" not in step.get("run", ""), "an input in a script could run as one; env carries it"
 
