@@ -39,7 +39,7 @@ def judged(subject: Subject, corner: Corner, *aspects: str) -> None:
 def within_the_clamp(case: LossCase) -> LossCase:
     """The control of rules that know no clamp: no log-ratio is further than 3 from 0."""
     old = case.loss_input.old_student_logprobs
-    near = (case.truth.chosen - old.double()).clamp(-3, 3)
+    near = (case.truth.chosen - old.double()).clamp(-2.5, 2.5)
     return case.with_fields(old_student_logprobs=(case.truth.chosen - near).to(old.dtype))
 
 
