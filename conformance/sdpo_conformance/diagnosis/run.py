@@ -89,7 +89,11 @@ def described(found: Diagnosis | None, failures: int, where: str) -> tuple[list[
 
 def usability(words: str) -> str:
     """A sentence for the verdict."""
-    return f"Usable for: {words[0].lower()}{words[1:]}" if words else ""
+    if not words:
+        return ""
+    first = words.split()[0]
+    is_name = sum(letter.isupper() for letter in first) > 1  # as in "TRL's"
+    return f"Usable for: {words if is_name else words[0].lower() + words[1:]}"
 
 
 def quality(error: float) -> str:
