@@ -292,7 +292,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
             eager.per_token_gradients if eager else None,
             factor,
             eps,
-            smallest * max(1.0, float(incoming.abs().max())),
+            smallest * max(1.0, float(incoming.abs().max()) if incoming.numel() else 0.0),
         )
         attainable = attainable and (
             eager is None
