@@ -120,7 +120,7 @@ def test_step_8(subject: Subject) -> None:
 @requirement(
     "STEP-9",
     Level.MUST,
-    "the base's weights are untouched, and the adapter is left enabled, active and unmerged",
+    "the samples and the base's weights are untouched, and the adapter is left enabled, active and unmerged",
     source=f"{SOURCE}: only parameters that require grad are optimised; disable_adapter() as a context",
     why="whoever samples from the model next would sample from another one",
     capabilities=DISTILL,

@@ -50,7 +50,7 @@ def state_findings(observation: Observation) -> Iterator[Finding]:
         yield finding(
             observation,
             "STEP-9",
-            "the model apart from the adapter's weights",
+            "the samples, and the model apart from the adapter's weights",
             expected="as it was found, the adapter enabled",
             got=observation.changed[0] + more,
             extra={"shows": "state"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,10 +117,15 @@ def run(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observa
     model = build(scenario.model, device)
     state, recorder = ModelState(model), StepRecorder(model)
     samples = samples_of(scenario)
+    handed = deepcopy(samples)
+    if scenario.another_first:
+        with implementation_errors("distill"), seeded(scenario.seed):
+            distill(disturbed(model), list(deepcopy(samples)), scenario.training, torch.optim.AdamW)
     with implementation_errors("distill"), seeded(scenario.seed):
-        returned = distill(model, list(samples), scenario.training, recorder.optimizer_cls)
+        returned = distill(model, list(handed), scenario.training, recorder.optimizer_cls)
     with implementation_errors("reading the model after distill"):
-        changed, now = state.changed_frozen(), dict(model.named_parameters())
+        changed = state.changed_frozen() + changed_samples(samples, handed)
+        now = dict(model.named_parameters())
         final = {name: now[name].detach().to("cpu", copy=True) for name in state.adapter if name in now}
     return Observation(
         scenario=scenario,
@@ -144,12 +150,29 @@ def attempt(
     try:
         with implementation_errors("distill"), seeded(scenario.seed):
             try:
-                distill(model, list(samples), training, recorder.optimizer_cls)
+                distill(model, deepcopy(list(samples)), training, recorder.optimizer_cls)
             except Exception as error:
                 return Refusal(error, state.changed())
     except ImplementationError as error:
         return Refusal(error, ())
     return None
+
+
+def disturbed(model: Any) -> Any:
+    """A copy of the model with other weights."""
+    other = deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return other
+
+
+def changed_samples(before: Sequence[Sample], after: Sequence[Sample]) -> tuple[str, ...]:
+    """What a trainer wrote into the samples it was handed."""
+    found: list[str] = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True), start=1):
+        found += [f"{name} of sample {index} changed" for name, was in vars(old).items() if vars(new)[name] != was]
+    return tuple(found)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from sdpo_conformance.oracle.step_loop import float64_copy
 from sdpo_conformance.protocol import Claims, Sample, TrainingConfig
 from sdpo_conformance.trainer.models import VOCABULARY, ModelSpec, build
 
-Sampler = Literal["exact", "mismatched", "none"]
+Sampler = Literal["exact", "mismatched", "partial"]
 
 MISMATCH = 0.6
 """Standard deviation, in nats, of what a mismatched sampler recorded around the trainer's own log-probs."""
@@ -34,12 +34,14 @@ UNLIKELY = -15.0
 @dataclass(frozen=True)
 class Scenario:
     """``lengths``: (prompt, teacher prompt, response) tokens per sample. ``sampler``: "exact" recorded the
-    starting policy's log-probs, "mismatched" others, "none" nothing. ``shows``: what it is there for.
+    starting policy's log-probs, "mismatched" others, "partial" others for the first sample and none for the rest.
+    ``shows``: what it is there for.
 
     ``same_response``: every sample has the first one's response, so their lengths must agree;
     ``same_teacher_prompt``: the last sample has the first one's teacher prompt. What a trainer remembers by
     either then belongs to another sample. ``unlikely``: the second token of every response is the policy's
-    least likely, recorded at ``UNLIKELY`` or below.
+    least likely, recorded at ``UNLIKELY`` or below. ``another_first``: the trainer is run on another model with the
+    same batch before, so that what it remembers by a batch belongs to other weights.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Scenario:
     same_response: bool = False
     same_teacher_prompt: bool = False
     unlikely: bool = False
+    another_first: bool = False
 
     @property
     def steps(self) -> int:
@@ -67,6 +70,7 @@ class Scenario:
             f"steps_per_batch={training.steps_per_batch} alpha={training.alpha:g} "
             f"is_clip={training.is_clip:g} kl_reg_weight={training.kl_reg_weight:g} "
             f"max_grad_norm={training.max_grad_norm:g}"
+            + (", after another model was trained on the same batch" if self.another_first else "")
         )
 
 
@@ -118,13 +122,15 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         name="one_step",
         shows="one sample, one step, a long response with a token that the policy all but rules out, a wide "
-        "support, a sampler that disagrees with the trainer, a high cap",
+        "support, a sampler that disagrees with the trainer, a high cap; after another model was trained "
+        "on the same batch",
         model=ModelSpec("qwen3", tied=True, seed=14, vocabulary=160),
         training=TrainingConfig(learning_rate=5e-3, is_clip=20.0, teacher_top_k=150, max_grad_norm=100.0),
         lengths=((6, 9, 80),),
         sampler="mismatched",
         seed=4,
         unlikely=True,
+        another_first=True,
     ),
 )
 """The scenarios of float32 models that every trainer is judged on."""
@@ -143,11 +149,11 @@ BFLOAT16 = Scenario(
 
 UNRECORDED = Scenario(
     name="unrecorded",
-    shows="a sampler that recorded no log-probs",
+    shows="a sampler that recorded the log-probs of one sample and not those of the other",
     model=ModelSpec("llama", tied=False, seed=16),
     training=TrainingConfig(learning_rate=5e-3, teacher_top_k=20, max_grad_norm=100.0, steps_per_batch=2),
     lengths=((4, 6, 7), (5, 6, 10)),
-    sampler="none",
+    sampler="partial",
     seed=6,
 )
 
@@ -160,7 +166,7 @@ def within_claims(scenario: Scenario, claims: Claims) -> Scenario:
         return scenario
     steps = min(scenario.steps, most)
     training = replace(scenario.training, steps_per_batch=steps)
-    on_policy_only = most == 1 and scenario.sampler == "mismatched"
+    on_policy_only = most == 1 and scenario.sampler in ("mismatched", "partial")
     return replace(scenario, training=training, sampler="exact" if on_policy_only else scenario.sampler)
 
 
@@ -197,7 +203,7 @@ def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
         else:
             response = respond(model, prompt, response_length, generator, scenario.unlikely)
         sample = Sample(prompt, response, teacher_prompt, None)
-        if scenario.sampler != "none":
+        if scenario.sampler != "partial" or not samples:
             sample = replace(sample, response_logprobs=recording(model, sample, scenario, generator))
         samples.append(sample)
     return tuple(samples)
