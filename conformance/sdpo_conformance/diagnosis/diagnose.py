@@ -60,17 +60,23 @@ class Candidate:
 
 def diagnose(observed: Sequence[Observed], passed: Iterable[str] = ()) -> Diagnosis | None:
     """The best explanation of these failures of one run, or None. ``passed``: requirements that held, which
-    speaks against a defect that they name."""
+    speaks against a defect that they name.
+
+    Failures in half precision alone may be those of a path that nothing else takes, which only a prediction in
+    that precision knows: then the closer of both explanations counts.
+    """
     if not observed:
         return None
     answers = []
-    in_half = any(coarsest(one.case) > torch.finfo(torch.float32).eps for one in observed)
+    half = [coarsest(one.case) > torch.finfo(torch.float32).eps for one in observed]
+    in_half = any(half)
     for native in (False, True):
         answer = explanation(observed, frozenset(passed), Predictor(native), pairs=in_half or not native)
-        if answer is not None and answer.complete:
+        if answer is not None and answer.complete and not all(half):
             return answer
-        answers.append(answer)
-    return max(answers, key=lambda one: 0 if one is None else len(one.explained))
+        if answer is not None:
+            answers.append(answer)
+    return max(answers, key=lambda one: (len(one.explained), -one.error), default=None)
 
 
 def explanation(

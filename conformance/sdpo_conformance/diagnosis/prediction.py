@@ -22,6 +22,10 @@ from sdpo_conformance.execution import ImplementationError, evaluate
 ROUNDING = 64.0
 """Roundings of the coarsest dtype by which two implementations of one defect may differ."""
 
+FORESEEN = 0.5
+"""Share of the bound by which a prediction has to miss the truth itself, to explain a number that is wrong: in half
+precision a defect that does nothing on an input would else explain what is slightly off there."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -73,7 +77,7 @@ def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
         close, off = deviation(got, predicted[name], truth.bound, eps)
         is_wrong = got.shape == truth.value.shape and bool((truth.excess(got) > 1).any())
         wrong += is_wrong
-        if close and is_wrong:
+        if close and is_wrong and bool((truth.excess(predicted[name]) > FORESEEN).any()):
             aspects.add(name)
             error = max(error, off)
         matched = matched and close
