@@ -97,6 +97,8 @@ def head(column: Column, rows: Sequence[Row]) -> dict[str, Any]:
     verdict, words = column.results["verdict"], f"{met}/{judged} MUST"
     if column.internal_errors:
         tone, status, words = "odd", CellStatus.INTERNAL_ERROR, f"suite error · {words}"
+    elif verdict["conforming"] and verdict["passed"] and column.results["run"]["only"]:
+        tone, status, words = "claimed", CellStatus.PASSED, f"{' '.join(column.results['run']['only'])} only · {words}"
     elif verdict["conforming"] and verdict["passed"]:
         tone, status, words = "good", CellStatus.PASSED, f"conforming · {words}"
     elif verdict["passed"]:
