@@ -175,7 +175,9 @@ def judge(mutant: Mutant, profile: str, seed: int) -> Fate:
                 examples += subject.tally.examples
         return fate(None)
     finally:
-        if original is not None:
+        if original is None:
+            sys.modules.pop(mutant.module, None)
+        else:
             sys.modules[mutant.module] = original
 
 
