@@ -29,6 +29,9 @@ from sdpo_conformance.tolerances import Expectations, expectations
 WIDEST_SUPPORT = 1024
 """An implementation may refuse a wider support than this with a clear error, but not answer it wrong."""
 
+SECONDARY_ENOUGH = 3
+"""So many failures that lay the blame elsewhere, and the requirement's blame is there."""
+
 
 class Enough(BaseException):
     """Stops Hypothesis from outside: the time for this requirement, or for shrinking, is spent.
@@ -68,6 +71,8 @@ class Subject:
     tally: Tally = field(default_factory=Tally)
     _smallest: tuple[tuple[int, ...], Exception] | None = None
     _first_failure: float = 0.0
+    _visiting: bool = False
+    _secondary: int = 0
     _started: float = 0.0
     _requirement: int = 0
 
@@ -105,26 +110,38 @@ class Subject:
         shape_of: ShapeOf | None = None,
     ) -> None:
         """Run ``check`` within ``corner``: on every recorded case, on a visit to each kind of each field, and on
-        drawn cases, ``share`` of the profile's number. Raises the failure on the smallest example found."""
-        self._smallest = None
+        drawn cases, ``share`` of the profile's number. Raises the failure on the smallest example found, and one
+        that is secondary only where the visits found none that is not."""
+        self._smallest, self._visiting, self._secondary = None, True, 0
         dtypes, within = self.torch_dtypes, corner
         try:
             for case in recorded_within(corner, self.entry, tuple(dtypes)):
                 self.tally.recorded += 1
-                self._attempt(check, case)
+                self._visit(check, case)
             for round_ in range(self.profile.visits):
                 for number, visit in enumerate(visits(corner, self.profile.costly)):
                     if (number + self._requirement) % self.profile.every:
                         continue
                     source = SeededSource(f"{self.seed}/{round_}/{number}")
                     within = visit
-                    self._attempt(check, build_case(source, visit, self.entry, dtypes, shape_of))
+                    self._visit(check, build_case(source, visit, self.entry, dtypes, shape_of))
             within = corner
         except (Disagreement, ImplementationError):
             pass
         except Enough:
             return self._raise_smallest()
+        finally:
+            self._visiting = False
         self._draw(loss_cases(within, self.entry, dtypes, shape_of), check, share)
+
+    def _visit(self, check: Callable[[LossCase], object], case: LossCase) -> None:
+        """Attempt a case; a secondary failure is kept, and a few more visits may find one that is not."""
+        try:
+            self._attempt(check, case)
+        except Disagreement as found:
+            self._secondary += 1
+            if not found.secondary or self._secondary == SECONDARY_ENOUGH:
+                raise
 
     def each(self, cases: Iterable[Any], check: Callable[[Any], object]) -> None:
         """Run ``check`` on every one of ``cases``; raises the first failure."""
@@ -169,10 +186,11 @@ class Subject:
 
     def _attempt(self, check: Callable[[Any], object], case: Any) -> None:
         now = time.monotonic()
-        if self._smallest is not None and now - self._first_failure > self.profile.shrink_seconds:
-            raise Enough
-        if self._smallest is None and now - self._started > self.profile.requirement_seconds:
-            self.tally.out_of_time = True
+        if self._smallest is not None and not self._visiting:
+            if now - self._first_failure > self.profile.shrink_seconds:
+                raise Enough
+        elif now - self._started > self.profile.requirement_seconds:
+            self.tally.out_of_time = self._smallest is None
             raise Enough
         self.tally.examples += 1
         try:
@@ -185,7 +203,7 @@ class Subject:
                     return
             if self._smallest is None:
                 self._first_failure = now
-            size = size_of(case)
+            size = (int(getattr(failure, "secondary", False)), *size_of(case))
             if self._smallest is None or size <= self._smallest[0]:
                 self._smallest = (size, failure)
             if isinstance(failure, ImplementationError) and failure.device_lost:
