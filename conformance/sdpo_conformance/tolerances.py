@@ -42,6 +42,9 @@ MANY_TERMS = 1000
 COLUMNS_PER_ROUNDING = 16
 """An online logsumexp rounds once per tile, and all of its roundings may go one way: tiles of 16 columns or more."""
 
+TOKENS_PER_ROUNDING = 16
+"""A mean that is summed token by token rounds at every token, and equal terms round one way."""
+
 CAP_MARGIN = 4.0
 """Units within which a ratio may fall on either side of the cap."""
 
@@ -126,9 +129,9 @@ def token_errors(case: LossCase) -> TokenErrors:
     eps = max(eps_z, eps_tau)
     eps_old = max(eps_z, epsilon(loss_input.old_student_logprobs))
     eps_base = max(eps_z, epsilon(loss_input.base_logprobs))
-    weight_error = 2 * max(
-        epsilon(loss_input.response_mask), torch.finfo(torch.float32).eps if eps_z > 1e-12 else eps_z
-    )
+    eps_sum = torch.finfo(torch.float32).eps if eps_z > 1e-12 else eps_z
+    weight_error = 2 * max(epsilon(loss_input.response_mask), eps_sum)
+    weight_error = weight_error + eps_sum * float(counted.sum()) / TOKENS_PER_ROUNDING
 
     logprobs = z - truth.logsumexp.unsqueeze(-1)
     softmax = logprobs.exp()
@@ -317,7 +320,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
             (weight * truth.ratio * ratio_relative).sum(),
             eager.mean_is_ratio if eager else None,
         ),
-        "clip_fraction": _clip_fraction(case, errors, factor),
+        "clip_fraction": _clip_fraction(case, errors),
     }
     gradients = _input_gradients(
         case,
@@ -349,7 +352,7 @@ def _signed_divergence_gradient(truth: LossTruth, support: Tensor) -> Tensor:
     return divergence_gradient(truth.divergence, logprobs, support)
 
 
-def _clip_fraction(case: LossCase, errors: TokenErrors, factor: float) -> Expectation:
+def _clip_fraction(case: LossCase, errors: TokenErrors) -> Expectation:
     truth, training = case.truth, case.training
     old = upcast(case.loss_input.old_student_logprobs)
     log_ratio = torch.where(truth.weight != 0, truth.chosen - old, 0.0).clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)
@@ -357,7 +360,7 @@ def _clip_fraction(case: LossCase, errors: TokenErrors, factor: float) -> Expect
     above = log_ratio - math.log(training.is_clip)
     surely = (truth.weight * (above > margin)).sum()
     possibly = (truth.weight * (above >= -margin)).sum()
-    rounding = 1e-6 + factor * errors.weight * possibly
+    rounding = 1e-6 + FLOAT_FACTOR * errors.weight * possibly
     return Expectation((surely + possibly) / 2, (possibly - surely).abs() / 2 + rounding)
 
 

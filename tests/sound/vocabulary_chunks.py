@@ -18,7 +18,7 @@ def online_logsumexp(z: Tensor) -> Tensor:
     """(B, T, 1), chunk by chunk."""
     running = torch.full_like(z[..., :1], -1e30)
     for columns in z.split(max(CHUNK, z.shape[-1] // CHUNKS), dim=-1):
-        running = torch.logaddexp(running, torch.logsumexp(columns, -1, keepdim=True).clamp(min=-1e30))
+        running = torch.logaddexp(running, columns.clamp(min=-1e30).logsumexp(-1, keepdim=True))
     return running
 
 
