@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -97,6 +97,26 @@ class LossCase:
         """The case with only the batch rows ``keep`` (int64), in that order."""
         changes = {key: value[keep].contiguous() for key, value in self.tensors().items() if key != "lm_head_weight"}
         return self.with_fields(**changes)
+
+    def columns(self, keep: Sequence[int]) -> LossCase:
+        """The case with only the positions ``keep`` of each row, in that order."""
+        changes = {
+            key: value[:, list(keep)].contiguous() for key, value in self.tensors().items() if key != "lm_head_weight"
+        }
+        return self.with_fields(**changes)
+
+    def tokens_alone(self) -> Iterator[LossCase]:
+        """Every token that counts as a batch of its own, (1, 1), with mask 1; 64 spread over the case where there
+        are more."""
+        counted = self.loss_input.response_mask.nonzero().tolist()
+        for b, t in counted[:: -(-len(counted) // 64) or 1]:
+            changes = {
+                key: value[b : b + 1, t : t + 1].contiguous()
+                for key, value in self.tensors().items()
+                if key != "lm_head_weight"
+            }
+            changes["response_mask"] = torch.ones_like(changes["response_mask"])
+            yield replace(self.with_fields(**changes), layout="contiguous")
 
     def to_fused(self) -> LossCase:
         """The same numbers through hidden states: the head is the identity and the hidden states the logits.

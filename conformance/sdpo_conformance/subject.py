@@ -236,12 +236,14 @@ class Subject:
         aspects: Sequence[str],
         control: LossCase | Sequence[LossCase] = (),
         control_aspects: Sequence[str] = (),
+        per_token: bool = False,
     ) -> Outcome | None:
         """Judge ``aspects`` of the entry on ``case`` against the truth; raises Disagreement.
 
         A ``control`` is the same input with the rule under test made idle: where the entry is wrong there too
         (in ``control_aspects``, the same unless given), the failure is marked secondary, for the cause lies
-        elsewhere.
+        elsewhere. So it does where the rule is one of each token (``per_token``) and the entry is right on every
+        token alone.
         """
         expected = self.expectations(case)
         if expected is None:
@@ -251,7 +253,9 @@ class Subject:
         if found is None:
             return outcome
         controls = [control] if isinstance(control, LossCase) else control
-        found.secondary = any(self.wrong_on(one, control_aspects or aspects) for one in controls)
+        found.secondary = any(self.wrong_on(one, control_aspects or aspects) for one in controls) or (
+            per_token and self.right_alone(case, aspects)
+        )
         raise found
 
     def wrong_on(self, control: LossCase, aspects: Sequence[str]) -> bool:
@@ -262,6 +266,42 @@ class Subject:
         try:
             outcome = evaluate(self.function, self.entry, control, self.device, "gradient" in aspects)
             return compare(control, self.entry, outcome, aspects, expected) is not None
+        except ImplementationError:
+            return True
+
+    def right_alone(self, case: LossCase, aspects: Sequence[str]) -> bool:
+        """Whether a loss is right on each token alone: then what is wrong is how tokens are put together. A token
+        that is left out alone, and not when there are three of it, was left out for its place."""
+        if self.entry not in (Capability.LOSS, Capability.FUSED) or case.loss_input.response_mask.numel() == 1:
+            return False
+        return not any(
+            self.wrong_on(token, aspects) and not (self.left_out(token) and not self.left_out(token.columns([0, 0, 0])))
+            for token in case.tokens_alone()
+        )
+
+    def left_out(self, case: LossCase) -> bool:
+        """Whether the tokens have no part in the loss: it is 0, and so is its gradient."""
+        try:
+            outcome = self.evaluate(case)
+            return not outcome.number("loss").any() and not any(
+                gradient is not None and gradient.any() for gradient in outcome.gradients.values()
+            )
+        except ImplementationError:
+            return False
+
+    def tells_apart(self, case: LossCase, other: LossCase, aspects: Sequence[str]) -> bool:
+        """Whether the entry answers ``other`` differently though a rule says that it must not: it is right on
+        ``case``, or one of its results is another by more than both bounds."""
+        here, there = expectations(case, self.entry), expectations(other, self.entry)
+        if not self.wrong_on(case, aspects):
+            return True
+        try:
+            before, after = self.evaluate(case, gradient=False), self.evaluate(other, gradient=False)
+            return any(
+                not bool(((before.number(key) - after.number(key)).abs() <= here.results[key].bound + bound).all())
+                for key, bound in ((key, one.bound) for key, one in there.results.items())
+                if key in before.result and key in after.result
+            )
         except ImplementationError:
             return True
 

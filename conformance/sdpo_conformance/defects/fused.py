@@ -200,7 +200,7 @@ DEFECTS = (
     Defect(
         name="late-tokens-without-gradient",
         sentence="Tokens past the 16th get no gradient.",
-        violates=("GJS-9", "FUS-2"),
+        violates=("RED-1", "GJS-9", "FUS-2"),
         fix="Launch the backward over every tile of tokens.",
         change=replacing(logits_gradient=late_tokens_without_gradient),
         usable_for="Responses of up to 16 tokens.",
@@ -218,7 +218,7 @@ DEFECTS = (
     Defect(
         name="offset-overflow",
         sentence="The response token is read at an offset that wraps at 32768 elements, as int32 does at 2^31.",
-        violates=("IS-6", "KL-1", "FUS-6"),
+        violates=("RED-5", "IS-10", "FUS-6"),
         fix="Compute offsets into B x T x V in int64.",
         change=replacing(chosen=wrapped),
         usable_for="Batches with fewer than 2^15 logits (2^31 in the int32 form).",

@@ -164,7 +164,7 @@ DEFECTS = (
     Defect(
         name="ratio-normalised",
         sentence="The ratios are divided by their mean over the batch (self-normalised importance sampling).",
-        violates=("IS-6", "IS-3"),
+        violates=("IS-3", "IS-6"),
         fix=APPLY_RATIO,
         change=replacing(weighted=lambda w: w.divergence * w.ratio / batch_mean(w, w.ratio).clamp(min=1e-8)),
         usable_for=ON_POLICY,

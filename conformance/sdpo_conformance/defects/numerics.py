@@ -154,7 +154,7 @@ DEFECTS = (
     Defect(
         name="token-count-in-bfloat16",
         sentence="The token count is a bfloat16 number: past 256 it is rounded.",
-        violates=("RED-1", "RED-4"),
+        violates=("RED-4", "RED-1"),
         fix="Sum the mask in float32.",
         change=around("count", lambda before, w: before(w).bfloat16().to(w.mask)),
         seen=cite("pytorch/executorch#20090"),

@@ -302,7 +302,7 @@ DEFECTS = (
     Defect(
         name="token-zero-as-padding",
         sentence="Token id 0 is taken for padding and masked out.",
-        violates=("RED-1", "RED-4"),
+        violates=("GJS-1", "RED-1"),
         fix="Only the mask says what counts.",
         change=with_mask(lambda w: torch.where(w.y == 0, 0.0, w.mask)),
         usable_for="Responses without token 0.",

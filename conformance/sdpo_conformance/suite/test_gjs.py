@@ -107,7 +107,11 @@ def test_gjs_5(subject: Subject) -> None:
             teacher_indices=support[..., order].contiguous(),
             teacher_logprobs=case.loss_input.teacher_logprobs[..., order].contiguous(),
         )
-        subject.agrees(permuted, (*VALUE, GRADIENT), control=case)
+        try:
+            subject.agrees(permuted, (*VALUE, GRADIENT))
+        except Disagreement as found:
+            found.secondary = not subject.tells_apart(case, permuted, (*VALUE, GRADIENT))
+            raise
 
     subject.for_all(NEUTRAL.but(support=("few", "many", "whole"), head="frozen"), check, share=0.5)
 
@@ -136,8 +140,10 @@ def test_gjs_6(subject: Subject) -> None:
         outside = ~((got >= -slack) & (got <= ceiling + slack))
         if bool(outside.any()):
             shown = float(got[outside].reshape(-1)[0]) if got.dim() else float(got)
-            raise Disagreement(key, f"a value in [0, {number(ceiling)}]", number(shown), case=case, outcome=outcome)
-        subject.agrees(case, VALUE)
+            found = Disagreement(key, f"a value in [0, {number(ceiling)}]", number(shown), case=case, outcome=outcome)
+            found.secondary = subject.right_alone(case, VALUE)
+            raise found
+        subject.agrees(case, VALUE, per_token=True)
 
     corner = NEUTRAL.but(
         logits=("equal", "normal", "peaked"), support=("few", "one"), head="frozen", size=("small", "wide")
@@ -157,7 +163,7 @@ def test_gjs_7(subject: Subject) -> None:
     corner = NEUTRAL.but(alpha="zero", ratio=("on_policy", "mild", "above_cap"))
     subject.for_all(
         corner,
-        lambda case: subject.agrees(case, (*VALUE, GRADIENT), control=case.with_training(alpha=0.5)),
+        lambda case: subject.agrees(case, (*VALUE, GRADIENT), control=case.with_training(alpha=0.5), per_token=True),
         share=0.5,
     )
 
@@ -172,7 +178,7 @@ def test_gjs_7(subject: Subject) -> None:
 )
 def test_gjs_8(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(case, (*VALUE, GRADIENT), control=above_the_floor(case))
+        subject.agrees(case, (*VALUE, GRADIENT), control=above_the_floor(case), per_token=True)
 
     corner = NEUTRAL.but(
         mass=("student_floor", "teacher_floor", "normal"),
@@ -193,8 +199,8 @@ def test_gjs_8(subject: Subject) -> None:
 )
 def test_gjs_9(subject: Subject) -> None:
     corner = NEUTRAL.but(alpha=("half", "inside", "near_zero", "near_one"))
-    subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,)))
+    subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,), per_token=True))
 
 
 def _agree(subject: Subject, case: LossCase, *control: LossCase) -> None:
-    subject.agrees(replace(case, trainable_head=False), VALUE, control)
+    subject.agrees(replace(case, trainable_head=False), VALUE, control, per_token=True)

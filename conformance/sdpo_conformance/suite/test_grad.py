@@ -55,7 +55,15 @@ def corner_of(subject: Subject) -> Any:
 )
 def test_grad_1(subject: Subject) -> None:
     corner = corner_of(subject).but(incoming=(0.25, -1.0, 3.0, 1000.0, 0.0, 65536.0))
-    subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,), control=replace(case, incoming=1.0)))
+    subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,), control=unscaled(subject, case)))
+
+
+def unscaled(subject: Subject, case: LossCase) -> LossCase:
+    """The control: a gradient of 1 arrives; at a divergence, whose tokens get different ones, at one token alone."""
+    if subject.entry is not Capability.DIVERGENCE:
+        return replace(case, incoming=1.0)
+    token = next(case.tokens_alone())
+    return replace(token, incoming=1.0 / float(divergence_incoming(replace(token, incoming=1.0))))
 
 
 @requirement(

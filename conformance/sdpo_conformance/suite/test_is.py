@@ -25,6 +25,7 @@ from sdpo_conformance.strategies import NEUTRAL, Corner
 from sdpo_conformance.strategies.policy import on_policy
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.entries import LOSSES, VALUE
+from sdpo_conformance.tolerances import expectations
 
 SOURCE = f"{UPSTREAM} compute_sdpo_loss, step 3"
 METRICS = ("mean_is_ratio", "clip_fraction")
@@ -43,10 +44,16 @@ def within_the_clamp(case: LossCase) -> LossCase:
     return case.with_fields(old_student_logprobs=(case.truth.chosen - near).to(old.dtype))
 
 
-def beside_the_clamp(subject: Subject, case: LossCase, aspects: Sequence[str], control: LossCase) -> None:
+def beside_the_clamp(
+    subject: Subject,
+    case: LossCase,
+    aspects: Sequence[str],
+    control: LossCase | Sequence[LossCase],
+    per_token: bool = True,
+) -> None:
     """Judge ``aspects``; what is wrong beyond the clamp alone is IS-4's finding."""
     try:
-        subject.agrees(case, aspects, control=control)
+        subject.agrees(case, aspects, control=control, per_token=per_token)
     except Disagreement as found:
         beyond = (case.truth.chosen - case.loss_input.old_student_logprobs).abs() > RATIO_LOG_CLAMP
         found.secondary = found.secondary or (
@@ -63,6 +70,15 @@ def ratio_is_right(subject: Subject, case: LossCase) -> bool:
     here, there = (float(subject.evaluate(one, gradient=False).number("loss")) for one in (on_policy(case), apart))
     expected = float((apart.truth.ratio * apart.truth.weight).sum() / apart.truth.weight.sum())
     return min(abs(there - here * expected), abs(there - here)) <= 2e-2 * abs(here)
+
+
+def without_ratio(subject: Subject, case: LossCase) -> bool:
+    """Whether the loss is the same on-policy, where it should be another."""
+    control = on_policy(case)
+    wanted = [expectations(one, subject.entry).results["loss"] for one in (case, control)]
+    here, there = (float(subject.evaluate(one, gradient=False).number("loss")) for one in (case, control))
+    apart = abs(float(wanted[0].value - wanted[1].value)) > float(wanted[0].bound + wanted[1].bound)
+    return apart and here == there
 
 
 def with_unlikely_responses(case: LossCase) -> LossCase:
@@ -115,9 +131,11 @@ def at_cap(subject: Subject) -> Callable[[LossCase], None]:
 def test_is_1(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         try:
-            subject.agrees(case, ("mean_is_ratio", *VALUE))
+            subject.agrees(case, ("mean_is_ratio", *VALUE), per_token=True)
         except Disagreement as found:
-            found.secondary = not found.aspect.startswith("mean_is_ratio") and ratio_is_right(subject, case)
+            found.secondary = found.secondary or (
+                not found.aspect.startswith("mean_is_ratio") and ratio_is_right(subject, case)
+            )
             raise
 
     subject.for_all(NEUTRAL.but(alpha=ANY_ALPHA), check)
@@ -135,10 +153,9 @@ def test_is_2(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         control = on_policy(case)
         try:
-            subject.agrees(case, (*VALUE, GRADIENT), control=control)
+            subject.agrees(case, (*VALUE, GRADIENT), control=control, per_token=True)
         except Disagreement as found:
-            here, there = (float(subject.evaluate(one, gradient=False).number("loss")) for one in (case, control))
-            found.secondary = found.secondary and not here == there != 0
+            found.secondary = found.secondary and not without_ratio(subject, case)
             raise
 
     subject.for_all(NEUTRAL.but(ratio=("mild", "below", "above_cap")), check)
@@ -166,7 +183,7 @@ def test_is_3(subject: Subject) -> None:
 )
 def test_is_4(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(case, (*VALUE, "mean_is_ratio", GRADIENT), control=within_the_clamp(case))
+        subject.agrees(case, (*VALUE, "mean_is_ratio", GRADIENT), control=within_the_clamp(case), per_token=True)
         if not case.fused:
             unlikely = with_unlikely_responses(case)
             try:
@@ -215,9 +232,11 @@ def test_is_6(subject: Subject) -> None:
     )
 
     def check(case: LossCase) -> None:
-        old = case.loss_input.old_student_logprobs
-        alike = case.with_fields(old_student_logprobs=(case.truth.chosen + 0.75).to(old.dtype))
-        beside_the_clamp(subject, case, (*VALUE, GRADIENT), alike)
+        try:
+            beside_the_clamp(subject, case, (*VALUE, GRADIENT), on_policy(case), per_token=False)
+        except Disagreement as found:
+            found.secondary = found.secondary or not subject.right_alone(case, (*VALUE, GRADIENT))
+            raise
 
     subject.for_all(corner, check)
 
@@ -232,7 +251,8 @@ def test_is_6(subject: Subject) -> None:
 )
 def test_is_7(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(case, (GRADIENT,), control=replace(case, trainable_head=False).with_training(is_clip=1e-9))
+        capped = replace(case, trainable_head=False).with_training(is_clip=1e-9)
+        subject.agrees(case, (GRADIENT,), control=capped, per_token=True)
         loss_input = materialise(case, subject.device)
         old = loss_input.old_student_logprobs.detach().requires_grad_()
         result = call_entry(subject.function, subject.entry, replace(loss_input, old_student_logprobs=old))
@@ -272,7 +292,7 @@ def test_is_8(subject: Subject) -> None:
         bare = case.with_training(kl_reg_weight=0.0)
         with suppress(NotReported):
             subject.agrees(case, ("kl_reg",), control=on_policy(case))
-        subject.agrees(case, ("loss", GRADIENT), control=(bare, on_policy(case)))
+        subject.agrees(case, ("loss", GRADIENT), control=(bare, on_policy(case)), per_token=True)
 
     subject.for_all(corner, check)
 
@@ -287,7 +307,8 @@ def test_is_8(subject: Subject) -> None:
 )
 def test_is_9(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(case, (*VALUE, GRADIENT), control=(on_policy(case), case.with_training(alpha=0.5)))
+        controls = (on_policy(case), case.with_training(alpha=0.5))
+        subject.agrees(case, (*VALUE, GRADIENT), control=controls, per_token=True)
 
     corner = NEUTRAL.but(alpha="one", ratio=("mild", "below", "above_cap"), is_clip=("default", "high"))
     subject.for_all(corner, check)
@@ -308,7 +329,15 @@ def test_is_10(subject: Subject) -> None:
         mask=("full", "ragged", "random", "fractional", "tiny"),
         alpha=ANY_ALPHA,
     )
-    judged(subject, corner, *METRICS)
+
+    def check(case: LossCase) -> None:
+        try:
+            beside_the_clamp(subject, case, METRICS, (), per_token=False)
+        except Disagreement as found:
+            found.secondary = found.secondary or subject.wrong_on(case, VALUE)
+            raise
+
+    subject.for_all(corner, check)
     for name in subject.dtypes:
         case = exactly_at_the_cap(DTYPES[name])
         subject.given(st.just(case.to_fused() if is_fused_entry(subject.entry) else case), at_cap(subject))

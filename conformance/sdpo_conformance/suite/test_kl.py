@@ -7,9 +7,10 @@ without any anchor by KL-1: what the other rules find there is marked secondary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from sdpo_conformance.cases import LossCase
-from sdpo_conformance.execution import NotReported
+from sdpo_conformance.execution import NotReported, Outcome
 from sdpo_conformance.judgement import GRADIENT, Disagreement, number
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import NEUTRAL
@@ -65,9 +66,9 @@ def never_negative(subject: Subject, case: LossCase) -> None:
 def test_kl_1(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         try:
-            subject.agrees(case, ("kl_reg",), control=at_base(case))
+            _agree(subject, case, ("kl_reg",), at_base(case))
         except NotReported:
-            subject.agrees(case, ("loss",), control=(at_base(case), case.with_training(kl_reg_weight=0.0)))
+            _agree(subject, case, ("loss",), at_base(case), case.with_training(kl_reg_weight=0.0))
 
     subject.for_all(ANCHORED.but(anchor=("on", "off")), check)
 
@@ -83,7 +84,7 @@ def test_kl_1(subject: Subject) -> None:
 def test_kl_2(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         try:
-            outcome = subject.agrees(case, ("kl_reg",))
+            outcome = _agree(subject, case, ("kl_reg",))
         except NotReported:
             return never_negative(subject, case)
         if outcome is None:
@@ -109,7 +110,7 @@ def test_kl_3(subject: Subject) -> None:
     corner = NEUTRAL.but(anchor=("on", "off"), drift=("clamp_high", "clamp_low", "strong"))
     subject.for_all(
         corner,
-        lambda case: subject.agrees(case, ("kl_reg", "loss"), control=(at_base(case), within_the_clamp(case))),
+        lambda case: _agree(subject, case, ("kl_reg", "loss"), at_base(case), within_the_clamp(case)),
     )
 
 
@@ -126,7 +127,7 @@ def test_kl_4(subject: Subject) -> None:
 
     def check(case: LossCase) -> None:
         try:
-            subject.agrees(case, (GRADIENT,), control=case.with_training(kl_reg_weight=0.0))
+            _agree(subject, case, (GRADIENT,), case.with_training(kl_reg_weight=0.0))
         except Disagreement as found:
             found.secondary = found.secondary or subject.wrong_on(case, ("loss",))
             raise
@@ -146,8 +147,8 @@ def test_kl_5(subject: Subject) -> None:
     corner = ANCHORED.but(anchor=("on", "off"), alpha=("half", "zero", "one"))
 
     def check(case: LossCase) -> None:
-        control = case.with_training(kl_reg_weight=0.0)
-        subject.agrees(case, ("kl_reg", "distill_loss", "loss"), control=control)
+        subject.agrees(case, ("kl_reg",), control=case.with_training(kl_reg_weight=1.0))
+        subject.agrees(case, ("distill_loss", "loss"), control=case.with_training(kl_reg_weight=0.0))
         if case.training.kl_reg_weight == 0:
             subject.agrees(case, (GRADIENT,))
 
@@ -168,9 +169,25 @@ def test_kl_6(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         bare = case.with_training(kl_reg_weight=0.0)
         try:
-            subject.agrees(case, ("kl_reg", "loss", GRADIENT), control=bare, control_aspects=("loss", GRADIENT))
+            subject.agrees(case, ("kl_reg", "loss", GRADIENT), bare, control_aspects=("loss", GRADIENT), per_token=True)
         except Disagreement as found:
-            found.secondary = found.secondary or without_anchor(subject, case)
+            found.secondary = found.secondary or without_anchor(subject, case) or weight_is_to_blame(subject, found)
             raise
 
     subject.for_all(corner, check)
+
+
+def weight_is_to_blame(subject: Subject, found: Disagreement) -> bool:
+    """Whether ``kl_reg`` is wrong, and right with a weight of 1: KL-5's finding."""
+    case = found.case
+    if case is None or not found.aspect.startswith("kl_reg") or case.training.kl_reg_weight == 1:
+        return False
+    return not subject.wrong_on(case.with_training(kl_reg_weight=1.0), ("kl_reg",))
+
+
+def _agree(subject: Subject, case: LossCase, aspects: Sequence[str], *control: LossCase) -> Outcome | None:
+    try:
+        return subject.agrees(case, aspects, control, per_token=True)
+    except Disagreement as found:
+        found.secondary = found.secondary or weight_is_to_blame(subject, found)
+        raise

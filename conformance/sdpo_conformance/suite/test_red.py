@@ -12,6 +12,7 @@ from sdpo_conformance.protocol import METRIC_KEYS, RESULT_KEYS
 from sdpo_conformance.requirements import UPSTREAM, Level, requirement
 from sdpo_conformance.strategies import NEUTRAL
 from sdpo_conformance.strategies.masked import padded, with_garbage
+from sdpo_conformance.strategies.policy import on_policy
 from sdpo_conformance.subject import Subject
 from sdpo_conformance.suite.entries import ALL, LOSSES
 
@@ -29,6 +30,35 @@ def full_mask(case: LossCase) -> LossCase:
     return case.with_fields(response_mask=torch.ones_like(case.loss_input.response_mask))
 
 
+def metric_of_ratio(found: Disagreement) -> bool:
+    """Whether the loss is right and a metric of the ratio is not: IS-10's finding."""
+    return found.aspect.startswith(("mean_is_ratio", "clip_fraction"))
+
+
+def put_together(subject: Subject, case: LossCase) -> None:
+    """Judge a batch; what is wrong on a token alone is another rule's finding, what is right on-policy IS-6's, and
+    what masked positions do RED-2's."""
+    try:
+        subject.agrees(case, ALL)
+    except Disagreement as found:
+        found.secondary = (
+            metric_of_ratio(found)
+            or not subject.right_alone(case, ALL)
+            or not subject.wrong_on(on_policy(case), ALL)
+            or subject.tells_apart(case, with_garbage(case), ALL)
+        )
+        raise
+
+
+def alike(subject: Subject, case: LossCase, other: LossCase) -> None:
+    """Judge ``other``, the same tokens in another arrangement; what is as wrong in ``case`` is not this rule's."""
+    try:
+        subject.agrees(other, ALL)
+    except Disagreement as found:
+        found.secondary = metric_of_ratio(found) or not subject.tells_apart(case, other, ALL)
+        raise
+
+
 @requirement(
     "RED-1",
     Level.MUST,
@@ -39,7 +69,7 @@ def full_mask(case: LossCase) -> LossCase:
 )
 def test_red_1(subject: Subject) -> None:
     corner = BROAD.but(mask=("ragged", "random", "full"), size=("small", "tall", "crowd"))
-    subject.for_all(corner, lambda case: subject.agrees(case, ALL, control=full_mask(case)))
+    subject.for_all(corner, lambda case: put_together(subject, case))
 
 
 @requirement(
@@ -52,7 +82,12 @@ def test_red_1(subject: Subject) -> None:
 )
 def test_red_2(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(with_garbage(case), ALL, control=case)
+        garbage = with_garbage(case)
+        try:
+            subject.agrees(garbage, ALL)
+        except Disagreement as found:
+            found.secondary = metric_of_ratio(found) or not subject.tells_apart(case, garbage, ALL)
+            raise
 
     subject.for_all(BROAD.but(mask=("random", "ragged")), check)
 
@@ -94,8 +129,8 @@ def test_red_5(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         rows = case.loss_input.response_ids.shape[0]
         for keep in (torch.arange(rows).flip(0), torch.arange(rows).repeat(2)):
-            subject.agrees(case.rows(keep), ALL, control=case)
-        subject.agrees(padded(case), ALL, control=case)
+            alike(subject, case, case.rows(keep))
+        alike(subject, case, padded(case))
 
     corner = BROAD.but(mask=("full", "ragged", "fractional"), size=("small", "tall", "crowd"))
     subject.for_all(corner, check, share=0.35)

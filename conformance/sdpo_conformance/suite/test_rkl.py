@@ -25,7 +25,7 @@ ONE = NEUTRAL.but(alpha="one")
     capabilities=LOSSES,
 )
 def test_rkl_1(subject: Subject) -> None:
-    subject.for_all(ONE, lambda case: subject.agrees(case, VALUE, control=case.with_training(alpha=0.5)))
+    subject.for_all(ONE, lambda case: _agree(subject, case, *VALUE))
 
 
 @requirement(
@@ -38,11 +38,11 @@ def test_rkl_1(subject: Subject) -> None:
 )
 def test_rkl_2(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        subject.agrees(case, VALUE, control=case.with_training(alpha=0.5))
+        _agree(subject, case, *VALUE)
         tau, y = case.loss_input.teacher_logprobs, case.loss_input.response_ids
         match = case.loss_input.teacher_indices.long() == y.long().unsqueeze(-1)
         certain = case.with_fields(teacher_logprobs=torch.where(match, torch.zeros_like(tau), tau))
-        subject.agrees(certain, VALUE, control=case.with_training(alpha=0.5))
+        _agree(subject, certain, *VALUE)
 
     corner = ONE.but(mass=("deep", "normal"), response=("inside", "outside"), support=("few", "one", "many", "whole"))
     subject.for_all(corner, check, share=0.5)
@@ -57,7 +57,8 @@ def test_rkl_2(subject: Subject) -> None:
     capabilities=LOSSES,
 )
 def test_rkl_3(subject: Subject) -> None:
-    subject.for_all(
-        ONE.but(mass=("normal", "deep")),
-        lambda case: subject.agrees(case, (GRADIENT,), control=case.with_training(alpha=0.5)),
-    )
+    subject.for_all(ONE.but(mass=("normal", "deep")), lambda case: _agree(subject, case, GRADIENT))
+
+
+def _agree(subject: Subject, case: LossCase, *aspects: str) -> None:
+    subject.agrees(case, aspects, control=case.with_training(alpha=0.5), per_token=True)
