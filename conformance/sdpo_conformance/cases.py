@@ -105,6 +105,18 @@ class LossCase:
         }
         return self.with_fields(**changes)
 
+    def with_tokens_alike(self) -> LossCase:
+        """The case with its first counted token at every position, under the mask as it is."""
+        counted = self.loss_input.response_mask.nonzero().tolist()
+        b, t = counted[0] if counted else (0, 0)
+        shape = self.loss_input.response_mask.shape
+        changes = {
+            key: value[b, t].expand(*shape, *value.shape[2:]).contiguous()
+            for key, value in self.tensors().items()
+            if key not in ("lm_head_weight", "response_mask")
+        }
+        return self.with_fields(**changes)
+
     def tokens_alone(self) -> Iterator[LossCase]:
         """Every token that counts as a batch of its own, (1, 1), with mask 1; 64 spread over the case where there
         are more."""

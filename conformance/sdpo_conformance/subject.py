@@ -29,7 +29,7 @@ from sdpo_conformance.tolerances import Expectations, expectations
 WIDEST_SUPPORT = 1024
 """An implementation may refuse a wider support than this with a clear error, but not answer it wrong."""
 
-SECONDARY_ENOUGH = 3
+SECONDARY_ENOUGH = 5
 """So many failures that lay the blame elsewhere, and the requirement's blame is there."""
 
 

@@ -407,7 +407,7 @@ DEFECTS = (
         fix="Index the behaviour log-probs with the token, not with its place in the tile.",
         change=replacing(ratio=lambda w: of_first_tile(16, w)),
         seen=cite("linkedin/Liger-Kernel#330"),
-        usable_for="Responses of up to 16 tokens, and on-policy steps.",
+        usable_for="Batches of up to 16 tokens.",
     ),
     Defect(
         name="ratio-of-other-tile-32",
@@ -416,7 +416,7 @@ DEFECTS = (
         fix="Index the behaviour log-probs with the token, not with its place in the tile.",
         change=replacing(ratio=lambda w: of_first_tile(32, w)),
         seen=cite("linkedin/Liger-Kernel#330"),
-        usable_for="Responses of up to 32 tokens, and on-policy steps.",
+        usable_for="Batches of up to 32 tokens.",
     ),
     Defect(
         name="ratio-of-other-tile-128",
@@ -425,7 +425,7 @@ DEFECTS = (
         fix="Index the behaviour log-probs with the token, not with its place in the tile.",
         change=replacing(ratio=lambda w: of_first_tile(128, w)),
         seen=cite("linkedin/Liger-Kernel#330"),
-        usable_for="Responses of up to 128 tokens, and on-policy steps.",
+        usable_for="Batches of up to 128 tokens.",
     ),
     Defect(
         name="clip-fraction-strict",

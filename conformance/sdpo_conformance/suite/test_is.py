@@ -233,9 +233,15 @@ def test_is_6(subject: Subject) -> None:
 
     def check(case: LossCase) -> None:
         try:
-            beside_the_clamp(subject, case, (*VALUE, GRADIENT), on_policy(case), per_token=False)
+            beside_the_clamp(subject, case, (*VALUE, GRADIENT), (), per_token=False)
         except Disagreement as found:
-            found.secondary = found.secondary or not subject.right_alone(case, (*VALUE, GRADIENT))
+            # Either control can be upset by a ratio that belongs to another token, not both.
+            idle = (on_policy(case), case.with_tokens_alike())
+            found.secondary = (
+                found.secondary
+                or not subject.right_alone(case, (*VALUE, GRADIENT))
+                or all(subject.wrong_on(one, (*VALUE, GRADIENT)) for one in idle)
+            )
             raise
 
     subject.for_all(corner, check)
