@@ -196,9 +196,11 @@ def _gradient_of_divergence(truth: LossTruth, onehot: Tensor, softmax: Tensor, s
 def _chosen_gradient_error(
     slope: Tensor, slope_error: Tensor, softmax: Tensor, onehot: Tensor, l_error: Tensor, eps: float
 ) -> Tensor:
-    """Error of slope * (onehot(y) - softmax), (B, T, V)."""
+    """Error of slope * (onehot(y) - softmax), (B, T, V). The product of both errors counts: at a token that is sure
+    and at its base, slope and direction vanish together."""
     slope, slope_error = slope.abs().unsqueeze(-1), slope_error.unsqueeze(-1)
-    return slope_error * (onehot - softmax).abs() + slope * (softmax * (l_error + 2 * eps) + 2 * eps * onehot)
+    direction_error = softmax * (l_error + 2 * eps) + 2 * eps * onehot
+    return slope_error * (onehot - softmax).abs() + (slope + slope_error) * direction_error
 
 
 def _divergence_errors(

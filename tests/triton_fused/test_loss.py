@@ -116,6 +116,21 @@ def test_student_mass_below_the_floor(device: torch.device, shape: tuple[int, in
     check_logits(batch, device)
 
 
+def test_a_support_far_below_the_floor_keeps_its_gradient(device: torch.device) -> None:
+    """Some 1e-24 in float32: slope and softmax at the response are as small, their product is too small."""
+    batch = make_batch((1, 3), 40, 16, 3)
+    batch.student_hidden[..., 0] = 16.0
+    batch.lm_head_weight[:, 0] = 0.0
+    batch.lm_head_weight[7, 0] = 3.5
+    batch.teacher_indices[:] = torch.tensor([1, 2, 3])
+    batch.response_ids[:] = 2
+    logprobs = batch.logits().log_softmax(-1)
+    assert logprobs[..., 2].max() < -45
+    batch.base_logprobs = (logprobs[..., 2] - 30.0).float()
+    batch.old_student_logprobs = (logprobs[..., 2] + 25.0).float()
+    check_fused(batch.with_training(kl_reg_weight=0.1), device, slack=20.0)
+
+
 def test_incoming_gradient_and_frozen_head(device: torch.device) -> None:
     batch = make_batch((2, 6), 90, 20, 6)
     check_fused(batch, device, incoming=-3.5, head_gradient=False)

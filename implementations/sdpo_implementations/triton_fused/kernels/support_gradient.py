@@ -55,11 +55,13 @@ def support_gradient_kernel(
         through_floor = tl.load(floor_weight + rows, mask=present, other=0.0)
         on_floor = (through_floor != 0)[:, None] & in_width[None, :]
         needed = (through_chosen != 0) | (through_floor != 0)
-        c = (through_chosen + through_floor) * tl.load(expected_scale + rows, mask=needed, other=0.0)
+        c = through_chosen + through_floor
         e = tl.load(
             expected + wide[:, None] * width + inner[None, :],
             mask=needed[:, None] & in_width[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
+        # Before c: both c and the scale can be as small as 1e-30, and their product too small for float32.
+        e *= tl.load(expected_scale + rows, mask=needed, other=0.0)[:, None]
         y = tl.load(response_ids + rows, mask=present, other=0).to(tl.int64)
         w = tl.load(head + y[:, None] * stride_head + inner[None, :], mask=on_floor, other=0.0).to(tl.float32)
         total += c[:, None] * e - through_floor[:, None] * w
