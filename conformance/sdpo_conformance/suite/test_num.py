@@ -73,15 +73,20 @@ def test_num_2(subject: Subject) -> None:
     in_dtypes(subject, ("bfloat16", "float16"), run)
 
 
-def with_support_sunk(case: LossCase) -> LossCase:
-    """The case with a token off the support 300 nats above all others, so that no support probability is left in
-    float32; where the support is the whole vocabulary, as it is."""
+FLOOR_NATS, SUNK_NATS = 25.0, 300.0
+"""A support this many nats down is below the floor, which is GJS-8's matter: the control; and has no probability left
+in float32."""
+
+
+def with_support_sunk(case: LossCase, nats: float) -> LossCase:
+    """The case with a token off the support ``nats`` above all others; where the support is the whole vocabulary, as
+    it is."""
     logits, support = case.tensors()["student_logits"], case.loss_input.teacher_indices.long()
     free = torch.ones_like(logits, dtype=torch.bool).scatter(-1, support, False)
     if not bool(free.any(-1).all()):
         return case
     hot = free.to(torch.uint8).argmax(-1, keepdim=True)
-    raised = (logits.double().amax(-1, keepdim=True) + 300.0).to(logits.dtype)
+    raised = (logits.double().amax(-1, keepdim=True) + nats).to(logits.dtype)
     return case.with_fields(student_logits=logits.scatter(-1, hot, raised))
 
 
@@ -99,10 +104,12 @@ def test_num_3(subject: Subject) -> None:
         deep = -40.0 if tau.dtype == torch.float16 else -200.0
         tau[..., -1] = deep
         limit_is_met(subject, case.with_fields(teacher_logprobs=tau), case)
-        sunken = case.loss_input.teacher_logprobs - (80.0 if tau.dtype == torch.float16 else 300.0)
-        limit_is_met(subject, case.with_fields(teacher_logprobs=sunken), case)
+        whole = case.loss_input.teacher_logprobs
+        below, sunk = (case.with_fields(teacher_logprobs=whole - nats) for nats in (FLOOR_NATS, SUNK_NATS))
+        limit_is_met(subject, sunk, below)
         if not case.fused:
-            limit_is_met(subject, on_policy(with_support_sunk(case)), case)
+            below, sunk = (on_policy(with_support_sunk(case, nats)) for nats in (FLOOR_NATS, SUNK_NATS))
+            limit_is_met(subject, sunk, below)
             logits = case.tensors()["student_logits"].clone()
             first = case.loss_input.teacher_indices[..., :1].long()
             away = case.loss_input.response_ids.unsqueeze(-1) != first
