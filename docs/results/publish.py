@@ -6,7 +6,6 @@ python docs/results/publish.py
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from sdpo_conformance.matrix.cells import Row, rows_of, tally
@@ -30,16 +29,22 @@ def line(column: Column, rows: list[Row]) -> str:
     return f"{start}{met} | {', '.join(names)} | {run['profile']}{limits} |"
 
 
+def where(column: Column) -> str:
+    """Device and versions of a run."""
+    assert column.results is not None
+    run = column.results["run"]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return f"{run['device']}: {run.get('device_name') or 'CPU'}, {versions}"
+
+
 def main() -> None:
     """Rewrite index.md."""
     source = HERE / "published" / "matrix.json"
     columns = read_columns(source)
-    created = json.loads(source.read_text(encoding="utf-8"))["created"]
     rows = rows_of(columns)
-    versions = next(column.results["run"]["versions"] for column in columns if column.results is not None)
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    told = dict.fromkeys(where(column) for column in columns if column.results is not None)
     table = [
-        f"{created[:10]}, {told}.",
+        *(f"- {machine}" for machine in told),
         "",
         "| implementation | package | device | MUST | SHOULD | recognised as | profile |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -110,6 +110,7 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "adapters.trl_sdpo:teacher_server": trl_server,
     "adapters.trl_sdpo:sampled_token": trl_sampled,
     "adapters.liger_chunked_jsd": liger,
+    "adapters.liger_triton_jsd": liger,
 }
 
 
