@@ -122,13 +122,9 @@ class LossCase:
         are more."""
         counted = self.loss_input.response_mask.nonzero().tolist()
         for b, t in counted[:: -(-len(counted) // 64) or 1]:
-            changes = {
-                key: value[b : b + 1, t : t + 1].contiguous()
-                for key, value in self.tensors().items()
-                if key != "lm_head_weight"
-            }
-            changes["response_mask"] = torch.ones_like(changes["response_mask"])
-            yield replace(self.with_fields(**changes), layout="contiguous")
+            token = self.rows(torch.tensor([b])).columns([t])
+            mask = torch.ones_like(token.loss_input.response_mask)
+            yield replace(token.with_fields(response_mask=mask), layout="contiguous")
 
     def to_fused(self) -> LossCase:
         """The same numbers through hidden states: the head is the identity and the hidden states the logits.

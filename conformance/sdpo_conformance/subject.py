@@ -292,14 +292,14 @@ class Subject:
     def tells_apart(self, case: LossCase, other: LossCase, aspects: Sequence[str]) -> bool:
         """Whether the entry answers ``other`` differently though a rule says that it must not: it is right on
         ``case``, or one of its results is another by more than both bounds."""
-        here, there = expectations(case, self.entry), expectations(other, self.entry)
         if not self.wrong_on(case, aspects):
             return True
+        here, there = (expectations(one, self.entry).results for one in (case, other))
         try:
             before, after = self.evaluate(case, gradient=False), self.evaluate(other, gradient=False)
             return any(
-                not bool(((before.number(key) - after.number(key)).abs() <= here.results[key].bound + bound).all())
-                for key, bound in ((key, one.bound) for key, one in there.results.items())
+                not bool(((before.number(key) - after.number(key)).abs() <= here[key].bound + there[key].bound).all())
+                for key in there
                 if key in before.result and key in after.result
             )
         except ImplementationError:
