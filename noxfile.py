@@ -121,7 +121,7 @@ def matrix(session: nox.Session) -> None:
 def mutation(session: nox.Session) -> None:
     """Run every catalogued defect through the suite: nox -s mutation -- [options]."""
     environment = prepare(session, ".[trainer]")
-    session.run("python", "-m", "sdpo_conformance.defects.mutation", *session.posargs, env=environment)
+    session.run("python", "-m", "tests.evidence.mutation", *session.posargs, env=environment)
 
 
 @nox.session

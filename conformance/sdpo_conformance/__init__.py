@@ -5,6 +5,6 @@ report = sdpo_conformance.run("mypkg.loss", profile="quick")
 assert report.conforming, report
 """
 
-from sdpo_conformance.running import Report, RunError, run
+from sdpo_conformance.running.process import Report, RunError, run
 
 __all__ = ["Report", "RunError", "run"]

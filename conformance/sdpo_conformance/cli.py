@@ -11,7 +11,7 @@ import typer
 from sdpo_conformance.audit.command import audit
 from sdpo_conformance.bench.command import bench
 from sdpo_conformance.matrix.command import matrix
-from sdpo_conformance.running import RunError
+from sdpo_conformance.running.process import RunError
 
 app = typer.Typer(
     help="Judge implementations of the CLaaS SDPO loss and training step.",
@@ -56,7 +56,7 @@ def run_command(
     from rich.console import Console
 
     from sdpo_conformance.report.terminal import print_report
-    from sdpo_conformance.running import run
+    from sdpo_conformance.running.process import run
 
     try:
         with progress_bar() as progress:
@@ -110,7 +110,7 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="the adapter to write")] = Path("sdpo_adapter.py"),
 ) -> None:
     """Write a ten-line adapter that makes your loss callable by the suite."""
-    from sdpo_conformance.adapter_template import write_adapter
+    from sdpo_conformance.running.adapter_template import write_adapter
 
     try:
         write_adapter(path)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdpo_conformance.oracle import sdpo_loss
 from sdpo_conformance.protocol import FusedSDPOLossInput, SDPOLossInput, TrainingConfig
+from sdpo_conformance.specs.claas.oracle import sdpo_loss
 
 ROWS, TOKENS, VOCABULARY = 2, 5, 23
 

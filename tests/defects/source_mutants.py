@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sdpo_conformance.profiles import PROFILES
+from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
 
 REFERENCE = "sdpo_implementations.reference"
@@ -126,10 +126,10 @@ def judge(mutant: Mutant, profile: str, seed: int) -> Fate:
     """Run the requirements of the mutated entries until one fails."""
     import torch
 
-    from sdpo_conformance.execution import ImplementationError
-    from sdpo_conformance.judgement import Disagreement
-    from sdpo_conformance.requirements import load_all
-    from sdpo_conformance.subject import Subject
+    from sdpo_conformance.judging.call import ImplementationError
+    from sdpo_conformance.judging.compare import Disagreement
+    from sdpo_conformance.judging.examples import Subject
+    from sdpo_conformance.specs.requirement import load_all
 
     torch.set_num_threads(1)
     started, examples = time.monotonic(), 0

@@ -7,11 +7,11 @@ from importlib.resources import files
 
 import pytest
 
-from sdpo_conformance import defects
-from sdpo_conformance.defects.dialects import DIALECTS
-from sdpo_conformance.defects.model import Defect
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.requirements import load_all
+from sdpo_conformance.specs.claas import defects
+from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.defects.dialects import DIALECTS
+from sdpo_conformance.specs.requirement import load_all
 
 CATALOGUE = defects.catalogue()
 by_name = pytest.mark.parametrize("defect", [*CATALOGUE.values(), *DIALECTS], ids=lambda defect: defect.name)
@@ -56,7 +56,7 @@ def test_it_differs_from_a_right_implementation(defect: Defect) -> None:
 
 def test_every_source_is_cited_by_a_defect() -> None:
     cited = {citation.reference for one in (*CATALOGUE.values(), *DIALECTS) for citation in one.seen}
-    known = json.loads((files("sdpo_conformance.defects") / "sources.json").read_text(encoding="utf-8"))
+    known = json.loads((files("sdpo_conformance.specs.claas.defects") / "sources.json").read_text(encoding="utf-8"))
     assert cited == set(known)
     for reference, entry in known.items():
         repository, number = reference.split("#")

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.evidence.diagnosis_score import measure, random_pairs
 
-from sdpo_conformance import defects
-from sdpo_conformance.cases import LossCase, recorded_cases
-from sdpo_conformance.defects.model import Defect, Implementation, entries, replacing
-from sdpo_conformance.defects.parts import Parts, jensen_shannon
+from sdpo_conformance.cases.loss_case import LossCase, recorded_cases
 from sdpo_conformance.diagnosis import diagnose, diagnose_run
-from sdpo_conformance.diagnosis.measure import measure, random_pairs
 from sdpo_conformance.diagnosis.observed import Observed, values_of
 from sdpo_conformance.diagnosis.run import NO_MATCH, quality
-from sdpo_conformance.execution import evaluate
-from sdpo_conformance.failures import save_observed
-from sdpo_conformance.judgement import compare
+from sdpo_conformance.judging.call import evaluate
+from sdpo_conformance.judging.compare import compare
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.records import Record, Status
-from sdpo_conformance.requirements import Level
-from sdpo_conformance.suite.entries import ALL
+from sdpo_conformance.report.records import Record, Status
+from sdpo_conformance.reproduction.failure import save_observed
+from sdpo_conformance.specs.claas import defects
+from sdpo_conformance.specs.claas.defects.defect import Defect, Implementation, entries, replacing
+from sdpo_conformance.specs.claas.defects.loss_parts import Parts, jensen_shannon
+from sdpo_conformance.specs.claas.rules.aspects import ALL
+from sdpo_conformance.specs.requirement import Level
 
 LOSS = Capability.LOSS
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.evidence.mutation import Score, Task, main, named_requirement, score, summarise, tasks
 
-from sdpo_conformance import defects
-from sdpo_conformance.defects.mutation import Score, Task, main, named_requirement, score, summarise, tasks
 from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs.claas import defects
 
 ONE_OF_EACH_FAMILY = (
     "tail-bucket",

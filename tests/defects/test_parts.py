@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sdpo_conformance.cases import LossCase, recorded_cases
-from sdpo_conformance.defects.model import Implementation, entries
-from sdpo_conformance.defects.parts import Parts
-from sdpo_conformance.execution import evaluate
-from sdpo_conformance.judgement import compare
-from sdpo_conformance.profiles import PROFILES
+from sdpo_conformance.cases.loss_case import LossCase, recorded_cases
+from sdpo_conformance.judging.call import evaluate
+from sdpo_conformance.judging.compare import compare
+from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
-from sdpo_conformance.requirements import Requirement, load_all
-from sdpo_conformance.subject import Subject
-from sdpo_conformance.suite.entries import ALL
+from sdpo_conformance.specs.claas.defects.defect import Implementation, entries
+from sdpo_conformance.specs.claas.defects.loss_parts import Parts
+from sdpo_conformance.specs.claas.rules.aspects import ALL
+from sdpo_conformance.specs.requirement import Requirement, load_all
 
 RIGHT = Implementation("right", entries(Parts(), tuple(c for c in Capability if c is not Capability.DISTILL)))
 

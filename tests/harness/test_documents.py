@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from docs.pages.spec_page import updated
 
-from sdpo_conformance.report.spec_page import updated
-from sdpo_conformance.requirements import Level, load_all
+from sdpo_conformance.specs.requirement import Level, load_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,10 +36,10 @@ def test_every_requirement_says_why_and_whence() -> None:
 
 def test_the_spec_page_is_current() -> None:
     page = (ROOT / "docs" / "spec.md").read_text()
-    assert updated(page) == page, "run python -m sdpo_conformance.report.spec_page docs/spec.md"
+    assert updated(page) == page, "run python -m docs.pages.spec_page docs/spec.md"
 
 
-@pytest.mark.parametrize("package", ["protocol", "oracle", "defects"])
+@pytest.mark.parametrize("package", ["protocol", "specs.claas.oracle", "specs.claas.defects"])
 def test_the_lower_layers_import_no_pytest(package: str) -> None:
     probe = f"import sys, sdpo_conformance.{package}; assert 'pytest' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)

@@ -169,11 +169,11 @@ def test_results_are_plain_json(judge: Any) -> None:
 
 
 def test_a_failure_of_the_suite_itself_is_no_verdict() -> None:
-    from sdpo_conformance.loading import Implementation
+    from sdpo_conformance.judging.implementation import Implementation
     from sdpo_conformance.protocol import Capability, Claims
-    from sdpo_conformance.records import Record, Status
+    from sdpo_conformance.report.records import Record, Status
     from sdpo_conformance.report.results import verdict
-    from sdpo_conformance.requirements import Level
+    from sdpo_conformance.specs.requirement import Level
 
     records = [
         Record("IS-1", "compute_sdpo_loss", Level.MUST, Status.PASSED),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_conformance import RunError, run
-from sdpo_conformance.loading import LoadingError, load_implementation
+from sdpo_conformance.judging.implementation import LoadingError, load_implementation
 from sdpo_conformance.protocol import Capability
 
 

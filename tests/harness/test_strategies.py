@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from sdpo_conformance.cases import LossCase
-from sdpo_conformance.oracle.loss import upcast
+from sdpo_conformance.cases.loss_case import LossCase
+from sdpo_conformance.inputs import EVERYTHING, loss_cases
 from sdpo_conformance.protocol import DTYPES, Capability
-from sdpo_conformance.strategies import EVERYTHING, loss_cases
-from sdpo_conformance.tolerances import expectations
+from sdpo_conformance.specs.claas.bounds import expectations
+from sdpo_conformance.specs.claas.oracle.loss import upcast
 
 EXAMPLES = 600
 SHARE = {

@@ -12,7 +12,7 @@ from sdpo_conformance.matrix.cells import rows_of
 from sdpo_conformance.matrix.columns import Column, Standing
 from sdpo_conformance.matrix.page import page
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.requirements import FAMILIES, load_all
+from sdpo_conformance.specs.requirement import FAMILIES, load_all
 
 CREATED = "2026-01-02T03:04:05Z"
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"

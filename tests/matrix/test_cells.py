@@ -9,7 +9,7 @@ import pytest
 
 from sdpo_conformance.matrix.cells import CellStatus, cell_of, rows_of, selects, tally
 from sdpo_conformance.matrix.columns import Column, Standing
-from sdpo_conformance.requirements import load_all
+from sdpo_conformance.specs.requirement import load_all
 
 LOSS, FUSED = "compute_sdpo_loss", "compute_fused_sdpo_loss"
 Make = Callable[..., Column]

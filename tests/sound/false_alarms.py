@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from sdpo_conformance.profiles import PROFILES
+from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -32,10 +32,10 @@ def judge(name: str, entry: Capability, profile: str, seed: int) -> tuple[int, l
     """Examples judged and alarms raised by one entry of one implementation."""
     import torch
 
-    from sdpo_conformance.execution import ImplementationError
-    from sdpo_conformance.judgement import Disagreement
-    from sdpo_conformance.requirements import load_all
-    from sdpo_conformance.subject import Subject
+    from sdpo_conformance.judging.call import ImplementationError
+    from sdpo_conformance.judging.compare import Disagreement
+    from sdpo_conformance.judging.examples import Subject
+    from sdpo_conformance.specs.requirement import load_all
 
     torch.set_num_threads(1)
     module = importlib.import_module(f"{__package__}.{name}")

@@ -9,12 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from sdpo_conformance.execution import ImplementationError
-from sdpo_conformance.judgement import Disagreement
-from sdpo_conformance.profiles import PROFILES
+from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
-from sdpo_conformance.requirements import load_all
-from sdpo_conformance.subject import Subject
+from sdpo_conformance.specs.requirement import load_all
 
 from .false_alarms import methods
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from sdpo_conformance.oracle.step_loop import AdamW
-from sdpo_conformance.trainer.bounds import bounds_of
-from sdpo_conformance.trainer.explanations import MISTAKES
-from sdpo_conformance.trainer.gradients import furthest
-from sdpo_conformance.trainer.ground import Moment, Weights, ground_of
+from sdpo_conformance.specs.claas.oracle.step_loop import AdamW
+from sdpo_conformance.specs.claas.step_loop.explanations import MISTAKES
+from sdpo_conformance.specs.claas.step_loop.gradients import furthest
+from sdpo_conformance.specs.claas.step_loop.ground import Moment, Weights, ground_of
+from sdpo_conformance.specs.claas.step_loop.step_bounds import bounds_of
 from sdpo_conformance.trainer.scenarios import BFLOAT16, SCENARIOS, samples_of
 
 VISIBLE = 3.0

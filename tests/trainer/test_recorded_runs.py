@@ -14,8 +14,8 @@ peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from sdpo_conformance.oracle.step_loop import step_loop  # noqa: E402
 from sdpo_conformance.protocol import Sample, TrainingConfig  # noqa: E402
+from sdpo_conformance.specs.claas.oracle.step_loop import step_loop  # noqa: E402
 
 CASES = Path(__file__).parents[2] / "cases" / "trainer"
 MANIFEST = json.loads((CASES / "manifest.json").read_text())

@@ -13,12 +13,12 @@ import pytest
 import torch
 from variants import DEFECTIVE, SOUND
 
-from sdpo_conformance.execution import ImplementationError
-from sdpo_conformance.judgement import Disagreement
-from sdpo_conformance.profiles import PROFILES
+from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
-from sdpo_conformance.requirements import load_all
-from sdpo_conformance.subject import Subject
+from sdpo_conformance.specs.requirement import load_all
 
 STEPS = [found for found in load_all().values() if found.family == "STEP"]
 MUSTS = [found for found in STEPS if found.level == "MUST"]

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from sdpo_conformance.protocol import Sample, TrainingConfig
-from sdpo_conformance.trainer.findings import findings
+from sdpo_conformance.specs.claas.step_loop.findings import findings
 from sdpo_conformance.trainer.models import LORA_RANK, ModelSpec, adapter_weights, build, frozen_weights
 from sdpo_conformance.trainer.observation import run
 from sdpo_conformance.trainer.scenarios import BFLOAT16, SCENARIOS, UNRECORDED, samples_of

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.defects import trainer_variants as right
-from sdpo_conformance.defects.parts import Parts
-from sdpo_conformance.defects.trainer_variants import Prepared, Run, TrainerParts, logprobs, topk, trainer
 from sdpo_conformance.protocol import SDPOLossInput
+from sdpo_conformance.specs.claas.defects import step_loop_variants as right
+from sdpo_conformance.specs.claas.defects.loss_parts import Parts
+from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, Run, TrainerParts, logprobs, topk, trainer
 
 
 def do_nothing(run: Run) -> None:

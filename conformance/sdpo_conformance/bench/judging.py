@@ -25,12 +25,12 @@ from sdpo_conformance.bench.truth import (
     work_inputs,
 )
 from sdpo_conformance.bench.workloads import Direction, Work
-from sdpo_conformance.cases import LossCase, recorded_cases
-from sdpo_conformance.execution import ImplementationError, evaluate
-from sdpo_conformance.judgement import GRADIENT, Disagreement, compare
-from sdpo_conformance.loading import Implementation
+from sdpo_conformance.cases.loss_case import LossCase, recorded_cases
+from sdpo_conformance.judging.call import ImplementationError, evaluate
+from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare
+from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.protocol import DTYPES, METRIC_KEYS, Capability
-from sdpo_conformance.tolerances import expectations
+from sdpo_conformance.specs.claas.bounds import expectations
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def checked_cases(implementation: Implementation, entry: Capability) -> list[Los
 
 def distill_nonconformity(implementation: Implementation, device: str) -> str:
     """What a scenario of several samples and steps finds."""
-    from sdpo_conformance.trainer.findings import findings
+    from sdpo_conformance.specs.claas.step_loop.findings import findings
     from sdpo_conformance.trainer.observation import run
     from sdpo_conformance.trainer.scenarios import SCENARIOS, within_claims
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdpo_conformance.bench.inputs import Inputs
 from sdpo_conformance.bench.workloads import Work
-from sdpo_conformance.loading import LoadingError
+from sdpo_conformance.judging.implementation import LoadingError
 
 LossOf = Callable[[Inputs], Tensor]
 

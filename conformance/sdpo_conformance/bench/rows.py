@@ -20,8 +20,8 @@ from sdpo_conformance.bench.memory import peak_mib
 from sdpo_conformance.bench.subjects import NotOffered, Subject, bind, load
 from sdpo_conformance.bench.truth import work_inputs
 from sdpo_conformance.bench.workloads import Direction, Work
-from sdpo_conformance.execution import ImplementationError, implementation_errors
-from sdpo_conformance.loading import Implementation, LoadingError
+from sdpo_conformance.judging.call import ImplementationError, implementation_errors
+from sdpo_conformance.judging.implementation import Implementation, LoadingError
 from sdpo_conformance.protocol import Capability
 
 MEASURED, FAILED, NOT_OFFERED, NOT_RUN, UNAVAILABLE = "measured", "failed", "not offered", "not run", "unavailable"

@@ -12,8 +12,8 @@ from torch import Tensor
 from sdpo_conformance.bench.inputs import Inputs
 from sdpo_conformance.bench.peers import COMPILE, PEERS, other_objective
 from sdpo_conformance.bench.workloads import Direction, Work
-from sdpo_conformance.execution import as_mapping, implementation_errors
-from sdpo_conformance.loading import Implementation, load_implementation
+from sdpo_conformance.judging.call import as_mapping, implementation_errors
+from sdpo_conformance.judging.implementation import Implementation, load_implementation
 from sdpo_conformance.protocol import (
     Capability,
     Claims,

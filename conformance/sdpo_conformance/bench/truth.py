@@ -21,10 +21,10 @@ from torch import Tensor
 
 from sdpo_conformance.bench.inputs import Inputs, inputs_of
 from sdpo_conformance.bench.workloads import Work
-from sdpo_conformance.oracle import LossTruth, sdpo_loss
-from sdpo_conformance.oracle.eager import EagerLoss, eager_loss
 from sdpo_conformance.protocol import DTYPES, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
-from sdpo_conformance.tolerances import EAGER_FACTOR, FLOAT_FACTOR
+from sdpo_conformance.specs.claas.bounds import EAGER_FACTOR, FLOAT_FACTOR
+from sdpo_conformance.specs.claas.oracle import LossTruth, sdpo_loss
+from sdpo_conformance.specs.claas.oracle.eager import EagerLoss, eager_loss
 
 SLICE_ELEMENTS = 2**22
 """float64 logits judged: 27 tokens of a vocabulary of 152,000."""

@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sdpo_conformance.cases import LossCase
-from sdpo_conformance.defects.model import Defect
+from sdpo_conformance.cases.loss_case import LossCase
 from sdpo_conformance.diagnosis.observed import Observed
 from sdpo_conformance.diagnosis.prediction import NO_FIT, Fit
-from sdpo_conformance.execution import ImplementationError
-from sdpo_conformance.judgement import Disagreement
-from sdpo_conformance.profiles import PROFILES
+from sdpo_conformance.inputs import Corner
+from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Claims
-from sdpo_conformance.requirements import load_all
-from sdpo_conformance.strategies import Corner
-from sdpo_conformance.subject import Subject
+from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.requirement import load_all
 
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.defects import catalogue
-from sdpo_conformance.defects.dialects import Dialect
 from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
 from sdpo_conformance.diagnosis.observed import Observed
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.records import Record, Status, read_records
+from sdpo_conformance.report.records import Record, Status, read_records
+from sdpo_conformance.specs.claas.defects import catalogue
+from sdpo_conformance.specs.claas.defects.dialects import Dialect
 
 MOST_EQUIVALENTS = 3
 """How many indistinguishable defects a line names."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from sdpo_conformance.matrix.cells import rows_of, tally
 from sdpo_conformance.matrix.columns import Column
-from sdpo_conformance.requirements import Level
+from sdpo_conformance.specs.requirement import Level
 
 LABEL = "CLaaS SDPO"
 

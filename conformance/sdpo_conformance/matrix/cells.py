@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from sdpo_conformance.matrix.columns import Column, Standing
-from sdpo_conformance.requirements import FAMILIES, load_all
+from sdpo_conformance.specs.requirement import FAMILIES, load_all
 
 
 class CellStatus(StrEnum):

@@ -51,7 +51,7 @@ def matrix(
     from sdpo_conformance.matrix.gather import gather
     from sdpo_conformance.matrix.table import print_matrix
     from sdpo_conformance.report.progress import progress_on_terminal
-    from sdpo_conformance.running import RunError
+    from sdpo_conformance.running.process import RunError
 
     options = {
         "profile": profile,
@@ -82,9 +82,9 @@ def matrix(
 
 def check_requested(profile: str, dtypes: Sequence[str], only: Sequence[str], call_timeout: float) -> None:
     """A mistaken option is one line, not one in each column; raises ValueError."""
-    from sdpo_conformance.profiles import PROFILES
+    from sdpo_conformance.judging.profiles import PROFILES
     from sdpo_conformance.protocol_names import DTYPE_NAMES
-    from sdpo_conformance.requirements import load_all, selected
+    from sdpo_conformance.specs.requirement import load_all, selected
 
     if profile not in PROFILES:
         raise ValueError(f"no profile {profile!r}; profiles: {', '.join(PROFILES)}")

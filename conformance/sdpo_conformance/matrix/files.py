@@ -11,8 +11,8 @@ from sdpo_conformance.matrix.badge import badge
 from sdpo_conformance.matrix.cells import Row
 from sdpo_conformance.matrix.columns import Column
 from sdpo_conformance.matrix.page import page
-from sdpo_conformance.records import write_json
-from sdpo_conformance.run_folder import folder_name
+from sdpo_conformance.report.records import write_json
+from sdpo_conformance.running.folder import folder_name
 
 
 def write_matrix(

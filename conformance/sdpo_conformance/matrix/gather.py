@@ -10,8 +10,8 @@ from typing import Any
 
 from sdpo_conformance.matrix.columns import Column, Standing
 from sdpo_conformance.matrix.provenance import version_of
-from sdpo_conformance.run_folder import default_folder
-from sdpo_conformance.running import Progress, RunError, run
+from sdpo_conformance.running.folder import default_folder
+from sdpo_conformance.running.process import Progress, RunError, run
 
 FORMAT = 1
 """The version of results.json and of matrix.json that is read here."""

@@ -19,7 +19,7 @@ from typing import Any
 from sdpo_conformance.matrix.cells import Cell, CellStatus, Row, cell_of, tally
 from sdpo_conformance.matrix.columns import Column
 from sdpo_conformance.report.results import ENTRY_WORDS
-from sdpo_conformance.requirements import FAMILIES
+from sdpo_conformance.specs.requirement import FAMILIES
 
 MARKS = {
     CellStatus.PASSED: "✓",

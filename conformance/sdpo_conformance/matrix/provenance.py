@@ -7,7 +7,7 @@ import importlib.util
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
-from sdpo_conformance.loading import BUNDLED
+from sdpo_conformance.judging.implementation import BUNDLED
 
 OWN = "sdpo-conformance"
 ADAPTERS = "adapters."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from sdpo_conformance.requirements import FAMILIES, Requirement, load_all, selected
+from sdpo_conformance.specs.requirement import FAMILIES, Requirement, load_all, selected
 
 
 def explanations(name: str) -> list[Text]:

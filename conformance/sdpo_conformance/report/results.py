@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.diagnosis import diagnose_run
-from sdpo_conformance.loading import Implementation
+from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.records import BAD, Record, Status
-from sdpo_conformance.requirements import FAMILIES, Level, load_all
+from sdpo_conformance.report.records import BAD, Record, Status
+from sdpo_conformance.specs.requirement import FAMILIES, Level, load_all
 
 FORMAT = 1
 

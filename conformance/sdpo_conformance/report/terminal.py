@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.records import Status
-from sdpo_conformance.requirements import FAMILIES, Level
+from sdpo_conformance.report.records import Status
+from sdpo_conformance.specs.requirement import FAMILIES, Level
 
 SHOWN_FAILURES = 8
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.execution import ImplementationError, implementation_errors
+from sdpo_conformance.judging.call import ImplementationError, implementation_errors
 from sdpo_conformance.protocol import Sample, StepMetrics, TrainingConfig
 from sdpo_conformance.trainer.models import adapter_weights, build, frozen_weights
 from sdpo_conformance.trainer.recording import RecordedStep, StepRecorder

@@ -1,0 +1,116 @@
+"""Hidden states in front of an output head, for the entries that score or rank a vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from torch import Tensor
+
+from sdpo_conformance.inputs.choices import HypothesisSource, SeededSource, Source
+
+LENGTHS = (2, 3, 5, 7, 9, 12, 17)
+LONG = (9, 17, 33, 63, 65, 127, 129, 200, 257, 513)
+"""Past chunks of 8 to 512 tokens, never a multiple of them."""
+
+VOCABULARIES = (5, 2, 16, 17, 33, 67, 130, 257, 1000, 2049)
+WIDTHS = (4, 1, 7, 16, 33, 64)
+LAYOUTS = ("contiguous", "contiguous", "sliced", "transposed", "strided")
+"""As for the loss; a trainer passes the slice of the hidden states that predicts the response."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadCase:
+    """``hidden`` (B, T, H) and ``head`` (V, H) of one dtype, ``response_ids`` (B, T) int64, and ``k``;
+    ``layout``: how they lie in memory when handed over."""
+
+    hidden: Tensor
+    head: Tensor
+    response_ids: Tensor
+    k: int
+    layout: str = "contiguous"
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        b, t, h = self.hidden.shape
+        dtype = str(self.hidden.dtype).removeprefix("torch.")
+        layout = "" if self.layout == "contiguous" else f", {self.layout}"
+        return f"B={b} T={t} V={self.head.shape[0]} H={h} k={self.k}, {dtype}{layout}"
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """B, T, V, H and K."""
+
+    b: int
+    t: int
+    v: int
+    h: int
+    k: int
+
+
+def draw_head_shape(source: Source, lengths: Sequence[int]) -> HeadShape:
+    """Small shapes, with responses of one of ``lengths``."""
+    t = source.pick(list(lengths))
+    v = source.pick(VOCABULARIES if t < 60 else VOCABULARIES[:8])
+    h = source.pick(WIDTHS)
+    b = source.integer(1, 3 if t < 60 else 2)
+    return HeadShape(b, t, v, h, source.pick((1, 2, 3, 10, 20, 100, v, v + 5, 0)))
+
+
+SCALES = (2.0, 0.5, 8.0, 30.0)
+
+
+def build_head_case(
+    source: Source, shape: HeadShape, dtypes: Sequence[torch.dtype], scales: Sequence[float] = SCALES
+) -> HeadCase:
+    """Logits of unit to large scale, sometimes far from zero, the likeliest tokens sometimes side by side."""
+    scale = source.pick(scales)
+    shift = source.pick((0.0, 0.0, 3.0))
+    dtype = source.pick(list(dtypes))
+    generator = torch.Generator().manual_seed(source.integer(0, 2**31 - 1))
+    hidden = torch.randn(shape.b, shape.t, shape.h, generator=generator) + shift
+    head = torch.randn(shape.v, shape.h, generator=generator) * scale / math.sqrt(shape.h)
+    if shape.h > 1 and source.pick((False, True)):
+        hidden[..., 0] = 1.0
+        head[:, 0] = torch.linspace(0, 4 * scale, shape.v)
+    ids = torch.randint(0, shape.v, (shape.b, shape.t), generator=generator)
+    if shape.t > 1:
+        ids[:, -1] = shape.v - 1
+    return HeadCase(hidden.to(dtype), head.to(dtype), ids, shape.k, source.pick(LAYOUTS))
+
+
+@st.composite
+def head_cases(draw: DrawFn, dtypes: Sequence[torch.dtype], lengths: Sequence[int]) -> HeadCase:
+    """Hypothesis's choice of the above."""
+    source = HypothesisSource(draw)
+    return build_head_case(source, draw_head_shape(source, lengths), dtypes)
+
+
+EDGES = (
+    *(HeadShape(2, 2, v, 8, k) for v, k in ((1024, 64), (4096, 20), (4099, 128), (8209, 257), (33001, 5), (70001, 3))),
+    *(HeadShape(2, 3, 37, h, 5) for h in (128, 257, 513, 1025, 4097)),
+    *(HeadShape(b, 2, 37, 8, 9) for b in (8, 9, 33)),
+    *(HeadShape(2, 2, 2049, 16, 300) for _ in range(4)),
+    HeadShape(2, 2, 1100, 16, 1025),
+)
+"""Vocabularies, hidden sizes, batches and supports past tiles or a whole number of them."""
+
+CHUNKED = tuple(HeadShape(2, t, 17, 8, 3) for t in (8, 16, 32, 64, 128, 256, 1024, *LONG[2:], 1025))
+
+
+def edge_cases(shapes: Sequence[HeadShape], dtypes: Sequence[torch.dtype], seed: int) -> Iterator[HeadCase]:
+    """Each shape once, in the layouts in turn, no part of the vocabulary negligible."""
+    for number, shape in enumerate(shapes):
+        case = build_head_case(SeededSource(f"{seed}/{number}"), shape, dtypes, SCALES[:2])
+        yield replace(case, layout=LAYOUTS[number % len(LAYOUTS)])
+
+
+def unlike(case: HeadCase) -> HeadCase:
+    """A case of the same shapes and ids whose log-probs all differ."""
+    return replace(case, hidden=case.hidden.flip(-1) * 0.5, head=case.head.roll(1, 0) * 0.75)

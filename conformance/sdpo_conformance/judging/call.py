@@ -1,0 +1,263 @@
+"""Calling an implementation on a case and taking down what it did: results, gradients, touched inputs.
+
+Whatever the implementation raises becomes ``ImplementationError``: a verdict, never a crash of the harness.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.cases.loss_case import LossCase, divergence_incoming
+from sdpo_conformance.protocol import Capability, FusedSDPOLossInput
+
+FLOATING = (
+    "student_logits",
+    "student_hidden",
+    "lm_head_weight",
+    "teacher_logprobs",
+    "base_logprobs",
+    "old_student_logprobs",
+)
+
+
+class ImplementationError(Exception):
+    """The implementation did not deliver: it raised, or what it returned cannot be read.
+
+    ``summary`` is one line; ``details`` the innermost frames of its traceback, or empty;
+    ``device_lost``: no further call can succeed in this process. ``case``: the input it happened on.
+    """
+
+    def __init__(self, summary: str, details: str = "", device_lost: bool = False) -> None:
+        super().__init__(summary)
+        self.case: LossCase | None = None
+        self.summary = summary
+        self.details = details
+        self.device_lost = device_lost
+
+
+class NotReported(ImplementationError):
+    """The result lacks a key."""
+
+
+@dataclass
+class Watchdog:
+    """Ends the process when one call lasts longer than ``seconds``, leaving a traceback in ``log``."""
+
+    seconds: float = 0.0
+    log: IO[str] | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        if not self.seconds or self.log is None:
+            yield
+            return
+        faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.log)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+WATCHDOG = Watchdog()
+"""The process's watchdog; off unless the plugin arms it."""
+
+
+@contextmanager
+def implementation_errors(doing: str) -> Iterator[None]:
+    """Turn whatever user code raises, sys.exit included, into ``ImplementationError``."""
+    try:
+        with WATCHDOG.watching():
+            yield
+    except (KeyboardInterrupt, ImplementationError):
+        raise
+    except BaseException as error:
+        if type(error).__module__.startswith("hypothesis"):
+            raise
+        text = " ".join(str(error).split()) or "no message"
+        kind = "called sys.exit" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
+        frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-3:])
+        lost = "CUDA error" in text or type(error).__name__ == "AcceleratorError"
+        raise ImplementationError(f"{doing} {kind}: {text[:300]}", "".join(frames), lost) from None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call did. ``result``: the mapping returned (or the (B, T) divergence under "divergence").
+    ``gradients`` by field, float64 on the CPU; None where none arrived. ``touched``: inputs it modified."""
+
+    result: Mapping[str, Any]
+    gradients: Mapping[str, Tensor | None]
+    touched: tuple[str, ...] = ()
+
+    def number(self, key: str) -> Tensor:
+        """A result as a float64 CPU tensor; raises NotReported where it is missing, ImplementationError where it
+        is no number."""
+        if key not in self.result:
+            raise NotReported(f"the result has no {key!r}; it has {sorted(map(str, self.result))}")
+        value = self.result[key]
+        if isinstance(value, Tensor):
+            if value.is_complex():
+                raise ImplementationError(f"{key} is complex")
+            return value.detach().to(device="cpu", dtype=torch.float64)
+        try:
+            return torch.tensor(float(value), dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise ImplementationError(f"{key} is no number but a {type(value).__name__}") from None
+
+
+def lay_out(tensor: Tensor, layout: str, key: str) -> Tensor:
+    """The same values in another memory layout: a view that is not contiguous, or does not start at 0."""
+    if layout.startswith("odd:"):
+        layout = "transposed" if layout == f"odd:{key}" else "contiguous"
+    if tensor.dim() < 2:
+        return tensor
+    if layout == "transposed":
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "strided":
+        wide = tensor.new_zeros(*tensor.shape[:-1], 2 * tensor.shape[-1])
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+    if layout == "offset":
+        taller = torch.cat([tensor[:1], tensor], dim=0).contiguous() if tensor.shape[0] else tensor
+        return taller[1:] if tensor.shape[0] else tensor
+    if layout == "sliced" and tensor.shape[1]:
+        return torch.cat([tensor[:, :1], tensor, tensor[:, -1:]], dim=1)[:, 1:-1]
+    if layout == "expanded" and tensor.shape[0] > 1 and all(tensor[0].equal(row) for row in tensor[1:]):
+        return tensor[:1].contiguous().expand_as(tensor)
+    return tensor
+
+
+def materialise(case: LossCase, device: str, requires_grad: bool = True) -> Any:
+    """The case's input on ``device`` in its layout, fresh tensors, the differentiable fields asking for
+    gradients."""
+    fields: dict[str, Any] = {}
+    for key, tensor in case.tensors().items():
+        fresh = lay_out(tensor.detach().clone().to(device), case.layout, key)
+        if requires_grad and key in case.differentiable:
+            fresh = fresh.detach().requires_grad_()
+        fields[key] = fresh
+    return replace(case.loss_input, **fields)
+
+
+def as_mapping(returned: Any) -> Mapping[str, Any]:
+    """The result mapping of a loss entry."""
+    if not isinstance(returned, Mapping):
+        raise ImplementationError(
+            f"returned a {type(returned).__name__}, expected a mapping with loss, distill_loss, kl_reg, "
+            "mean_is_ratio and clip_fraction"
+        )
+    return returned
+
+
+def call_entry(function: Callable[..., Any], entry: Capability, loss_input: Any) -> Mapping[str, Any]:
+    """Call a loss or divergence entry; the divergence comes back under "divergence"."""
+    with implementation_errors(f"{entry.value}"):
+        if entry is Capability.DIVERGENCE:
+            returned = function(
+                loss_input.student_hidden,
+                loss_input.lm_head_weight,
+                loss_input.teacher_logprobs,
+                loss_input.teacher_indices,
+                loss_input.training.alpha,
+            )
+        else:
+            returned = function(loss_input)
+    if entry is not Capability.DIVERGENCE:
+        return as_mapping(returned)
+    if not isinstance(returned, Tensor):
+        raise ImplementationError(f"returned a {type(returned).__name__}, expected a (B, T) tensor")
+    expected = tuple(loss_input.student_hidden.shape[:2])
+    if tuple(returned.shape) != expected:
+        raise ImplementationError(f"returned shape {tuple(returned.shape)}, expected (B, T) = {expected}")
+    return {"divergence": returned}
+
+
+def differentiable_output(result: Mapping[str, Any], entry: Capability) -> Tensor:
+    """The tensor whose gradient is asked for; raises ImplementationError where it carries no graph."""
+    key = "divergence" if entry is Capability.DIVERGENCE else "loss"
+    output = result.get(key)
+    if not isinstance(output, Tensor):
+        raise ImplementationError(f"{key} is a {type(output).__name__}, expected a tensor to differentiate")
+    if entry is not Capability.DIVERGENCE and output.dim() != 0:
+        raise ImplementationError(f"loss has shape {tuple(output.shape)}, expected 0-dim")
+    if not output.requires_grad:
+        raise ImplementationError(f"{key} carries no graph although the student asks for a gradient")
+    return output
+
+
+def incoming_gradient(case: LossCase, entry: Capability, output: Tensor) -> Tensor:
+    """The gradient that the harness sends into ``output``."""
+    if entry is Capability.DIVERGENCE:
+        return divergence_incoming(case).to(output)
+    return torch.full_like(output, case.incoming)
+
+
+def gradients_of(loss_input: Any, case: LossCase, entry: Capability, output: Tensor) -> dict[str, Tensor | None]:
+    """Backward through one output; gradients by field as float64 on the CPU."""
+    leaves = [getattr(loss_input, key) for key in case.differentiable]
+    with implementation_errors("backward"):
+        found = torch.autograd.grad(output, leaves, incoming_gradient(case, entry, output), allow_unused=True)
+        if output.is_cuda:
+            torch.cuda.synchronize(output.device)
+    gradients: dict[str, Tensor | None] = {}
+    for key, leaf, gradient in zip(case.differentiable, leaves, found, strict=True):
+        if gradient is not None and gradient.shape != leaf.shape:
+            raise ImplementationError(
+                f"the gradient to {key} has shape {tuple(gradient.shape)}, not {tuple(leaf.shape)}"
+            )
+        gradients[key] = None if gradient is None else gradient.detach().to("cpu", torch.float64)
+    return gradients
+
+
+def touched_inputs(case: LossCase, loss_input: Any) -> tuple[str, ...]:
+    """The inputs whose values differ from the case's, bit for bit (NaN equal to NaN)."""
+    touched = []
+    for key, before in case.tensors().items():
+        after = getattr(loss_input, key)
+        same = (
+            isinstance(after, Tensor)
+            and after.shape == before.shape
+            and after.dtype == before.dtype
+            and bool(torch.equal(torch.nan_to_num(after.detach().cpu()), torch.nan_to_num(before)))
+        )
+        if not same:
+            touched.append(key)
+    return tuple(touched)
+
+
+def evaluate(
+    function: Callable[..., Any],
+    entry: Capability,
+    case: LossCase,
+    device: str = "cpu",
+    gradient: bool = True,
+) -> Outcome:
+    """One forward and, unless ``gradient`` is off, one backward on fresh tensors."""
+    loss_input = materialise(case, device, requires_grad=gradient)
+    result = call_entry(function, entry, loss_input)
+    gradients: dict[str, Tensor | None] = {}
+    if gradient:
+        gradients = gradients_of(loss_input, case, entry, differentiable_output(result, entry))
+    with implementation_errors(entry.value):
+        frozen = {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in result.items()}
+        touched = touched_inputs(case, loss_input)
+    return Outcome(frozen, gradients, touched)
+
+
+def is_fused_entry(entry: Capability) -> bool:
+    """Whether an entry takes hidden states."""
+    return entry in (Capability.FUSED, Capability.DIVERGENCE)
+
+
+def assert_entry_matches(entry: Capability, case: LossCase) -> None:
+    """A programming error of the harness: a case for another entry."""
+    if is_fused_entry(entry) != isinstance(case.loss_input, FusedSDPOLossInput):
+        raise TypeError(f"{entry.value} does not take this case")

@@ -1,0 +1,147 @@
+"""Finding an implementation by the name a user gives.
+
+``pkg.module``, ``pkg.module:object``, ``path/to/file.py`` (``:object`` likewise), a bundled name
+(``reference``, ``triton_fused``, ``adapters.NAME``) or ``defect:NAME``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.protocol import SIGNATURES, Capability, Claims
+
+BUNDLED = ("reference", "triton_fused")
+
+
+class LoadingError(Exception):
+    """No implementation can be had under this name; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """``target`` as the user named it; ``offered`` what conformance can call in it."""
+
+    target: str
+    object: Any
+    offered: tuple[Capability, ...]
+    claims: Claims
+
+
+def load_implementation(target: str) -> Implementation:
+    """Import ``target`` and see what it offers; raises LoadingError. ``sys.exit`` at import included."""
+    found = _find(target)
+    offered = tuple(capability for capability in Capability if callable(getattr(found, capability.value, None)))
+    if not offered:
+        names = ", ".join(capability.value for capability in SIGNATURES)
+        raise LoadingError(
+            f"{target} offers nothing conformance can call: looked for {names}; "
+            "'sdpo-conformance init' writes a ten-line adapter to start from"
+        )
+    try:
+        claims = Claims.read(getattr(found, "SDPO_CLAIMS", None))
+    except ValueError as error:
+        raise LoadingError(f"{target}: {error}") from None
+    return Implementation(target, found, offered, claims)
+
+
+def _find(target: str) -> Any:
+    if not target.strip():
+        raise LoadingError("--impl is empty: expected a module, module:object, a .py file or a bundled name")
+    if target.startswith("defect:"):
+        return _defect(target.removeprefix("defect:"))
+    name, _, attribute = _split(target)
+    if name.endswith(".py") or "/" in name:
+        module = _from_file(Path(name))
+    elif name in BUNDLED or name.startswith("adapters."):
+        module = _import(f"sdpo_implementations.{name}", target)
+    else:
+        module = _import(name, target)
+    for part in attribute.split(".") if attribute else ():
+        if not hasattr(module, part):
+            raise LoadingError(f"{target}: {name} has no attribute {attribute!r}")
+        module = getattr(module, part)
+    return module
+
+
+def _split(target: str) -> tuple[str, str, str]:
+    drive = 2 if len(target) > 2 and target[1] == ":" and target[2] in "/\\" else 0
+    name, colon, attribute = target[drive:].partition(":")
+    return target[:drive] + name, colon, attribute
+
+
+def _defect(name: str) -> Any:
+    from sdpo_conformance.specs.claas import defects
+
+    try:
+        return defects.load(name)
+    except KeyError:
+        raise LoadingError(f"no catalogued defect {name!r}; 'sdpo-conformance defects' lists the names") from None
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        what = "is a folder, expected a .py file" if path.is_dir() else "does not exist"
+        raise LoadingError(f"{path} {what} (looked in {Path.cwd()})")
+    if path.suffix != ".py":
+        raise LoadingError(f"{path} is not a .py file; name a module with dots, or a file ending in .py")
+    unique = f"_sdpo_impl_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(unique, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    with _import_errors(str(path)):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _import(name: str, target: str) -> Any:
+    with _import_errors(target):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if name != missing and not name.startswith(missing + "."):
+                raise
+            searched = list(dict.fromkeys(entry or "." for entry in sys.path if "zip" not in entry))[:4]
+            raise LoadingError(
+                f"no module {missing!r} for --impl={target}; searched {', '.join(searched)}, ...; install it, add "
+                "--with=PATH_OR_REQUIREMENT, or name a .py file"
+            ) from None
+        except TypeError as error:
+            if name.startswith("."):
+                raise LoadingError(f"{target} is a relative module name; give the full dotted path") from error
+            raise
+
+
+class _import_errors:
+    """Turns whatever a user's module raises at import into one line."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, LoadingError | KeyboardInterrupt):
+            return
+        if isinstance(error, ImportError) and type(error).__name__ == "NotInstalled":
+            raise LoadingError(str(error)) from None
+        frame = trace
+        while frame.tb_next is not None:
+            frame = frame.tb_next
+        where = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
+        if isinstance(error, SyntaxError) and error.filename:
+            where = f"{Path(error.filename).name}:{error.lineno}"
+        text = " ".join(str(error).split()) or "no message"
+        raise LoadingError(f"importing {self.target} raised {type(error).__name__} at {where}: {text[:300]}") from error

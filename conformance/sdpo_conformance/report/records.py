@@ -1,0 +1,84 @@
+"""What a run leaves on disk: one JSON record per requirement and entry, written by whichever process ran it.
+
+Files, not memory, because the process may die of the implementation: what is missing at the end was lost to a
+crash, and ``last_case`` says on which input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.specs.requirement import Level
+
+
+class Status(StrEnum):
+    """Verdict of one requirement through one entry."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    EXPECTED_FAILURE = "expected failure"
+    UNEXPECTED_PASS = "unexpected pass"
+    NOT_JUDGED = "not judged"
+    INTERNAL_ERROR = "internal error"
+
+
+BAD = (Status.FAILED, Status.UNEXPECTED_PASS)
+
+
+@dataclass(frozen=True)
+class Record:
+    """``failure`` holds aspect, expected, got, detail, words (the input in words), secondary, probe, and
+    ``files`` relative to the run's folder."""
+
+    requirement: str
+    entry: str
+    level: Level
+    status: Status
+    reason: str = ""
+    examples: int = 0
+    rejected: int = 0
+    recorded: int = 0
+    seconds: float = 0.0
+    out_of_time: bool = False
+    failure: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return record_key(self.requirement, self.entry)
+
+
+def record_key(requirement: str, entry: str) -> str:
+    """File stem of a record: the id, and the entry where it is not the plain loss."""
+    short = {"compute_sdpo_loss": "", "compute_fused_sdpo_loss": "fused", "compute_divergence": "divergence"}
+    suffix = short.get(entry, "")
+    return f"{requirement}-{suffix}" if suffix else requirement
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Store one record under ``folder``/records."""
+    write_json(folder / "records" / f"{record.key}.json", asdict(record))
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """Every record under ``folder``/records by key."""
+    records = {}
+    for path in sorted((folder / "records").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["level"], content["status"] = Level(content["level"]), Status(content["status"])
+        record = Record(**content)
+        records[record.key] = record
+    return records

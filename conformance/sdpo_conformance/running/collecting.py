@@ -1,0 +1,111 @@
+"""At the end of a run: records together, what a crash lost, the diagnosis, and results.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.cases.loss_case import LossCase
+from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.protocol import DTYPES, Capability
+from sdpo_conformance.report.records import Record, Status, read_records, record_key, write_json, write_record
+from sdpo_conformance.report.results import results_of
+from sdpo_conformance.reproduction.failure import failure_of
+from sdpo_conformance.running.folder import RESULTS
+from sdpo_conformance.specs.requirement import load_all
+
+
+def collect(run: Any) -> None:
+    """Write results.json for a finished session (``plugin.Session``)."""
+    folder: Path = run.folder
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    for entry in plan:
+        key = record_key(entry["requirement"], entry["entry"])
+        if not (folder / "records" / f"{key}.json").exists():
+            write_record(folder, lost_record(run, entry["requirement"], Capability(entry["entry"]), key))
+    records = read_records(folder)
+    ordered = [records[record_key(entry["requirement"], entry["entry"])] for entry in plan]
+    order = list(load_all())
+    ordered.sort(key=lambda record: (list(Capability).index(Capability(record.entry)), order.index(record.requirement)))
+    dtypes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "dtypes").glob("*.json"))]
+    results = results_of(
+        run.implementation,
+        ordered,
+        run={
+            "device": run.device,
+            "device_name": device_name(run.device),
+            "dtypes": [name for name in DTYPES if any(name in kept for kept, _ in dtypes)],
+            "refused_dtypes": {name: why for _, refused in dtypes for name, why in refused.items()},
+            "profile": run.profile.name,
+            "seed": run.seed,
+            "only": list(run.only),
+            "seconds": round(time.time() - run.started, 2),
+            "versions": versions(),
+        },
+        folder=folder,
+    )
+    write_json(folder / RESULTS, results)
+
+
+def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> Record:
+    """The verdict on a requirement whose process died: it failed, and the last input is the reproduction."""
+    found = load_all()[requirement_id]
+    running = run.folder / "running" / f"{key}.json"
+    log = ""
+    if running.exists():
+        pid = json.loads(running.read_text(encoding="utf-8"))["pid"]
+        path = run.folder / "crashes" / f"{pid}.log"
+        log = path.read_text(encoding="utf-8") if path.exists() else ""
+    error = ImplementationError(cause_of_death(log, entry, running.exists()), "\n".join(log.splitlines()[:12]))
+    case = running.with_suffix(".safetensors")
+    if case.exists():
+        error.case = LossCase.load(case)
+    expected = run.implementation.claims.expected_failures.get(requirement_id, "")
+    return Record(
+        requirement=requirement_id,
+        entry=entry.value,
+        level=found.level,
+        status=Status.EXPECTED_FAILURE if expected else Status.FAILED,
+        reason=expected,
+        failure=failure_of(run.folder, run.target, run.device, found, entry, error),
+    )
+
+
+def cause_of_death(log: str, entry: Capability, started: bool) -> str:
+    """One line from what faulthandler left."""
+    first = log.strip().splitlines()[0] if log.strip() else ""
+    if first.startswith("Timeout"):
+        limit = first.partition("(")[2].partition(")")[0]
+        return f"{entry.value} did not return within {limit} (a hang; --call-timeout sets the limit)"
+    if first.startswith("Fatal Python error"):
+        return f"{entry.value} crashed the process: {first.removeprefix('Fatal Python error: ')}"
+    if not started:
+        return f"{entry.value} was not reached: its worker process kept dying"
+    return f"{entry.value} ended the process without a word (os._exit, or killed from outside)"
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's architecture."""
+    if not device.startswith("cuda"):
+        return platform.machine()
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def versions() -> dict[str, str]:
+    """What decides about reproducibility."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("sdpo-conformance", "hypothesis", "triton", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

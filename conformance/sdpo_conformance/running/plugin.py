@@ -1,0 +1,273 @@
+"""The pytest plugin: ``pytest -p sdpo_conformance.running.plugin --pyargs <the rules of a spec> --impl=...``.
+
+Loads the implementation, makes one test per requirement and entry, isolates crashes in worker processes
+(pytest-xdist), and leaves a record of each verdict in the run's folder. Not an entry point: it would put its
+options into every run of a user's environment.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from sdpo_conformance.judging.profiles import PROFILES
+from sdpo_conformance.protocol import DTYPES, Capability
+from sdpo_conformance.report.records import Record, Status, record_key, write_json, write_record
+from sdpo_conformance.running.folder import ERROR, default_folder, start_afresh
+
+SESSION = pytest.StashKey["Session"]()
+
+
+class Session:
+    """What one process knows of the run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from sdpo_conformance.judging.implementation import LoadingError, load_implementation
+
+        option = config.option
+        self.worker = hasattr(config, "workerinput")
+        self.target: str = option.impl
+        self.folder = Path(option.out) if option.out else default_folder(self.target)
+        self.profile = PROFILES[option.profile]
+        self.seed: int = option.seed
+        self.device: str = option.device
+        self.asked: tuple[str, ...] = tuple(option.dtype or ())
+        self.only: tuple[str, ...] = tuple(option.only or ())
+        self.started = time.time()
+        self.dtypes: dict[Capability, tuple[tuple[str, ...], dict[str, str]]] = {}
+        self.crash_log: IO[str] | None = None
+        if not self.worker:
+            try:
+                start_afresh(self.folder)
+            except ValueError as error:
+                raise pytest.UsageError(str(error)) from None
+        try:
+            self.check_device()
+            self.implementation = load_implementation(self.target)
+            self.check_claims()
+        except LoadingError as error:
+            (self.folder / ERROR).write_text(f"{error}\n", encoding="utf-8")
+            raise pytest.UsageError(str(error)) from None
+
+    def check_device(self) -> None:
+        from sdpo_conformance.judging.implementation import LoadingError
+
+        if not self.device.startswith("cuda"):
+            return
+        import torch
+
+        if not torch.cuda.is_available():
+            raise LoadingError("--device=cuda: torch sees no CUDA device here; use --device=cpu, or run on a GPU box")
+
+    def check_claims(self) -> None:
+        from sdpo_conformance.judging.implementation import LoadingError
+        from sdpo_conformance.specs.requirement import load_all
+
+        claims = self.implementation.claims
+        kind = self.device.partition(":")[0]
+        if claims.devices is not None and kind not in claims.devices:
+            raise LoadingError(
+                f"{self.target} claims the devices {', '.join(claims.devices)} in SDPO_CLAIMS; name one with --device"
+            )
+        if unknown := sorted(set(claims.expected_failures) - set(load_all())):
+            raise LoadingError(f"{self.target}: SDPO_CLAIMS expects failures of unknown requirements {unknown}")
+
+    def arm(self, seconds: float) -> None:
+        """Leave a trace of crashes and hangs; one thread, because workers share the cores."""
+        import torch
+
+        from sdpo_conformance.judging.call import WATCHDOG
+
+        folder = self.folder / "crashes"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.crash_log = (folder / f"{os.getpid()}.log").open("w", encoding="utf-8")
+        faulthandler.enable(self.crash_log)
+        WATCHDOG.seconds, WATCHDOG.log = seconds, self.crash_log
+        torch.set_num_threads(1)
+
+    def dtypes_of(self, entry: Capability) -> tuple[tuple[str, ...], dict[str, str]]:
+        from sdpo_conformance.judging.dtypes import dtypes_for
+
+        if entry not in self.dtypes:
+            found = dtypes_for(self.implementation, entry, self.device, self.asked)
+            write_json(self.folder / "dtypes" / f"{entry.value}.json", found)
+            self.dtypes[entry] = found
+        return self.dtypes[entry]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sdpo-conformance")
+    group.addoption("--impl", default="reference", help="module, module:object, .py file, or a bundled name")
+    group.addoption("--profile", default="default", choices=list(PROFILES), help="how many examples")
+    group.addoption("--seed", default=0, type=int, help="reproduces a run")
+    group.addoption("--device", default="cpu", help="cpu, cuda or cuda:N")
+    group.addoption("--dtype", action="append", choices=list(DTYPES), help="judge only in this dtype (repeatable)")
+    group.addoption("--only", action="append", help="a requirement or a family, such as IS (repeatable)")
+    group.addoption("--out", default="", help="folder for results; default .sdpo-conformance/IMPL")
+    group.addoption("--jobs", default=0, type=int, help="worker processes; 0: one per core, at most 8")
+    group.addoption("--call-timeout", default=120.0, type=float, help="seconds one call of the implementation may take")
+
+
+def jobs_for(asked: int, device: str) -> int:
+    """Worker processes: never none, for the implementation may crash."""
+    limit = 4 if device.startswith("cuda") else 8
+    return asked if asked > 0 else max(1, min(os.cpu_count() or 1, limit))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
+    """Ask xdist for workers before it looks at its options."""
+    if config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
+        if getattr(config.option, "numprocesses", None) is None:
+            config.option.numprocesses = jobs_for(config.option.jobs, config.option.device)
+        if getattr(config.option, "maxworkerrestart", None) is None:
+            config.option.maxworkerrestart = "1000"
+    return (yield)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    session = Session(config)
+    config.stash[SESSION] = session
+    if session.worker or not getattr(config.option, "numprocesses", None):
+        session.arm(config.option.call_timeout)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    found = getattr(metafunc.function, "requirement", None)
+    if found is None or "subject" not in metafunc.fixturenames:
+        return
+    offered = metafunc.config.stash[SESSION].implementation.offered
+    entries = [entry for entry in found.capabilities if entry in offered]
+    metafunc.parametrize("subject", entries or [None], ids=[e.value for e in entries] or ["absent"], indirect=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from sdpo_conformance.specs.requirement import load_all, selected
+
+    session = config.stash[SESSION]
+    try:
+        wanted = selected(load_all(), session.only)
+    except ValueError as error:
+        (session.folder / ERROR).write_text(f"{error}\n", encoding="utf-8")
+        raise pytest.UsageError(str(error)) from None
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    for item in items:
+        found = requirement_of(item)
+        absent = item.name.endswith("[absent]")
+        (kept if found is not None and found.id in wanted and not absent else dropped).append(item)
+    items[:] = kept
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+    plan = [{"requirement": requirement_of(item).id, "entry": entry_of_item(item).value} for item in kept]
+    write_json(session.folder / "plan.json", plan)
+
+
+def requirement_of(item: pytest.Item) -> Any:
+    return getattr(getattr(item, "function", None), "requirement", None)
+
+
+def entry_of_item(item: Any) -> Capability:
+    return Capability(item.callspec.params["subject"])
+
+
+@pytest.fixture
+def subject(request: pytest.FixtureRequest) -> Any:
+    """The implementation's entry that this test judges."""
+    from sdpo_conformance.judging.examples import Subject
+
+    session = request.config.stash[SESSION]
+    entry = Capability(request.param)
+    key = record_key(requirement_of(request.node).id, entry.value)
+    running = session.folder / "running"
+    running.mkdir(parents=True, exist_ok=True)
+    write_json(running / f"{key}.json", {"pid": os.getpid()})
+    dtypes, _ = session.dtypes_of(entry)
+    return Subject(
+        implementation=session.implementation.object,
+        entry=entry,
+        claims=session.implementation.claims,
+        profile=session.profile,
+        seed=session.seed,
+        device=session.device,
+        dtypes=dtypes,
+        scratch=running / f"{key}.safetensors",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Turn what the check did into a record."""
+    found = requirement_of(pyfuncitem)
+    if found is None:
+        return (yield)
+    from sdpo_conformance.judging.call import ImplementationError
+    from sdpo_conformance.judging.compare import Disagreement
+    from sdpo_conformance.reproduction.failure import failure_of
+
+    session = pyfuncitem.config.stash[SESSION]
+    subject: Any = pyfuncitem.funcargs["subject"]
+    expected = session.implementation.claims.expected_failures.get(found.id, "")
+    status, reason = Status.PASSED, ""
+    failure: dict[str, Any] = {}
+    error: BaseException | None = None
+    try:
+        result = yield
+        if expected:
+            status, reason = Status.UNEXPECTED_PASS, f"claimed to fail: {expected}"
+    except (Disagreement, ImplementationError) as raised:
+        error = raised
+        failure = failure_of(session.folder, session.target, session.device, found, subject.entry, raised)
+        status, reason = (Status.EXPECTED_FAILURE, expected) if expected else (Status.FAILED, "")
+    except pytest.skip.Exception as skipped:
+        status, reason, error = Status.NOT_JUDGED, str(skipped.msg), skipped
+    except Exception as bug:
+        status, error = Status.INTERNAL_ERROR, bug
+        reason = f"{type(bug).__name__}: {bug}"[:500]
+    tally = subject.tally
+    record = Record(
+        requirement=found.id,
+        entry=subject.entry.value,
+        level=found.level,
+        status=status,
+        reason=reason or tally.note,
+        examples=tally.examples,
+        rejected=tally.rejected,
+        recorded=tally.recorded,
+        seconds=round(tally.seconds, 3),
+        out_of_time=tally.out_of_time,
+        failure=failure,
+    )
+    write_record(session.folder, record)
+    for suffix in (".json", ".safetensors"):
+        (session.folder / "running" / f"{record.key}{suffix}").unlink(missing_ok=True)
+    if isinstance(error, ImplementationError) and error.device_lost:
+        os._exit(70)
+    if status is Status.EXPECTED_FAILURE:
+        pytest.xfail(reason)
+    if status is Status.UNEXPECTED_PASS:
+        pytest.fail(f"{found.id} passed, but SDPO_CLAIMS says: {expected}", pytrace=False)
+    if isinstance(error, pytest.skip.Exception) or status is Status.INTERNAL_ERROR:
+        assert error is not None
+        raise error
+    if error is not None:
+        pytest.fail(f"{found.id}: {found.statement}\n{failure['summary']}", pytrace=False)
+    return result
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In the controlling process, put the records together."""
+    run = session.config.stash.get(SESSION, None)
+    if run is None or run.worker or session.config.option.collectonly or not (run.folder / "plan.json").exists():
+        return
+    from sdpo_conformance.running.collecting import collect
+
+    collect(run)

@@ -1,0 +1,83 @@
+"""The catalogue of known ways to get CLaaS SDPO wrong, each with an executable form. Imports no pytest."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from sdpo_conformance.specs.claas.defects.defect import Defect, Implementation, combine
+from sdpo_conformance.specs.claas.defects.sources import Citation
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FAMILIES = (
+    "divergence",
+    "reverse_kl",
+    "importance",
+    "anchor",
+    "reduction",
+    "plumbing",
+    "numerics",
+    "fused",
+    "hidden_states",
+    "trainer",
+)
+"""The catalogue's modules, in the order of the spec."""
+
+
+@cache
+def catalogue() -> Mapping[str, Defect]:
+    """Every defect by name, in the order of the families. Needs no transformers or peft."""
+    return MappingProxyType({defect.name: defect for family in FAMILIES for defect in of_family(family)})
+
+
+def of_family(family: str) -> tuple[Defect, ...]:
+    """The defects of one family."""
+    from importlib import import_module
+
+    defects: tuple[Defect, ...] = import_module(f"sdpo_conformance.specs.claas.defects.wrong_{family}").DEFECTS
+    return defects
+
+
+class UnknownDefectError(KeyError):
+    """No defect has this name; the message is one line for the user."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def find(name: str) -> Defect:
+    """A defect, or ``one+other`` for two at once, or a dialect; raises UnknownDefectError."""
+    from sdpo_conformance.specs.claas.defects.dialects import DIALECTS
+
+    known = {**catalogue(), **{dialect.name: dialect for dialect in DIALECTS}}
+    if "+" in name:
+        first, second = name.split("+", 1)
+        return combine(find(first), find(second))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UnknownDefectError(f"no defect is called {name!r}{hint}")
+    return known[name]
+
+
+def load(name: str) -> Implementation:
+    """The executable form of a defect, as ``--impl=defect:NAME`` takes it; raises UnknownDefectError."""
+    return find(name).implementation()
+
+
+__all__ = [
+    "FAMILIES",
+    "Citation",
+    "Defect",
+    "Implementation",
+    "UnknownDefectError",
+    "catalogue",
+    "combine",
+    "find",
+    "load",
+    "of_family",
+]

@@ -1,0 +1,190 @@
+"""What the LP and TK requirements share: calling the entry, and saying where its numbers are wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdpo_conformance.inputs.heads import HeadCase, unlike
+from sdpo_conformance.judging.call import ImplementationError, implementation_errors, lay_out
+from sdpo_conformance.judging.compare import Disagreement, number, worst
+from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.reproduction.loss_program import environment, location
+from sdpo_conformance.specs.claas.bounds import Expectation
+from sdpo_conformance.specs.requirement import Requirement
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+"""Hidden states, head and response ids."""
+
+
+def score(subject: Subject, case: HeadCase, tensors: Tensors | None = None) -> Tensor:
+    """Call compute_response_logprobs on ``tensors``, or on fresh ones; a (B, T) floating tensor."""
+    found = called(subject, case, tensors, lambda hidden, head, ids: subject.function(hidden, head, ids))
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise ImplementationError(f"returned a {type(found).__name__}, expected a floating (B, T) tensor")
+    if found.shape != case.response_ids.shape:
+        shape = tuple(case.response_ids.shape)
+        raise ImplementationError(f"returned shape {tuple(found.shape)}, expected (B, T) = {shape}")
+    return found
+
+
+def rank(subject: Subject, case: HeadCase, tensors: Tensors | None = None) -> tuple[Tensor, Tensor]:
+    """Call compute_teacher_topk on ``tensors``, or on fresh ones; log-probs and integer indices of one shape
+    (B, T, K)."""
+    found = called(subject, case, tensors, lambda hidden, head, _: subject.function(hidden, head, case.k))
+    if not isinstance(found, (tuple, list)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
+        raise ImplementationError(f"returned a {type(found).__name__}, expected (logprobs, indices)")
+    logprobs, indices = found
+    k = min(max(1, case.k), case.head.shape[0])
+    shape = (*case.hidden.shape[:2], k)
+    for name, tensor in (("logprobs", logprobs), ("indices", indices)):
+        if tensor.shape != shape:
+            raise ImplementationError(f"{name} has shape {tuple(tensor.shape)}, expected (B, T, K) = {shape}")
+    if indices.is_floating_point() or not logprobs.is_floating_point():
+        kinds = f"{logprobs.dtype} and {indices.dtype}"
+        raise ImplementationError(f"expected floating log-probs and integer indices, got {kinds}")
+    return logprobs, indices
+
+
+def called(subject: Subject, case: HeadCase, tensors: Tensors | None, call: Callable[..., Any]) -> Any:
+    """What the entry returns for ``tensors``, or for fresh ones in the case's layout. One that refuses a layout with
+    an error is given a contiguous copy: only wrong numbers count against it."""
+    try:
+        with implementation_errors(subject.entry.value):
+            return call(*(tensors or on_device(subject, case)))
+    except ImplementationError:
+        if tensors is not None or case.layout == "contiguous":
+            raise
+    with implementation_errors(subject.entry.value):
+        return call(*on_device(subject, replace(case, layout="contiguous")))
+
+
+def on_device(subject: Subject, case: HeadCase, requires_grad: bool = False) -> Tensors:
+    """Fresh hidden states, head and response ids where the run takes place, laid out as the case says."""
+    hidden, head, ids = (
+        lay_out(tensor.detach().clone().to(subject.device), case.layout, "").detach()
+        for tensor in (case.hidden, case.head, case.response_ids)
+    )
+    return hidden.requires_grad_(requires_grad), head.requires_grad_(requires_grad), ids
+
+
+def judge_two_calls(
+    subject: Subject,
+    case: HeadCase,
+    call: Callable[[HeadCase, Tensors], Any],
+    judge: Callable[[HeadCase, Any], object],
+) -> None:
+    """Two calls on the same tensor objects, hidden states and head changed in place in between as an optimizer step
+    changes them: the second result is that of the new values, and the first is still that of the old."""
+    case = replace(case, layout="contiguous")
+    tensors, other = on_device(subject, case), unlike(case)
+    first = call(case, tensors)
+    with torch.no_grad():
+        tensors[0].copy_(other.hidden)
+        tensors[1].copy_(other.head)
+    second = call(other, tensors)
+    for one, result, before, after, words in (
+        (other, second, case, None, "after the same tensors were changed in place"),
+        (case, first, None, other, "once a second call was made"),
+    ):
+        try:
+            judge(one, result)
+        except Disagreement as found:
+            found.detail = f"{found.detail}; {words}" if found.detail else words
+            found.extra["reproduction"] = partial(write_reproduction, one, found, before=before, after=after)
+            raise
+
+
+def judge_untouched(subject: Subject, case: HeadCase, call: Callable[[HeadCase, Tensors], Any]) -> Any:
+    """The result of a call on tensors that ask for a gradient; the call left them as they were."""
+    case = replace(case, layout="contiguous")
+    tensors = on_device(subject, case, requires_grad=True)
+    result = call(case, tensors)
+    for name, tensor, given in zip(
+        ("hidden", "head", "response_ids"), tensors, (case.hidden, case.head, case.response_ids), strict=True
+    ):
+        if not torch.equal(tensor.detach().cpu(), given):
+            raise disagreement(case, f"{name} after the call", "the values passed in", "other values")
+    return result
+
+
+def compare(case: HeadCase, aspect: str, expectation: Expectation, got: Tensor, detail: str = "") -> None:
+    """Raise a Disagreement at the element that is furthest beyond its bound."""
+    got = got.detach().to("cpu", torch.float64)
+    excess, where = worst(expectation, got)
+    if excess > 1:
+        place = ", ".join(map(str, where))
+        raise disagreement(
+            case,
+            f"{aspect}[{place}]",
+            number(float(expectation.value[where])),
+            number(float(got[where])),
+            detail=detail,
+            excess=excess,
+        )
+
+
+def disagreement(
+    case: HeadCase, aspect: str, expected: str, got: str, detail: str = "", excess: float = float("inf")
+) -> Disagreement:
+    """A disagreement that knows its input in words and how to write it as a program."""
+    found = Disagreement(aspect, expected, got, probe="head", detail=detail, excess=excess)
+    found.extra["words"] = case.words
+    found.extra["reproduction"] = partial(write_reproduction, case, found)
+    return found
+
+
+def write_reproduction(
+    case: HeadCase,
+    found: Disagreement,
+    folder: Path,
+    requirement: Requirement,
+    target: str,
+    device: str,
+    before: HeadCase | None = None,
+    after: HeadCase | None = None,
+) -> str:
+    """Write ID.py and ID.safetensors into ``folder``; the name of the program. ``before`` and ``after``: what the
+    entry is called on first, on the same tensors, or next."""
+    entry = requirement.capabilities[0]
+    program = (
+        environment()
+        .get_template("head_reproduction.py.jinja")
+        .render(
+            requirement=requirement,
+            target=target,
+            disagreement=found,
+            entry=entry.value,
+            ranks=entry is Capability.TEACHER_TOPK,
+            words=case.words,
+            stem=requirement.id,
+            device=json.dumps(device),
+            k=case.k,
+            layout=case.layout,
+            before=before is not None,
+            after=after is not None,
+            **location(target),
+        )
+    )
+    tensors = {"hidden": case.hidden, "head": case.head, "response_ids": case.response_ids}
+    if (other := before or after) is not None:
+        tensors |= {"other.hidden": other.hidden, "other.head": other.head}
+    save_file(
+        {name: t.clone().contiguous() for name, t in tensors.items()},
+        folder / f"{requirement.id}.safetensors",
+    )
+    path = folder / f"{requirement.id}.py"
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text(program, encoding="utf-8")
+    os.replace(partial_path, path)
+    return path.name

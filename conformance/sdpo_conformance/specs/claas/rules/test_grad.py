@@ -1,0 +1,361 @@
+"""GRAD: being a good citizen of autograd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.cases.loss_case import LAYOUTS, LossCase, divergence_incoming
+from sdpo_conformance.inputs import NEUTRAL
+from sdpo_conformance.judging.call import (
+    Outcome,
+    call_entry,
+    differentiable_output,
+    gradients_of,
+    implementation_errors,
+    incoming_gradient,
+    lay_out,
+    materialise,
+)
+from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare, gradient_disagreement
+from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs.claas.bounds import Expectation
+from sdpo_conformance.specs.claas.rules.aspects import ALL, DIVERGENCES
+from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
+
+SOURCE = f"{UPSTREAM} compute_sdpo_loss, and the contract of torch.autograd"
+BROAD = NEUTRAL.but(
+    alpha=("half", "inside", "one"),
+    ratio=("mild", "below", "above_cap"),
+    anchor=("off", "on"),
+    drift=("mild", "strong"),
+    mask=("full", "ragged"),
+    mass=("normal", "student_floor"),
+)
+DIVERGENCE_ONLY = NEUTRAL.but(mass=("normal", "student_floor"))
+
+
+def corner_of(subject: Subject) -> Any:
+    """The broad corner; for a bare divergence its part below alpha = 1."""
+    return DIVERGENCE_ONLY if subject.entry is Capability.DIVERGENCE else BROAD
+
+
+@requirement(
+    "GRAD-1",
+    Level.MUST,
+    "the gradient scales with the gradient that arrives at the result",
+    source=SOURCE,
+    why="gradient accumulation and loss scaling divide or multiply the loss: a kernel that computes its "
+    "gradient in forward and ignores what arrives trains at the wrong rate",
+    capabilities=DIVERGENCES,
+)
+def test_grad_1(subject: Subject) -> None:
+    corner = corner_of(subject).but(incoming=(0.25, -1.0, 3.0, 1000.0, 0.0, 65536.0))
+    subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,), control=unscaled(subject, case)))
+
+
+def unscaled(subject: Subject, case: LossCase) -> LossCase:
+    """The control: a gradient of 1 arrives; at a divergence, whose tokens get different ones, at one token alone."""
+    if subject.entry is not Capability.DIVERGENCE:
+        return replace(case, incoming=1.0)
+    token = next(case.tokens_alone())
+    return replace(token, incoming=1.0 / float(divergence_incoming(replace(token, incoming=1.0))))
+
+
+@requirement(
+    "GRAD-2",
+    Level.MUST,
+    "the loss reaches no input but the student's: teacher, base, old and mask, given without requires_grad, "
+    "get no gradient",
+    source="claas/training/distillation.py: all four are computed under no_grad",
+    why="a graph into the teacher keeps it alive and trains it",
+    capabilities=DIVERGENCES,
+)
+def test_grad_2(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        loss_input = materialise(case, subject.device)
+        output = output_of(subject, loss_input)
+        with implementation_errors("backward"):
+            output.backward(incoming_gradient(case, subject.entry, output))
+        for key in case.tensors():
+            if key in case.differentiable:
+                continue
+            tensor = getattr(loss_input, key)
+            if tensor.requires_grad or tensor.grad is not None:
+                raise Disagreement(
+                    f"{key} after backward",
+                    "no gradient, requires_grad False",
+                    f"requires_grad {tensor.requires_grad}, gradient {'set' if tensor.grad is not None else 'None'}",
+                    case=case,
+                    probe="frozen_inputs",
+                )
+
+    subject.for_all(corner_of(subject), check, share=0.3)
+
+
+@requirement(
+    "GRAD-3",
+    Level.MUST,
+    "no input is modified, by forward or by backward",
+    source=SOURCE,
+    why="a kernel that writes its gradient over the logits breaks whoever reads them next",
+    capabilities=DIVERGENCES,
+)
+def test_grad_3(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        outcome = subject.evaluate(case)
+        if outcome.touched:
+            raise Disagreement(
+                f"{', '.join(outcome.touched)} after the call",
+                "the values passed in",
+                "other values",
+                case=case,
+                outcome=outcome,
+                probe="unmodified",
+            )
+
+    corner = corner_of(subject).but(
+        mask=("ragged", "full", "fractional"),
+        layout=("contiguous", "transposed", "offset"),
+        incoming=(1.0, 3.0),
+    )
+    subject.for_all(corner, check)
+
+
+@requirement(
+    "GRAD-4",
+    Level.MUST,
+    "inputs, and the gradient that arrives at a divergence, may be non-contiguous, expanded, or views that start "
+    "inside their storage",
+    source="claas/training/distillation.py passes slices of logits; torch semantics",
+    why="a kernel that assumes strides reads the wrong tokens",
+    capabilities=DIVERGENCES,
+)
+def test_grad_4(subject: Subject) -> None:
+    corner = corner_of(subject).but(layout=tuple(layout for layout in LAYOUTS if layout != "contiguous"))
+
+    def check(case: LossCase) -> None:
+        subject.agrees(case, ALL, control=replace(case, layout="contiguous"))
+        if subject.entry is Capability.DIVERGENCE:
+            incoming_laid_out(subject, replace(case, trainable_head=False))
+
+    subject.for_all(corner, check)
+
+
+@requirement(
+    "GRAD-5",
+    Level.MUST,
+    "gradients accumulate, and two live graphs do not share buffers",
+    source=SOURCE,
+    why="CLaaS sums the losses of several samples before one backward: a reused buffer mixes them up",
+    capabilities=DIVERGENCES,
+)
+def test_grad_5(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        other = unlike(case)
+        if subject.expectations(case) is None or subject.expectations(other) is None:
+            return
+        inputs = [materialise(one, subject.device) for one in (case, other)]
+        results = [call_entry(subject.function, subject.entry, one) for one in inputs]
+        outputs = [differentiable_output(result, subject.entry) for result in results]
+        for index, one in enumerate((case, other)):
+            gradients = gradients_of(inputs[index], one, subject.entry, outputs[index])
+            outcome = Outcome(results[index], gradients)
+            found = compare(one, subject.entry, outcome, ALL)
+            if found is not None:
+                found.probe, found.detail = "two_graphs", found.detail or "with a second graph alive"
+                found.secondary = alone_is_wrong(subject, one)
+                found.extra["other"] = other if one is case else case
+                raise found
+        same_graph_twice(subject, case)
+        same_tensors_changed(subject, case, other)
+        leaf_input = materialise(case, subject.device)
+        for _ in range(2):
+            output = output_of(subject, leaf_input)
+            with implementation_errors("backward"):
+                output.backward(incoming_gradient(case, subject.entry, output))
+        doubled = replace(case, incoming=2 * case.incoming)
+        accumulated = {
+            key: None if (grad := getattr(leaf_input, key).grad) is None else grad.detach().to("cpu", torch.float64)
+            for key in case.differentiable
+        }
+        found = compare(doubled, subject.entry, Outcome({}, accumulated), (GRADIENT,))
+        if found is not None:
+            found.probe, found.detail = "accumulate", found.detail or "after two backward passes"
+            found.case = case
+            found.secondary = alone_is_wrong(subject, case)
+            raise found
+
+    subject.for_all(corner_of(subject).but(layout="contiguous"), check, share=0.4)
+
+
+@requirement(
+    "GRAD-6",
+    Level.MUST,
+    "under no_grad and inference_mode the values are the same and carry no graph",
+    source=SOURCE,
+    why="evaluation loops call the loss without gradients",
+    capabilities=DIVERGENCES,
+)
+def test_grad_6(subject: Subject) -> None:
+    aspects = tuple(aspect for aspect in ALL if aspect != GRADIENT)
+
+    def check(case: LossCase) -> None:
+        if subject.expectations(case) is None:
+            return
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                result = call_entry(subject.function, subject.entry, materialise(case, subject.device))
+                key = "divergence" if subject.entry is Capability.DIVERGENCE else "loss"
+                output = result.get(key)
+                if isinstance(output, Tensor) and output.requires_grad:
+                    raise Disagreement(
+                        f"{key} under {mode.__name__}",
+                        "no graph",
+                        "requires_grad",
+                        case=case,
+                        probe=mode.__name__,
+                    )
+                found = compare(case, subject.entry, Outcome(result, {}), aspects)
+            if found is not None:
+                found.probe = mode.__name__
+                found.secondary = alone_is_wrong(subject, case)
+                raise found
+
+    subject.for_all(corner_of(subject), check, share=0.3)
+
+
+@requirement(
+    "GRAD-7",
+    Level.SHOULD,
+    "the same input gives bitwise the same result and gradient",
+    source=SOURCE,
+    why="a run that cannot be repeated cannot be debugged",
+    capabilities=DIVERGENCES,
+)
+def test_grad_7(subject: Subject) -> None:
+    def check(case: LossCase) -> None:
+        first, second = subject.evaluate(case), subject.evaluate(case)
+        for key in first.result:
+            if not same(first.number(key), second.number(key)):
+                raise Disagreement(
+                    key,
+                    repr(float(first.number(key).reshape(-1)[0])),
+                    "another value",
+                    case=case,
+                    probe="repeat",
+                )
+        for key, gradient in first.gradients.items():
+            again = second.gradients[key]
+            if (gradient is None) != (again is None) or (
+                gradient is not None and again is not None and not same(gradient, again)
+            ):
+                raise Disagreement(
+                    f"gradient to {key}", "bitwise the same twice", "different", case=case, probe="repeat"
+                )
+
+    subject.for_all(corner_of(subject), check, share=0.3)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bitwise equality, NaN equal to NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def incoming_laid_out(subject: Subject, case: LossCase) -> None:
+    """The gradient that ``divergence.sum()`` sends, one number in memory, and a transposed one."""
+    expected = subject.expectations(case)
+    if expected is None:
+        return
+    usual = divergence_incoming(case)
+    for words in ("expanded", "transposed"):
+        loss_input = materialise(case, subject.device)
+        output = output_of(subject, loss_input)
+        if words == "expanded":
+            laid_out = usual[:1, :1].to(output).expand_as(output)
+        else:
+            laid_out = lay_out(usual.to(output), "transposed", "")
+        with implementation_errors("backward"):
+            (found,) = torch.autograd.grad(output, [loss_input.student_hidden], laid_out, allow_unused=True)
+        key, scale = "student_hidden", (laid_out.detach().cpu().double() / usual).unsqueeze(-1)
+        truth = expected.gradients[key]
+        gradient = None if found is None else found.detach().to("cpu", torch.float64)
+        scaled = Expectation(truth.value * scale, truth.bound * scale.abs())
+        wrong = gradient_disagreement(key, scaled, Outcome({}, {key: gradient}))
+        if wrong is not None:
+            wrong.case, wrong.probe = case, f"incoming_{words}"
+            wrong.detail = wrong.detail or f"the gradient that arrives is {words}"
+            raise wrong
+
+
+def same_graph_twice(subject: Subject, case: LossCase) -> None:
+    """Backward twice through one graph: an error is an answer, another gradient is not."""
+    twice = replace(case, incoming=-0.5)
+    loss_input = materialise(twice, subject.device)
+    output = output_of(subject, loss_input)
+    leaves = [getattr(loss_input, key) for key in twice.differentiable]
+    incoming = incoming_gradient(twice, subject.entry, output)
+    try:
+        torch.autograd.grad(output, leaves, incoming, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(output, leaves, incoming, allow_unused=True)
+    except Exception:
+        return
+    gradients = {
+        key: None if gradient is None else gradient.detach().to("cpu", torch.float64)
+        for key, gradient in zip(twice.differentiable, found, strict=True)
+    }
+    wrong = compare(twice, subject.entry, Outcome({}, gradients), (GRADIENT,))
+    if wrong is not None:
+        wrong.probe, wrong.detail = "backward_twice", wrong.detail or "at the second backward through one graph"
+        wrong.secondary = alone_is_wrong(subject, twice)
+        raise wrong
+
+
+def same_tensors_changed(subject: Subject, case: LossCase, other: LossCase) -> None:
+    """A second call on the same tensor objects, changed in place as an optimizer step changes the head."""
+    loss_input = materialise(case, subject.device)
+    gradients_of(loss_input, case, subject.entry, output_of(subject, loss_input))
+    with torch.no_grad():
+        for key, tensor in other.tensors().items():
+            getattr(loss_input, key).copy_(tensor)
+    loss_input = replace(loss_input, training=other.training)
+    result = call_entry(subject.function, subject.entry, loss_input)
+    gradients = gradients_of(loss_input, other, subject.entry, differentiable_output(result, subject.entry))
+    found = compare(other, subject.entry, Outcome(result, gradients), ALL)
+    if found is not None:
+        found.probe, found.detail = "changed_in_place", found.detail or "after the same tensors were changed in place"
+        found.secondary = alone_is_wrong(subject, other)
+        found.extra["other"] = case
+        raise found
+
+
+def unlike(case: LossCase) -> LossCase:
+    """A case of the same shapes and dtypes whose results and gradients all differ."""
+    fields = case.loss_input
+    tau = fields.teacher_logprobs
+    leading = "student_hidden" if case.fused else "student_logits"
+    other = case.with_fields(
+        **{leading: case.tensors()[leading] * 0.5},
+        teacher_logprobs=tau * 0.5,
+        base_logprobs=fields.base_logprobs - 0.5,
+        old_student_logprobs=fields.old_student_logprobs - 0.25,
+        teacher_indices=(fields.teacher_indices + 1) % case.vocabulary,
+        response_ids=(fields.response_ids + 1) % case.vocabulary,
+    )
+    if case.fused:
+        other = other.with_fields(lm_head_weight=case.tensors()["lm_head_weight"] * 0.75)
+    return replace(other.with_training(is_clip=case.training.is_clip * 0.5), incoming=2.0)
+
+
+def output_of(subject: Subject, loss_input: Any) -> Tensor:
+    """The differentiable output of one call."""
+    return differentiable_output(call_entry(subject.function, subject.entry, loss_input), subject.entry)
+
+
+def alone_is_wrong(subject: Subject, case: LossCase) -> bool:
+    """The control of rules about several graphs or modes: one plain call."""
+    return compare(case, subject.entry, subject.evaluate(case), ALL) is not None

@@ -1,0 +1,178 @@
+"""What the STEP requirements share: which runs they look at, and how a finding becomes a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.protocol import Sample, TrainingConfig
+from sdpo_conformance.reproduction.trainer_program import write_reproduction
+from sdpo_conformance.specs.claas.step_loop.findings import findings
+from sdpo_conformance.specs.claas.step_loop.unobserved import UNOBSERVED
+from sdpo_conformance.specs.requirement import Level
+from sdpo_conformance.trainer.observation import Observation, Refusal, attempt, observe
+from sdpo_conformance.trainer.scenarios import (
+    BFLOAT16,
+    SCENARIOS,
+    UNRECORDED,
+    Scenario,
+    in_dtype,
+    reseeded,
+    samples_of,
+    within_claims,
+)
+
+EXAMPLES_PER_ROUND = 200
+"""Of the profile's examples: each run tells a lot, and only deep profiles repeat them with other weights."""
+
+
+def require_packages() -> None:
+    """Not judged where the tiny models cannot be built."""
+    for package in ("transformers", "peft"):
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package} for the tiny models: install sdpo-conformance[trainer]")
+
+
+def needs_steps(subject: Subject, steps: int) -> None:
+    """Not judged where the implementation claims to take fewer."""
+    most = subject.claims.max_steps_per_batch
+    if most is not None and most < steps:
+        pytest.skip(f"claims max_steps_per_batch = {most}: usable with steps_per_batch up to {most} only")
+
+
+def scenarios(subject: Subject) -> Iterator[Scenario]:
+    """The scenarios within the dtypes and claims of the run; other seeds in deeper profiles."""
+    chosen: tuple[Scenario, ...] = ()
+    for name in ("float32", "float64"):
+        if name in subject.dtypes and not chosen:
+            chosen = tuple(in_dtype(scenario, name) for scenario in (*SCENARIOS, UNRECORDED))
+    if "bfloat16" in subject.dtypes:
+        chosen = (*chosen, BFLOAT16)
+    if not chosen:
+        pytest.skip(f"no trainer is judged in {', '.join(subject.dtypes)}: only float32, float64 and bfloat16")
+    rounds = max(1, subject.profile.examples // EXAMPLES_PER_ROUND)
+    for index in range(rounds):
+        for scenario in chosen:
+            yield reseeded(within_claims(scenario, subject.claims), subject.seed * rounds + index)
+
+
+def observations(subject: Subject) -> Iterator[Observation]:
+    """A run of the trainer on each scenario; one without recorded log-probs may be refused instead."""
+    require_packages()
+    for scenario in scenarios(subject):
+        unrecorded = any(sample.response_logprobs is None for sample in samples_of(scenario))
+        if unrecorded and refusal_of(subject, scenario, samples_of(scenario), scenario.training) is not None:
+            continue
+        subject.tally.examples += 1
+        yield observe(subject.function, scenario, subject.device, owner=subject.implementation)
+
+
+def judge_runs(subject: Subject, requirement_id: str) -> None:
+    """Raise the first finding that this requirement names, or else one that it is broken by as well."""
+    found: Disagreement | None = None
+    for observation in observations(subject):
+        if not observation.observed:
+            subject.tally.note = UNOBSERVED
+        for finding in findings(observation):
+            if finding.requirements[0] == requirement_id:
+                raise reproducible(finding.disagreement, observation)
+            if found is None and requirement_id in finding.requirements:
+                found = reproducible(finding.disagreement, observation)
+    if found is not None:
+        raise found
+
+
+def reproducible(disagreement: Disagreement, observation: Observation) -> Disagreement:
+    """The disagreement with its input in words and a way to write it as a program."""
+    disagreement.extra["words"] = observation.scenario.words
+    disagreement.extra["reproduction"] = partial(write_reproduction, observation.scenario, disagreement)
+    return disagreement
+
+
+# --- what a trainer must refuse ---
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """``words``: what is wrong with it; ``may_accept``: taking it is as right as refusing it."""
+
+    words: str
+    samples: tuple[Sample, ...]
+    training: TrainingConfig
+    may_accept: bool = False
+
+
+def refusal_of(
+    subject: Subject, scenario: Scenario, samples: Sequence[Sample], training: TrainingConfig
+) -> Refusal | None:
+    return attempt(subject.function, scenario, samples, training, subject.device)
+
+
+def bad_inputs(subject: Subject, scenario: Scenario, level: Level) -> Iterator[BadInput]:
+    """One good batch, spoilt in one way each; the last sample where possible, so that the first is done."""
+    training = scenario.training
+    *others, last = samples_of(scenario)
+    recorded = list(last.response_logprobs or ())
+
+    def spoilt(words: str, may_accept: bool = False, **changes: Any) -> BadInput:
+        return BadInput(words, (*others, replace(last, **changes)), training, may_accept)
+
+    if level is Level.MUST:
+        yield BadInput("no samples", (), training)
+        yield spoilt("response_logprobs one shorter than the response", response_logprobs=recorded[:-1])
+        yield spoilt("response_logprobs one longer than the response", response_logprobs=[*recorded, -1.0])
+        yield spoilt("response_logprobs of None", may_accept=True, response_logprobs=None)
+        if (most := subject.claims.max_steps_per_batch) is not None:
+            longer = replace(training, steps_per_batch=most + 1)
+            yield BadInput(f"steps_per_batch = {most + 1}, claimed at most {most}", (*others, last), longer)
+        return
+    yield spoilt("an empty response", response_token_ids=[], response_logprobs=[])
+    yield spoilt("an empty prompt", prompt_token_ids=[])
+    yield spoilt("an empty teacher prompt", teacher_prompt_token_ids=[])
+    yield spoilt("a NaN among response_logprobs", response_logprobs=[*recorded[:-1], float("nan")])
+    yield BadInput("steps_per_batch = 0", (*others, last), replace(training, steps_per_batch=0))
+    if not subject.device.startswith("cuda"):  # there an index out of range ends the process
+        outside = [*last.prompt_token_ids[:-1], scenario.model.vocabulary]
+        yield spoilt("a prompt token outside the vocabulary", prompt_token_ids=outside)
+
+
+def judge_refusals(subject: Subject, level: Level) -> None:
+    """Each bad input is refused with a ValueError and leaves the model as it was."""
+    require_packages()
+    scenario = within_claims(SCENARIOS[1], subject.claims)
+    for bad in bad_inputs(subject, scenario, level):
+        subject.tally.examples += 1
+        refusal = refusal_of(subject, scenario, bad.samples, bad.training)
+        got = complaint(refusal)
+        if not got or (refusal is None and bad.may_accept):
+            continue
+        words = f"{scenario.words}, with {bad.words}"
+        disagreement = Disagreement(
+            aspect=bad.words,
+            expected="a ValueError, nothing changed",
+            got=got,
+            probe="distill",
+            extra={"shows": "refusal", "scenario": scenario.name, "words": words},
+        )
+        changed = replace(scenario, training=bad.training)
+        disagreement.extra["reproduction"] = partial(write_reproduction, changed, disagreement, samples=bad.samples)
+        raise disagreement
+
+
+def complaint(refusal: Refusal | None) -> str:
+    """What is not as it should be about a refusal, or an empty string."""
+    if refusal is None:
+        return "no error"
+    if not isinstance(refusal.error, ValueError):
+        text = " ".join(str(refusal.error).split())[:200]
+        return f"{type(refusal.error).__name__}: {text}"
+    if refusal.changed:
+        return f"a ValueError, but {refusal.changed[0]}"
+    return ""

@@ -1,6 +1,0 @@
-"""Hypothesis strategies that reach the corners of the spec on purpose."""
-
-from sdpo_conformance.strategies.corners import EVERYTHING, NEUTRAL, Corner, visits
-from sdpo_conformance.strategies.loss import build_case, loss_cases
-
-__all__ = ["EVERYTHING", "NEUTRAL", "Corner", "build_case", "loss_cases", "visits"]

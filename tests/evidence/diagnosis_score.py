@@ -1,0 +1,177 @@
+"""How often the diagnosis is right: every catalogued defect, and pairs drawn at random.
+
+``python -m tests.evidence.diagnosis_score --pairs 30 --seed 0 --jobs 4 --json measured.json``
+
+A defect is diagnosed right when it is named, or is among those that cannot be told from what is named. A pair is
+right when both its defects are, in either order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
+from sdpo_conformance.diagnosis.observed import Observed, values_of
+from sdpo_conformance.judging.profiles import PROFILES
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs.claas.defects import catalogue, combine, find
+from sdpo_conformance.specs.claas.defects.defect import Defect
+
+BROAD = ("GJS-1", "GJS-9", "RKL-1", "IS-2", "IS-10", "KL-1", "RED-1", "RED-4")
+"""Requirements that every measured defect is judged by, besides those it violates."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``right``: named or equivalent; ``answer``: what was said, with ``equivalent`` ones; ``explained`` of
+    ``failures``, to a relative ``error``."""
+
+    defect: str
+    entry: str
+    right: bool
+    answer: str
+    equivalent: tuple[str, ...]
+    explained: int
+    failures: int
+    error: float
+    seconds: float
+
+
+def failures_of(defect: Defect, entry: Capability, seed: int) -> tuple[list[Observed], list[str]]:
+    """What the suite observes of a defect, and the requirements that held."""
+    from sdpo_conformance.cases.loss_case import LossCase
+    from sdpo_conformance.judging.call import ImplementationError
+    from sdpo_conformance.judging.compare import Disagreement
+    from sdpo_conformance.judging.examples import Subject
+    from sdpo_conformance.protocol import Claims
+    from sdpo_conformance.specs.requirement import load_all
+
+    profile = replace(PROFILES["quick"], shrink_seconds=0.3)
+    observed, held = [], []
+    wanted = dict.fromkeys((*defect.violates, *BROAD))
+    for name in wanted:
+        requirement = load_all().get(name)
+        if requirement is None or entry not in requirement.capabilities:
+            continue
+        subject = Subject(defect.implementation(), entry, Claims(), profile, seed, dtypes=DTYPES)
+        try:
+            subject.run(requirement)
+            held.append(name)
+        except Disagreement as found:
+            if isinstance(found.case, LossCase):
+                values = values_of(found.outcome) if found.outcome is not None else {}
+                observed.append(
+                    Observed(name, entry, found.case, values, found.probe, found.aspect, found.got, found.secondary)
+                )
+        except ImplementationError as found:
+            if isinstance(found.case, LossCase):
+                observed.append(Observed(name, entry, found.case, {}, "raises", entry.value, found.summary))
+        except BaseException as error:
+            if type(error).__name__ != "Skipped":
+                raise
+    return observed, held
+
+
+def names_of(answer: Diagnosis) -> set[frozenset[str]]:
+    """Every explanation that was given, as sets of defect names."""
+    given = {frozenset(defect.name for defect in answer.defects)}
+    return given | {frozenset(defect.name.split("+")) for defect in answer.equivalent}
+
+
+def measure(name: str, entry: Capability, seed: int) -> Measured:
+    """Judge, diagnose and compare."""
+    import torch
+
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    defect = find(name)
+    observed, held = failures_of(defect, entry, seed)
+    answer = diagnose(observed, held)
+    wanted = frozenset(name.split("+"))
+    return Measured(
+        defect=name,
+        entry=entry.value,
+        right=answer is not None and wanted in names_of(answer),
+        answer="no match" if answer is None else answer.name,
+        equivalent=() if answer is None else tuple(one.name for one in answer.equivalent),
+        explained=0 if answer is None else len(answer.explained),
+        failures=len(observed),
+        error=0.0 if answer is None else answer.error,
+        seconds=time.monotonic() - started,
+    )
+
+
+def random_pairs(count: int, seed: int) -> list[str]:
+    """Pairs of independent loss defects, each caught by a MUST, drawn without replacement."""
+    from sdpo_conformance.specs.requirement import Level, load_all
+
+    levels = {name: requirement.level for name, requirement in load_all().items()}
+    names = [
+        defect.name
+        for defect in catalogue().values()
+        if Capability.LOSS in defect.capabilities and levels.get(defect.violates[0]) is Level.MUST
+    ]
+    drawn: list[str] = []
+    generator = random.Random(seed)
+    while len(drawn) < count:
+        first, second = generator.sample(names, 2)
+        try:
+            combine(find(first), find(second))
+        except ValueError:
+            continue
+        if f"{first}+{second}" not in drawn:
+            drawn.append(f"{first}+{second}")
+    return drawn
+
+
+def measured(work: Sequence[tuple[str, Capability]], seed: int, jobs: int) -> Iterator[Measured]:
+    """Every measurement as it comes."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(measure, name, entry, seed) for name, entry in work]):
+            yield future.result()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m``; exit status 0 when every single defect is diagnosed right."""
+    parser = argparse.ArgumentParser(prog="tests.evidence.diagnosis_score")
+    parser.add_argument("--pairs", type=int, default=30, help="pairs drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the pairs and of the examples")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--entry", default=Capability.LOSS.value, choices=[c.value for c in Capability])
+    parser.add_argument("--only", action="append", help="only these defects")
+    parser.add_argument("--json", type=Path, help="write every measurement here")
+    options = parser.parse_args(arguments)
+    entry = Capability(options.entry)
+    singles = [name for name in options.only or catalogue() if entry in find(name).capabilities]
+    pairs = [] if options.only else random_pairs(options.pairs, options.seed)
+    found = []
+    for one in measured([(name, entry) for name in (*singles, *pairs)], options.seed, options.jobs):
+        found.append(one)
+        if not one.right:
+            print(f"{one.defect}: said {one.answer} ({one.explained} of {one.failures})", flush=True)
+    for kind, names in (("defects", singles), ("pairs", pairs)):
+        of_kind = [one for one in found if one.defect in names]
+        print(f"{kind}: {sum(one.right for one in of_kind)} of {len(of_kind)} diagnosed right")
+    if options.json:
+        content = {"seed": options.seed, "pairs": pairs, "measured": [asdict(one) for one in found]}
+        partial = options.json.with_name(options.json.name + ".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, options.json)
+    return 0 if all(one.right for one in found if one.defect in singles) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
