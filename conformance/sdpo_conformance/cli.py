@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,8 +52,25 @@ def run_command(
     out: Annotated[Path | None, typer.Option(help="folder for results; default .sdpo-conformance/IMPL")] = None,
     json: Annotated[Path | None, typer.Option(help="also write results.json here")] = None,
     junit: Annotated[Path | None, typer.Option(help="also write JUnit XML here")] = None,
+    mesh: Annotated[str, typer.Option(help="judge on ranks cut along dp, cp, tp: tp=2, or tp=2,dp=2")] = "",
 ) -> None:
     """Judge an implementation against the spec. Exit status: 0 conforming, 1 not, 2 could not run."""
+    if mesh or under_torchrun():
+        raise typer.Exit(
+            run_under_mesh(
+                implementation,
+                mesh,
+                profile,
+                seed,
+                device,
+                tuple(dtype or ()),
+                tuple(only or ()),
+                out,
+                call_timeout,
+                json,
+                junit,
+            )
+        )
     from rich.console import Console
 
     from sdpo_conformance.report.terminal import print_report
@@ -85,6 +103,67 @@ def run_command(
         console.width = 110
     print_report(report.results, report.folder, console)
     raise typer.Exit(report.exit_status)
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def run_under_mesh(
+    implementation: str,
+    mesh: str,
+    profile: str,
+    seed: int,
+    device: str,
+    dtypes: tuple[str, ...],
+    only: tuple[str, ...],
+    out: Path | None,
+    call_timeout: float,
+    json: Path | None,
+    junit: Path | None,
+) -> int:
+    """Judge on ranks and print the report; the exit status. Under torchrun the first process does, the others wait for
+    its end."""
+    from rich.console import Console
+
+    from sdpo_conformance.running.process import run
+
+    try:
+        if under_torchrun():
+            from sdpo_conformance.sharded.torchrun import checked_mesh, stand_by
+
+            checked_mesh(mesh)
+            if (status := stand_by()) is not None:
+                return status
+        with progress_bar() as progress:
+            report = run(
+                implementation, profile=profile, seed=seed, device=device, dtypes=dtypes, only=only, out=out,
+                call_timeout=call_timeout, progress=progress, mesh=mesh,
+            )  # fmt: skip
+        if json is not None:
+            write_copy(json, (report.folder / "results.json").read_text(encoding="utf-8"))
+        if junit is not None:
+            from sdpo_conformance.report.junit import junit_xml
+
+            write_copy(junit, junit_xml(report.results))
+    except (RunError, OSError) as error:
+        if under_torchrun():
+            from sdpo_conformance.sharded.torchrun import finished
+
+            finished(2)
+        raise fail(error) from None
+    from sdpo_conformance.sharded.sharded_report import print_sharded_report
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110
+    print_sharded_report(report.results, report.folder, console)
+    if under_torchrun():
+        from sdpo_conformance.sharded.torchrun import finished
+
+        finished(report.exit_status)
+    return report.exit_status
 
 
 @app.command()

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from sdpo_conformance.protocol_names import DTYPE_NAMES
+from sdpo_conformance.protocol_names import AXES, DTYPE_NAMES
 
 RATIO_LOG_CLAMP = 20.0
 """The log of the importance ratio, and the anchor's log-ratio, are clamped to +- this before exp."""
@@ -77,6 +77,29 @@ class FusedSDPOLossInput:
     old_student_logprobs: Tensor
     response_ids: Tensor
     training: TrainingConfig
+
+
+@dataclass(kw_only=True)
+class ShardedSDPOLossInput(SDPOLossInput):
+    """``SDPOLossInput`` on one rank of a ``DeviceMesh`` whose axes are some of dp, cp and tp.
+
+    tp: ``student_logits`` holds the columns of the ids from ``vocab_start`` on; ids from ``vocab_size`` on are
+    padding and count for nothing. All ids are global. dp, cp: the rows and positions of this rank.
+    """
+
+    mesh: Any
+    vocab_start: int
+    vocab_size: int
+
+
+@dataclass(kw_only=True)
+class ShardedFusedSDPOLossInput(FusedSDPOLossInput):
+    """``FusedSDPOLossInput`` on one rank: ``lm_head_weight`` holds the rows of the ids from ``vocab_start`` on, the
+    hidden states are whole on every rank of tp."""
+
+    mesh: Any
+    vocab_start: int
+    vocab_size: int
 
 
 class SDPOLossResult(TypedDict):
@@ -162,12 +185,16 @@ class Claims:
     ``dtypes``: those it supports (None: it says nothing, and a clear refusal counts as not supported).
     ``devices``: device types it runs on (None: any). ``max_steps_per_batch``: the most steps ``distill``
     takes (None: any). ``expected_failures``: requirement id -> reason; strict, an unexpected pass is reported.
+    ``mesh``: the axes out of dp, cp and tp that it can be cut along (None: it says nothing). ``dtensor``: tensors
+    that tp cuts, and those beside them, are to be handed over as DTensors.
     """
 
     dtypes: tuple[str, ...] | None = None
     devices: tuple[str, ...] | None = None
     max_steps_per_batch: int | None = None
     expected_failures: Mapping[str, str] = field(default_factory=dict)
+    mesh: tuple[str, ...] | None = None
+    dtensor: bool = False
 
     @classmethod
     def read(cls, declared: Any) -> Claims:
@@ -178,7 +205,7 @@ class Claims:
             return declared
         if not isinstance(declared, Mapping):
             raise ValueError(f"SDPO_CLAIMS must be a mapping, got {type(declared).__name__}")
-        known = {"dtypes", "devices", "max_steps_per_batch", "expected_failures"}
+        known = {"dtypes", "devices", "max_steps_per_batch", "expected_failures", "mesh", "dtensor"}
         if unknown := sorted(set(declared) - known):
             raise ValueError(f"SDPO_CLAIMS has unknown entries {unknown}; known: {sorted(known)}")
         dtypes = declared.get("dtypes")
@@ -196,9 +223,14 @@ class Claims:
             isinstance(key, str) and isinstance(reason, str) and reason.strip() for key, reason in failures.items()
         ):
             raise ValueError("SDPO_CLAIMS['expected_failures'] must map requirement ids to non-empty reasons")
+        mesh = declared.get("mesh")
+        if mesh is not None and (isinstance(mesh, str) or not set(mesh) <= set(AXES)):
+            raise ValueError(f"SDPO_CLAIMS['mesh'] must list some of {list(AXES)}, got {mesh!r}")
         return cls(
             dtypes=dtypes,
             devices=None if devices is None else tuple(str(device) for device in devices),
             max_steps_per_batch=steps,
             expected_failures=dict(failures),
+            mesh=None if mesh is None else tuple(mesh),
+            dtensor=bool(declared.get("dtensor", False)),
         )

@@ -85,8 +85,9 @@ def run(
     out: str | Path | None = None,
     call_timeout: float = 120.0,
     progress: Progress | None = None,
+    mesh: str = "",
 ) -> Report:
-    """Judge ``implementation`` and return the report.
+    """Judge ``implementation`` and return the report; with ``mesh`` ("tp=2,dp=2"), on the ranks of such a mesh.
 
     Raises RunError where nothing could be judged: unknown module, no CUDA, a bad option.
     """
@@ -96,6 +97,13 @@ def run(
         raise RunError(f"no dtype {bad[0]!r}; dtypes: {', '.join(DTYPE_NAMES)}")
     if call_timeout <= 0:
         raise RunError(f"--call-timeout must be positive, got {call_timeout:g}")
+    if mesh:
+        from sdpo_conformance.sharded.sharded_run import run_on_mesh
+
+        return run_on_mesh(
+            implementation, mesh, profile=profile, seed=seed, device=device, dtypes=dtypes, only=only, out=out,
+            call_timeout=call_timeout, progress=progress,
+        )  # fmt: skip
     folder = Path(out) if out else default_folder(implementation)
     options = [f"--impl={implementation}", f"--profile={profile}", f"--seed={seed}", f"--device={device}"]
     options += [f"--dtype={name}" for name in dtypes] + [f"--only={name}" for name in only]

@@ -1,11 +1,19 @@
 """The reference: every capability in plain PyTorch, right before fast."""
 
-from sdpo_implementations.reference.loss import compute_divergence, compute_fused_sdpo_loss, compute_sdpo_loss
-from sdpo_implementations.reference.response_logprobs import compute_response_logprobs
-from sdpo_implementations.reference.teacher_topk import compute_teacher_topk
+from sdpo_implementations.reference.entries import (
+    compute_divergence,
+    compute_fused_sdpo_loss,
+    compute_response_logprobs,
+    compute_sdpo_loss,
+    compute_teacher_topk,
+)
 from sdpo_implementations.reference.trainer import distill
 
-SDPO_CLAIMS = {"dtypes": ["float32", "bfloat16", "float16", "float64"], "devices": ["cpu", "cuda"]}
+SDPO_CLAIMS = {
+    "dtypes": ["float32", "bfloat16", "float16", "float64"],
+    "devices": ["cpu", "cuda"],
+    "mesh": ["dp", "cp", "tp"],
+}
 
 __all__ = [
     "SDPO_CLAIMS",

@@ -1,0 +1,71 @@
+"""The report of a run on a mesh, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from sdpo_conformance.report.records import Status
+from sdpo_conformance.report.terminal import SHOWN_FAILURES, failure_text, grouped, header, label, notes
+from sdpo_conformance.specs.claas.sharded.sharded_rule import SHARDED_FAMILIES
+
+ENTRY_WORDS = {
+    "compute_sdpo_loss": "loss",
+    "compute_fused_sdpo_loss": "fused",
+    "compute_divergence": "divergence",
+    "compute_response_logprobs": "log-probs",
+    "compute_teacher_topk": "top-k",
+}
+
+
+def print_sharded_report(results: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Tally by family, what failed and on which rank, how to reproduce it, the verdict."""
+    run = results["run"]
+    head = header(results)
+    head.append(f" · mesh {run['mesh']} over {run['backend']}")
+    console.print(head, highlight=False)
+    console.print(Padding(tally(results), (0, 0, 0, 2)))
+    for line in notes(results):
+        console.print(f"  {line}", highlight=False)
+    groups = grouped([record for record in results["records"] if record["status"] == Status.FAILED])
+    own = [group for group in groups if not group[0]["failure"].get("secondary")]
+    first = [group for group in own if group[0]["requirement"] != "MESH-1"] or own or groups
+    for group in first[:SHOWN_FAILURES]:
+        console.print(failure_text(group), highlight=False)
+    rest = [group[0]["requirement"] for group in groups if group not in first[:SHOWN_FAILURES]]
+    if rest:
+        console.print(f"        because of what is reported above: {', '.join(rest)}", highlight=False)
+    program = next((g[0]["failure"]["reproduction"] for g in first if g[0]["failure"].get("reproduction")), None)
+    if program:
+        console.print(Text.assemble(("reproduce  ", "bold"), f"python {folder / program}"))
+    text = results["verdict"]["text"]
+    style = "bold green" if results["verdict"]["passed"] else "bold red"
+    console.print(Text.assemble(("verdict    ", "bold"), (text, style)))
+
+
+def tally(results: Mapping[str, Any]) -> Table:
+    """Families down, entries across, and the ids that failed."""
+    table = Table(box=None, show_header=True, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
+    entries = [entry for entry in ENTRY_WORDS if entry in results["offered"]]
+    for column in ("", *(ENTRY_WORDS[entry] for entry in entries)):
+        table.add_column(column)
+    table.add_column("not met", overflow="fold")
+    for family, words in SHARDED_FAMILIES.items():
+        mine = [record for record in results["records"] if record["requirement"].rsplit("-", 1)[0] == family]
+        if not mine:
+            continue
+        cells = []
+        for entry in entries:
+            through = [record for record in mine if record["entry"] == entry]
+            good = [record for record in through if record["status"] in (Status.PASSED, Status.UNEXPECTED_PASS)]
+            style = "green" if len(good) == len(through) else "red"
+            cells.append(Text(f"{len(good)}/{len(through)}", style=style) if through else Text(""))
+        bad = dict.fromkeys(label(record) for record in mine if record["status"] != Status.PASSED)
+        table.add_row(words, *cells, " ".join(bad))
+    return table

@@ -1,0 +1,250 @@
+"""``run --mesh``: every sharded requirement judged on a pool of ranks, and the document that says what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.dtypes import DEFAULT, is_refusal, tiny_case
+from sdpo_conformance.judging.implementation import Implementation
+from sdpo_conformance.judging.profiles import PROFILES, Profile
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.report.records import Record, Status, record_key, write_json, write_record
+from sdpo_conformance.report.results import FORMAT, verdict
+from sdpo_conformance.running.collecting import device_name, versions
+from sdpo_conformance.running.folder import RESULTS, default_folder, start_afresh
+from sdpo_conformance.running.process import Progress, Report, RunError
+from sdpo_conformance.sharded.cut import ShardedCase
+from sdpo_conformance.sharded.draw import PLAIN, laid
+from sdpo_conformance.sharded.mesh import MeshShape
+from sdpo_conformance.sharded.pool import Pool, PoolError
+from sdpo_conformance.sharded.rank import Ready
+from sdpo_conformance.sharded.sharded_program import write_program
+from sdpo_conformance.sharded.sharded_subject import ShardedSubject
+from sdpo_conformance.specs.claas.sharded.sharded_rule import SHARDED_FAMILIES, ShardedRule, selected_rules
+from sdpo_conformance.specs.claas.words import describe
+
+PER_TOKEN = (Capability.DIVERGENCE, Capability.RESPONSE_LOGPROBS, Capability.TEACHER_TOPK)
+
+
+def run_on_mesh(
+    target: str,
+    mesh: str,
+    *,
+    profile: str = "default",
+    seed: int = 0,
+    device: str = "cpu",
+    dtypes: Sequence[str] = (),
+    only: Sequence[str] = (),
+    out: str | Path | None = None,
+    call_timeout: float = 120.0,
+    progress: Progress | None = None,
+) -> Report:
+    """Judge ``target`` on the ranks of ``mesh`` ("tp=2,dp=2"); raises RunError where that cannot be done."""
+    started = time.time()
+    try:
+        shape = MeshShape.parse(mesh)
+        rules = selected_rules(shape, tuple(only))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    if not rules:
+        raise RunError(f"--only {', '.join(only)}: none of it is about what --mesh {mesh} cuts")
+    check_device(device)
+    folder = Path(out) if out else default_folder(target).with_name(f"{default_folder(target).name}-{shape}")
+    try:
+        start_afresh(folder)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    with Pool(target, shape, device, call_timeout) as pool:
+        try:
+            ready = pool.start()
+            check_claims(target, shape, ready)
+            records, judged, refused = judge(pool, rules, PROFILES[profile], seed, tuple(dtypes), folder, progress)
+        except PoolError as error:
+            raise RunError(str(error)) from None
+        run = {
+            "device": device,
+            "device_name": device_name(device),
+            "dtypes": list(judged),
+            "refused_dtypes": refused,
+            "profile": profile,
+            "seed": seed,
+            "only": list(only),
+            "seconds": round(time.time() - started, 2),
+            "versions": versions(),
+            "mesh": str(shape),
+            "backend": pool.backend,
+            "pool_starts": pool.starts,
+        }
+    results = document(target, ready, records, rules, run)
+    write_json(folder / RESULTS, results)
+    return Report(results, folder)
+
+
+def check_device(device: str) -> None:
+    """Raise RunError for a device that is not there."""
+    if device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RunError("--device=cuda: torch sees no CUDA device here; use --device=cpu, or run on a GPU box")
+
+
+def check_claims(target: str, mesh: MeshShape, ready: Ready) -> None:
+    """Raise RunError where the implementation says that it cannot be cut this way, or offers nothing on a mesh."""
+    claimed = ready.claims.mesh
+    if claimed is not None and not mesh.shared <= set(claimed):
+        rest = ", ".join(sorted(mesh.shared - set(claimed)))
+        takes = ", ".join(claimed) or "none"
+        raise RunError(f"{target} claims the axes {takes} in SDPO_CLAIMS['mesh'], not {rest}; name another --mesh")
+    if not ready.offered:
+        raise RunError(
+            f"{target} offers nothing that can be called on a mesh: compute_sdpo_loss or compute_fused_sdpo_loss, "
+            "which read loss_input.mesh, or another entry that takes mesh= as a keyword"
+        )
+
+
+def judge(
+    pool: Pool,
+    rules: Sequence[ShardedRule],
+    profile: Profile,
+    seed: int,
+    asked: tuple[str, ...],
+    folder: Path,
+    progress: Progress | None,
+) -> tuple[list[Record], tuple[str, ...], dict[str, str]]:
+    """Every rule through every entry: the records, the dtypes judged, and those refused with the reason."""
+    offered = [Capability(name) for name in pool.ready.offered]
+    work = [(rule, entry) for rule in rules for entry in rule.capabilities if entry in offered]
+    kept: dict[Capability, tuple[tuple[str, ...], dict[str, str]]] = {}
+    records: list[Record] = []
+    for number, (rule, entry) in enumerate(work):
+        if progress is not None:
+            progress(number, len(work))
+        subject = ShardedSubject(
+            implementation=None, entry=entry, claims=pool.ready.claims, profile=profile, seed=seed, device=pool.device,
+            scratch=None, pool=pool,
+        )  # fmt: skip
+        if entry not in kept:
+            kept[entry] = dtypes_on_ranks(subject, asked)
+        record = judged(replace_dtypes(subject, kept[entry][0]), rule, folder, records)
+        write_record(folder, record)
+        records.append(record)
+    every = [name for name in (*DEFAULT, "float64") if any(name in names for names, _ in kept.values())]
+    return records, tuple(every), {name: why for _, refused in kept.values() for name, why in refused.items()}
+
+
+def replace_dtypes(subject: ShardedSubject, dtypes: tuple[str, ...]) -> ShardedSubject:
+    """The subject judged in ``dtypes``."""
+    subject.dtypes = dtypes
+    return subject
+
+
+def dtypes_on_ranks(subject: ShardedSubject, asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """As ``judging.dtypes``: asked for, claimed, or offered without complaint."""
+    if asked:
+        return asked, {}
+    if subject.claims.dtypes is not None:
+        return tuple(name for name in subject.claims.dtypes if name in DEFAULT) or subject.claims.dtypes, {}
+    refused: dict[str, str] = {}
+    if subject.entry in (Capability.LOSS, Capability.FUSED):
+        from sdpo_conformance.inputs.choices import SeededSource
+
+        for name in DEFAULT:
+            case = laid(SeededSource("dtype"), tiny_case(name, subject.entry), subject.mesh, PLAIN)
+            try:
+                subject.answers(case)
+            except ImplementationError as error:
+                if is_refusal(error, name):
+                    refused[name] = error.summary
+    names = tuple(name for name in DEFAULT if name not in refused)
+    return (names, refused) if names else (DEFAULT, {})
+
+
+def judged(subject: ShardedSubject, rule: ShardedRule, folder: Path, before: Sequence[Record]) -> Record:
+    """One rule through one entry."""
+    expected = subject.claims.expected_failures.get(rule.id, "")
+    status, reason, failure = Status.PASSED, "", {}
+    try:
+        subject.run(rule)
+        if expected:
+            status, reason = Status.UNEXPECTED_PASS, f"claimed to fail: {expected}"
+    except (Disagreement, ImplementationError) as error:
+        status, reason = (Status.EXPECTED_FAILURE, expected) if expected else (Status.FAILED, "")
+        failure = failure_on_ranks(subject, rule, folder, error)
+        failed = {r.requirement for r in before if r.status is Status.FAILED and r.entry == subject.entry.value}
+        failure["secondary"] = failure["secondary"] or bool(failed & set(rule.rests_on))
+    except PoolError as error:
+        status, reason = Status.INTERNAL_ERROR, f"the ranks could not be started again: {error}"
+    except Exception as error:
+        status, reason = Status.INTERNAL_ERROR, f"{type(error).__name__}: {error}"[:500]
+        subject.pool.close()
+    tally = subject.tally
+    return Record(
+        requirement=rule.id,
+        entry=subject.entry.value,
+        level=rule.level,
+        status=status,
+        reason=reason or tally.note,
+        examples=tally.examples,
+        rejected=tally.rejected,
+        seconds=round(tally.seconds, 3),
+        out_of_time=tally.out_of_time,
+        failure=failure,
+    )
+
+
+def failure_on_ranks(
+    subject: ShardedSubject, rule: ShardedRule, folder: Path, error: Disagreement | ImplementationError
+) -> dict[str, Any]:
+    """The record's failure entry, and the program that reproduces it."""
+    if isinstance(error, Disagreement):
+        found: dict[str, Any] = {
+            "kind": "disagreement", "summary": str(error), "aspect": error.aspect, "expected": error.expected,
+            "got": error.got, "detail": error.detail, "probe": error.probe, "secondary": error.secondary,
+        }  # fmt: skip
+        found["words"] = error.extra.get("words", "")
+    else:
+        found = {
+            "kind": "error", "summary": error.summary, "aspect": subject.entry.value, "expected": "a result",
+            "got": error.summary, "detail": error.details, "probe": "raises", "secondary": False, "words": "",
+        }  # fmt: skip
+    case = error.case
+    if isinstance(case, ShardedCase):
+        found["words"] = f"{describe(case)}, {case.laid.words()}"
+        key = record_key(rule.id, subject.entry.value)
+        found["reproduction"] = write_program(folder, key, subject, rule, found, case)
+    return found
+
+
+def document(
+    target: str, ready: Ready, records: Sequence[Record], rules: Sequence[ShardedRule], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """results.json of a run on a mesh, in the format of every run."""
+    known = {rule.id: rule for rule in rules}
+    offered = tuple(Capability(name) for name in ready.offered)
+    implementation = Implementation(target, None, offered, ready.claims)
+    described = [
+        {
+            **asdict(record),
+            "family": SHARDED_FAMILIES[known[record.requirement].family],
+            "statement": known[record.requirement].statement,
+            "source": known[record.requirement].source,
+        }
+        for record in records
+    ]
+    return {
+        "format": FORMAT,
+        "implementation": target,
+        "offered": list(ready.offered),
+        "claims": asdict(ready.claims),
+        "run": dict(run),
+        "records": described,
+        "diagnosis": None,
+        "verdict": verdict(implementation, records, None),
+    }
