@@ -5,6 +5,7 @@ report = sdpo_conformance.run("mypkg.loss", profile="quick")
 assert report.conforming, report
 """
 
-from sdpo_conformance.running.process import Report, RunError, run
+from sdpo_conformance.running.options import RunError
+from sdpo_conformance.running.process import Report, run
 
 __all__ = ["Report", "RunError", "run"]

@@ -11,8 +11,9 @@ import typer
 
 from sdpo_conformance.audit.command import audit
 from sdpo_conformance.bench.command import bench
+from sdpo_conformance.files import write_text
 from sdpo_conformance.matrix.command import matrix
-from sdpo_conformance.running.process import RunError
+from sdpo_conformance.running.options import RunError
 
 app = typer.Typer(
     help="Judge implementations of the CLaaS SDPO loss and training step.",
@@ -26,6 +27,7 @@ Implementation = Annotated[
     str,
     typer.Argument(metavar="IMPL", help="module, module:object, path/to/file.py, reference, triton_fused, defect:NAME"),
 ]
+SpecName = Annotated[str, typer.Option("--spec", help="the spec to judge by")]
 Profile = Annotated[str, typer.Option(help="quick, default, thorough or fuzz")]
 Seed = Annotated[int, typer.Option(help="reproduces a run")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
@@ -40,6 +42,7 @@ def fail(error: Exception | str) -> typer.Exit:
 @app.command("run")
 def run_command(
     implementation: Implementation,
+    spec: SpecName = "claas",
     profile: Profile = "default",
     seed: Seed = 0,
     device: Device = "cpu",
@@ -80,6 +83,7 @@ def run_command(
         with progress_bar() as progress:
             report = run(
                 implementation,
+                spec=spec,
                 profile=profile,
                 seed=seed,
                 device=device,
@@ -91,11 +95,11 @@ def run_command(
                 progress=progress,
             )
         if json is not None:
-            write_copy(json, (report.folder / "results.json").read_text(encoding="utf-8"))
+            write_text(json, (report.folder / "results.json").read_text(encoding="utf-8"))
         if junit is not None:
             from sdpo_conformance.report.junit import junit_xml
 
-            write_copy(junit, junit_xml(report.results))
+            write_text(junit, junit_xml(report.results))
     except (RunError, OSError) as error:
         raise fail(error) from None
     console = Console(highlight=False)
@@ -169,14 +173,16 @@ def run_under_mesh(
 @app.command()
 def explain(
     requirement: Annotated[str, typer.Argument(metavar="ID", help="IS-6, or a family such as IS")],
+    spec: SpecName = "claas",
 ) -> None:
     """Say what a requirement asks for, why, and where the rule comes from."""
     from rich.console import Console
 
     from sdpo_conformance.report.explaining import explanations
+    from sdpo_conformance.specs import find_spec
 
     try:
-        texts = explanations(requirement)
+        texts = explanations(requirement, find_spec(spec))
     except ValueError as error:
         raise fail(error) from None
     console = Console(highlight=False)
@@ -208,14 +214,6 @@ def progress_bar() -> Any:
     from sdpo_conformance.report.progress import progress_on_terminal
 
     return progress_on_terminal()
-
-
-def write_copy(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def main() -> None:

@@ -7,15 +7,19 @@ with these attributes and returns a mapping.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from sdpo_conformance.protocol_names import AXES, DTYPE_NAMES
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+"""What ``--dtype`` and ``SDPO_CLAIMS`` may name."""
+
+AXES = ("dp", "cp", "tp")
+"""Axes of a mesh, outermost first: batch rows, positions, vocabulary."""
 
 RATIO_LOG_CLAMP = 20.0
 """The log of the importance ratio, and the anchor's log-ratio, are clamped to +- this before exp."""
@@ -147,13 +151,6 @@ class DistillResult(TypedDict):
     per_step_metrics: list[StepMetrics]
 
 
-LossFunction = Callable[[Any], Mapping[str, Any]]
-DivergenceFunction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-ResponseLogprobsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-TeacherTopKFunction = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-DistillFunction = Callable[[Any, Sequence[Any], Any, Any], Mapping[str, Any]]
-
-
 class Capability(StrEnum):
     """The attributes of an implementation that the suite knows how to judge."""
 
@@ -165,17 +162,44 @@ class Capability(StrEnum):
     DISTILL = "distill"
 
 
-SIGNATURES: Mapping[Capability, str] = {
-    Capability.LOSS: "(loss_input) -> {loss, distill_loss, kl_reg, mean_is_ratio, clip_fraction}",
-    Capability.FUSED: "(loss_input) -> the same, from student_hidden and lm_head_weight",
-    Capability.DIVERGENCE: "(student_hidden, lm_head_weight, teacher_logprobs, teacher_indices, alpha) -> (B, T)",
-    Capability.RESPONSE_LOGPROBS: "(student_hidden, lm_head_weight, response_ids) -> (B, T)",
-    Capability.TEACHER_TOPK: "(teacher_hidden, lm_head_weight, k) -> (logprobs, indices), each (B, T, K)",
-    Capability.DISTILL: '(model, samples, training, optimizer_cls) -> {"per_step_metrics": [...]}',
-}
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table of entries. ``label``: in a verdict; ``column``: over its column in a report, empty for
+    entries whose requirements have no other; ``suffix``: what the file name of a record carries; ``signature``: for
+    people; ``from_hidden``: it takes hidden states and a head."""
 
-DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
-"""The dtypes a run can be asked for, by the names that ``--dtype`` and ``SDPO_CLAIMS`` use."""
+    label: str
+    column: str
+    suffix: str
+    signature: str
+    from_hidden: bool = False
+
+
+ENTRIES: Mapping[Capability, Entry] = {
+    Capability.LOSS: Entry(
+        "loss", "loss", "", "(loss_input) -> {loss, distill_loss, kl_reg, mean_is_ratio, clip_fraction}"
+    ),
+    Capability.FUSED: Entry(
+        "fused loss", "fused", "fused", "(loss_input) -> the same, from student_hidden and lm_head_weight", True
+    ),
+    Capability.DIVERGENCE: Entry(
+        "divergence",
+        "divergence",
+        "divergence",
+        "(student_hidden, lm_head_weight, teacher_logprobs, teacher_indices, alpha) -> (B, T)",
+        True,
+    ),
+    Capability.RESPONSE_LOGPROBS: Entry(
+        "response log-probs", "", "", "(student_hidden, lm_head_weight, response_ids) -> (B, T)", True
+    ),
+    Capability.TEACHER_TOPK: Entry(
+        "teacher top-k", "", "", "(teacher_hidden, lm_head_weight, k) -> (logprobs, indices), each (B, T, K)", True
+    ),
+    Capability.DISTILL: Entry(
+        "trainer", "", "", '(model, samples, training, optimizer_cls) -> {"per_step_metrics": [...]}'
+    ),
+}
+"""What an implementation may offer, by attribute. Everything that names an entry reads it here."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +235,10 @@ class Claims:
         dtypes = declared.get("dtypes")
         if dtypes is not None:
             names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            if not names or (bad := [name for name in names if name not in DTYPES]):
-                raise ValueError(f"SDPO_CLAIMS['dtypes'] must name some of {list(DTYPES)}, got {bad if names else []}")
+            if not names or (bad := [name for name in names if name not in DTYPE_NAMES]):
+                raise ValueError(
+                    f"SDPO_CLAIMS['dtypes'] must name some of {list(DTYPE_NAMES)}, got {bad if names else []}"
+                )
             dtypes = names
         devices = declared.get("devices")
         steps = declared.get("max_steps_per_batch")

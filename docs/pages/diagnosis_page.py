@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from sdpo_conformance.files import write_text
 from sdpo_conformance.specs.claas.defects import FAMILIES, of_family
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import DIALECTS
@@ -94,9 +94,7 @@ def page() -> str:
 def main(path: str) -> None:
     """Write the page to ``path``."""
     target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page(), encoding="utf-8")
-    os.replace(partial, target)
+    write_text(target, page())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sdpo_conformance.specs.requirement import FAMILIES, load_all
+from sdpo_conformance.specs import find_spec
 
 BEGIN, END = "<!-- requirements: generated -->", "<!-- end of requirements -->"
 
@@ -17,8 +17,9 @@ BEGIN, END = "<!-- requirements: generated -->", "<!-- end of requirements -->"
 def requirement_tables() -> str:
     """One Markdown table per family."""
     sections = []
-    known = load_all()
-    for family, words in FAMILIES.items():
+    spec = find_spec("claas")
+    known = spec.requirements()
+    for family, words in spec.families.items():
         mine = [entry for entry in known.values() if entry.family == family]
         if not mine:
             continue

@@ -13,8 +13,8 @@ pytest.importorskip(
     "claas.training.sdpo_loss", reason="needs upstream's own code on PYTHONPATH: kfallah/CLaaS at e2331f7"
 )
 
-from sdpo_conformance.cases.loss_case import recorded_cases
 from sdpo_conformance.protocol import Sample, TrainingConfig
+from sdpo_conformance.specs.claas.loss_case import recorded_cases
 from sdpo_implementations.adapters import claas
 
 

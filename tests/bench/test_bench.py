@@ -20,7 +20,7 @@ from sdpo_conformance.bench.subjects import NotOffered, Subject, bind, load
 from sdpo_conformance.bench.workloads import Direction, Selection, Work, plan, problems
 from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.protocol import Capability, Claims
-from sdpo_conformance.running.process import RunError
+from sdpo_conformance.running.options import RunError
 
 WORK = Work("tiny", 24, Direction.BOTH, dtype="float32", device="cpu", top_k=10, quick=True)
 

@@ -129,7 +129,7 @@ def judge(mutant: Mutant, profile: str, seed: int) -> Fate:
     from sdpo_conformance.judging.call import ImplementationError
     from sdpo_conformance.judging.compare import Disagreement
     from sdpo_conformance.judging.examples import Subject
-    from sdpo_conformance.specs.requirement import load_all
+    from sdpo_conformance.specs import find_spec
 
     torch.set_num_threads(1)
     started, examples = time.monotonic(), 0
@@ -159,7 +159,7 @@ def judge(mutant: Mutant, profile: str, seed: int) -> Fate:
         except Exception as error:
             return fate(f"loading: {type(error).__name__}")
         limits = replace(PROFILES[profile], shrink_seconds=0.0)
-        for requirement in sorted(load_all().values(), key=lambda each: each.id not in BROADEST):
+        for requirement in sorted(find_spec("claas").requirements().values(), key=lambda each: each.id not in BROADEST):
             for entry in ENTRIES[mutant.module]:
                 if entry not in requirement.capabilities:
                     continue

@@ -8,10 +8,10 @@ from importlib.resources import files
 import pytest
 
 from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas import defects
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import DIALECTS
-from sdpo_conformance.specs.requirement import load_all
 
 CATALOGUE = defects.catalogue()
 by_name = pytest.mark.parametrize("defect", [*CATALOGUE.values(), *DIALECTS], ids=lambda defect: defect.name)
@@ -34,7 +34,7 @@ def test_the_words_are_sentences(defect: Defect) -> None:
 
 @by_name
 def test_it_violates_known_requirements(defect: Defect) -> None:
-    known = load_all()
+    known = find_spec("claas").requirements()
     assert defect.violates
     for requirement in defect.violates:
         assert requirement in known, requirement

@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sdpo_conformance.cases.loss_case import LossCase, recorded_cases
 from sdpo_conformance.judging.call import evaluate
 from sdpo_conformance.judging.compare import compare
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
+from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas.defects.defect import Implementation, entries
 from sdpo_conformance.specs.claas.defects.loss_parts import Parts
+from sdpo_conformance.specs.claas.loss_case import LossCase, recorded_cases
 from sdpo_conformance.specs.claas.rules.aspects import ALL
-from sdpo_conformance.specs.requirement import Requirement, load_all
+from sdpo_conformance.specs.requirement import Requirement
 
 RIGHT = Implementation("right", entries(Parts(), tuple(c for c in Capability if c is not Capability.DISTILL)))
 
@@ -27,7 +28,9 @@ def test_recorded_cases(case: LossCase, entry: dict[str, object]) -> None:
     assert compare(case, Capability.LOSS, evaluate(function, Capability.LOSS, case), ALL) is None
 
 
-@pytest.mark.parametrize("requirement", load_all().values(), ids=lambda requirement: requirement.id)
+@pytest.mark.parametrize(
+    "requirement", find_spec("claas").requirements().values(), ids=lambda requirement: requirement.id
+)
 @pytest.mark.parametrize("entry", [c for c in Capability if c is not Capability.DISTILL])
 def test_every_requirement_holds(requirement: Requirement, entry: Capability) -> None:
     if entry not in requirement.capabilities:

@@ -51,18 +51,18 @@ class Measured:
 
 def failures_of(defect: Defect, entry: Capability, seed: int) -> tuple[list[Observed], list[str]]:
     """What the suite observes of a defect, and the requirements that held."""
-    from sdpo_conformance.cases.loss_case import LossCase
     from sdpo_conformance.judging.call import ImplementationError
     from sdpo_conformance.judging.compare import Disagreement
     from sdpo_conformance.judging.examples import Subject
     from sdpo_conformance.protocol import Claims
-    from sdpo_conformance.specs.requirement import load_all
+    from sdpo_conformance.specs import find_spec
+    from sdpo_conformance.specs.claas.loss_case import LossCase
 
     profile = replace(PROFILES["quick"], shrink_seconds=0.3)
     observed, held = [], []
     wanted = dict.fromkeys((*defect.violates, *BROAD))
     for name in wanted:
-        requirement = load_all().get(name)
+        requirement = find_spec("claas").requirements().get(name)
         if requirement is None or entry not in requirement.capabilities:
             continue
         subject = Subject(defect.implementation(), entry, Claims(), profile, seed, dtypes=DTYPES)
@@ -115,9 +115,10 @@ def measure(name: str, entry: Capability, seed: int) -> Measured:
 
 def random_pairs(count: int, seed: int) -> list[str]:
     """Pairs of independent loss defects, each caught by a MUST, drawn without replacement."""
-    from sdpo_conformance.specs.requirement import Level, load_all
+    from sdpo_conformance.specs import find_spec
+    from sdpo_conformance.specs.requirement import Level
 
-    levels = {name: requirement.level for name, requirement in load_all().items()}
+    levels = {name: requirement.level for name, requirement in find_spec("claas").requirements().items()}
     names = [
         defect.name
         for defect in catalogue().values()

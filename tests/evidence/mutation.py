@@ -61,9 +61,9 @@ class Score:
 
 def named_requirement(defect: Defect, entry: Capability) -> str | None:
     """The first of the defect's requirements that is tested through ``entry``; None where none is."""
-    from sdpo_conformance.specs.requirement import load_all
+    from sdpo_conformance.specs import find_spec
 
-    known = load_all()
+    known = find_spec("claas").requirements()
     for requirement in defect.violates:
         if requirement in known and entry in known[requirement].capabilities:
             return requirement
@@ -97,7 +97,7 @@ def score(task: Task) -> Score:
     from sdpo_conformance.judging.compare import Disagreement
     from sdpo_conformance.judging.examples import Subject
     from sdpo_conformance.protocol import Claims
-    from sdpo_conformance.specs.requirement import load_all
+    from sdpo_conformance.specs import find_spec
 
     torch.set_num_threads(1)
     defect = defects.find(task.defect)
@@ -107,7 +107,7 @@ def score(task: Task) -> Score:
     started = time.monotonic()
     caught: dict[str, int] = {}
     secondary: list[str] = []
-    for requirement in load_all().values():
+    for requirement in find_spec("claas").requirements().values():
         if task.entry not in requirement.capabilities or not (task.everything or requirement.id == named):
             continue
         implementation = defect.implementation()

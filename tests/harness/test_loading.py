@@ -10,10 +10,11 @@ import pytest
 from sdpo_conformance import RunError, run
 from sdpo_conformance.judging.implementation import LoadingError, load_implementation
 from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs import find_spec
 
 
 def test_the_bundled_reference_offers_everything() -> None:
-    found = load_implementation("reference")
+    found = load_implementation("reference", find_spec("claas"))
     assert set(found.offered) == set(Capability)
 
 
@@ -21,13 +22,13 @@ def test_an_object_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "class Loss:\n    @staticmethod\n    def compute_sdpo_loss(i): return {}\nloss = Loss()\n"
     )
-    assert load_implementation(f"{tmp_path / 'mine.py'}:loss").offered == (Capability.LOSS,)
+    assert load_implementation(f"{tmp_path / 'mine.py'}:loss", find_spec("claas")).offered == (Capability.LOSS,)
 
 
 def test_a_file_may_import_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "neighbour_of_mine.py").write_text("def compute_sdpo_loss(i): return {}\n")
     (tmp_path / "mine.py").write_text("from neighbour_of_mine import compute_sdpo_loss\n")
-    assert load_implementation(str(tmp_path / "mine.py")).offered == (Capability.LOSS,)
+    assert load_implementation(str(tmp_path / "mine.py"), find_spec("claas")).offered == (Capability.LOSS,)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_file_may_import_its_neighbour(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_file(tmp_path: Path, source: str, words: str) -> None:
     (tmp_path / "mine.py").write_text(source + "\n")
     with pytest.raises(LoadingError, match=words) as raised:
-        load_implementation(str(tmp_path / "mine.py"))
+        load_implementation(str(tmp_path / "mine.py"), find_spec("claas"))
     assert "\n" not in str(raised.value)
 
 
@@ -64,13 +65,13 @@ def test_what_is_wrong_with_a_file(tmp_path: Path, source: str, words: str) -> N
 )
 def test_what_is_wrong_with_a_name(target: str, words: str) -> None:
     with pytest.raises(LoadingError, match=words) as raised:
-        load_implementation(target)
+        load_implementation(target, find_spec("claas"))
     assert "\n" not in str(raised.value)
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(LoadingError, match=r"is a folder, expected a \.py file"):
-        load_implementation(f"{tmp_path}/")
+        load_implementation(f"{tmp_path}/", find_spec("claas"))
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from mpmath import mp, mpf
 
-from sdpo_conformance.cases.loss_case import LossCase, recorded_cases
-from sdpo_conformance.inputs import EVERYTHING, loss_cases
 from sdpo_conformance.protocol import RESULT_KEYS, Capability
+from sdpo_conformance.specs.claas.corners import EVERYTHING
+from sdpo_conformance.specs.claas.inputs.losses import loss_cases
+from sdpo_conformance.specs.claas.loss_case import LossCase, recorded_cases
 from sdpo_conformance.specs.claas.oracle import sdpo_loss
 
 RECORDED = list(recorded_cases())

@@ -7,7 +7,7 @@ import json
 import jsonschema
 import torch
 
-from sdpo_conformance.cases.loss_case import recorded_cases, vectors_directory
+from sdpo_conformance.specs.claas.loss_case import recorded_cases, vectors_directory
 
 
 def test_manifest_follows_its_schema() -> None:
@@ -43,7 +43,7 @@ def test_fused_form_is_exact() -> None:
 
 
 def test_save_and_load(tmp_path) -> None:
-    from sdpo_conformance.cases.loss_case import LossCase
+    from sdpo_conformance.specs.claas.loss_case import LossCase
 
     case = next(iter(recorded_cases()))[0].to_fused()
     case.save(tmp_path / "case.safetensors")

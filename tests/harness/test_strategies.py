@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from sdpo_conformance.cases.loss_case import LossCase
-from sdpo_conformance.inputs import EVERYTHING, loss_cases
-from sdpo_conformance.protocol import DTYPES, Capability
+from sdpo_conformance.cases.precision import DTYPES
+from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.bounds import expectations
+from sdpo_conformance.specs.claas.corners import EVERYTHING
+from sdpo_conformance.specs.claas.inputs.losses import loss_cases
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.oracle.loss import upcast
 
 EXAMPLES = 600

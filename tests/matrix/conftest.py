@@ -12,7 +12,7 @@ from sdpo_conformance.matrix.cells import rows_of
 from sdpo_conformance.matrix.columns import Column, Standing
 from sdpo_conformance.matrix.page import page
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.specs.requirement import FAMILIES, load_all
+from sdpo_conformance.specs import find_spec
 
 CREATED = "2026-01-02T03:04:05Z"
 HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -20,7 +20,7 @@ HOSTILE = "</script><script>document.title = 'owned'</script><img src=x onerror=
 
 def record(id: str, entry: str, status: str = "passed", **more: Any) -> dict[str, Any]:
     """One record of results.json, with the failing example where it failed."""
-    found = load_all()[id]
+    found = find_spec("claas").requirements()[id]
     failure: dict[str, Any] = {}
     if status in ("failed", "expected failure"):
         name = f"{id}.py" if entry == "compute_sdpo_loss" else f"{id}-{entry}.py"
@@ -48,7 +48,7 @@ def record(id: str, entry: str, status: str = "passed", **more: Any) -> dict[str
         "seconds": 0.5,
         "out_of_time": False,
         "failure": failure,
-        "family": FAMILIES[found.family],
+        "family": find_spec("claas").families[found.family],
         "statement": found.statement,
         "source": found.source,
         **more,
@@ -68,7 +68,7 @@ def results(
     records = [
         record(id, entry, statuses.get(f"{id}/{entry}", statuses.get(id, "passed")))
         for entry in entries
-        for id, found in load_all().items()
+        for id, found in find_spec("claas").requirements().items()
         if Capability(entry) in found.capabilities and (not only or found.family in only)
     ]
     must = [one for one in records if one["level"] == "MUST" and one["status"] != "not judged"]

@@ -9,7 +9,7 @@ import pytest
 
 from sdpo_conformance.matrix.cells import CellStatus, cell_of, rows_of, selects, tally
 from sdpo_conformance.matrix.columns import Column, Standing
-from sdpo_conformance.specs.requirement import load_all
+from sdpo_conformance.specs import find_spec
 
 LOSS, FUSED = "compute_sdpo_loss", "compute_fused_sdpo_loss"
 Make = Callable[..., Column]
@@ -50,12 +50,12 @@ def test_what_is_not_offered_not_selected_or_not_there(make_column: Make, make_a
 
 
 def test_rows_follow_the_spec_and_the_selection(make_column: Make, make_absent: Make) -> None:
-    assert [row.id for row in rows_of([make_column()])] == list(load_all())
+    assert [row.id for row in rows_of([make_column()])] == list(find_spec("claas").requirements())
     assert {row.family for row in rows_of([make_column(only=["IS"])])} == {"IS"}
     both = rows_of([make_column(only=["IS"]), make_column("b", only=["KL"])])
     assert list(dict.fromkeys(row.family for row in both)) == ["IS", "KL"]
     assert [row.id for row in rows_of([make_absent()], ["IS-2"])] == ["IS-2"]
-    assert len(rows_of([make_absent()])) == len(load_all())
+    assert len(rows_of([make_absent()])) == len(find_spec("claas").requirements())
 
 
 def test_a_requirement_of_another_version_keeps_its_row(

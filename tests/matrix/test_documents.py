@@ -17,7 +17,7 @@ from sdpo_conformance.matrix.document import document, exit_status
 from sdpo_conformance.matrix.files import badge_names, write_matrix
 from sdpo_conformance.matrix.gather import gather, read_columns
 from sdpo_conformance.matrix.provenance import version_of
-from sdpo_conformance.running.process import RunError
+from sdpo_conformance.running.options import RunError
 
 from .schemas import MATRIX, validator
 

@@ -35,13 +35,13 @@ def judge(name: str, entry: Capability, profile: str, seed: int) -> tuple[int, l
     from sdpo_conformance.judging.call import ImplementationError
     from sdpo_conformance.judging.compare import Disagreement
     from sdpo_conformance.judging.examples import Subject
-    from sdpo_conformance.specs.requirement import load_all
+    from sdpo_conformance.specs import find_spec
 
     torch.set_num_threads(1)
     module = importlib.import_module(f"{__package__}.{name}")
     claims = Claims.read(getattr(module, "SDPO_CLAIMS", None))
     judged, alarms = 0, []
-    for requirement in load_all().values():
+    for requirement in find_spec("claas").requirements().values():
         if entry not in requirement.capabilities or requirement.id in claims.expected_failures:
             continue
         subject = Subject(module, entry, claims, PROFILES[profile], seed, dtypes=DTYPES)

@@ -18,9 +18,9 @@ from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
-from sdpo_conformance.specs.requirement import load_all
+from sdpo_conformance.specs import find_spec
 
-STEPS = [found for found in load_all().values() if found.family == "STEP"]
+STEPS = [found for found in find_spec("claas").requirements().values() if found.family == "STEP"]
 MUSTS = [found for found in STEPS if found.level == "MUST"]
 
 
@@ -43,7 +43,7 @@ def failures(subject: Subject) -> dict[str, Exception]:
 def test_defect_is_named_by_its_requirement(name: str) -> None:
     requirement_id, distill = DEFECTIVE[name]
     with pytest.raises(Disagreement):
-        subject_of(distill).run(load_all()[requirement_id])
+        subject_of(distill).run(find_spec("claas").requirements()[requirement_id])
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -60,7 +60,7 @@ def test_sound_trainer_passes_in_bfloat16(name: str) -> None:
 def test_defect_is_named_in_bfloat16(name: str) -> None:
     requirement_id, distill = DEFECTIVE[name]
     with pytest.raises(Disagreement, match="the gradient is the one with"):
-        subject_of(distill, dtype="bfloat16").run(load_all()[requirement_id])
+        subject_of(distill, dtype="bfloat16").run(find_spec("claas").requirements()[requirement_id])
 
 
 @pytest.mark.parametrize("name", ["no refresh", "teacher with the adapter on", "recorded log-probs ignored"])
@@ -72,7 +72,7 @@ def test_defect_is_named_without_the_recording_optimizer(name: str) -> None:
 
     subject = subject_of(own_optimizer)
     with pytest.raises(Disagreement, match="the run is the one with"):
-        subject.run(load_all()[requirement_id])
+        subject.run(find_spec("claas").requirements()[requirement_id])
     assert "could not be observed" in subject.tally.note
 
 
@@ -102,7 +102,7 @@ def test_one_step_claim_is_judged_on_policy_only() -> None:
 def test_one_step_claim_must_be_kept() -> None:
     subject = subject_of(one_step_only(refuses=False), Claims(max_steps_per_batch=1))
     with pytest.raises(Disagreement, match="steps_per_batch = 2, claimed at most 1"):
-        subject.run(load_all()["STEP-11"])
+        subject.run(find_spec("claas").requirements()["STEP-11"])
 
 
 def crash(*_: Any) -> Any:
@@ -116,7 +116,7 @@ def leave(*_: Any) -> Any:
 @pytest.mark.parametrize("distill", [crash, leave, lambda *_: None, lambda *_: {"per_step_metrics": 3}])
 def test_what_does_not_deliver_is_an_error_not_a_crash(distill: Callable[..., Any]) -> None:
     with pytest.raises(ImplementationError):
-        subject_of(distill).run(load_all()["STEP-1"])
+        subject_of(distill).run(find_spec("claas").requirements()["STEP-1"])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_does_not_deliver_is_an_error_not_a_crash(distill: Callable[..., An
     ],
 )
 def test_reproduction_shows_the_defect_without_the_harness(requirement_id: str, name: str, tmp_path: Path) -> None:
-    found = load_all()[requirement_id]
+    found = find_spec("claas").requirements()[requirement_id]
     (tmp_path / "wrong.py").write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"

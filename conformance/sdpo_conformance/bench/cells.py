@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sdpo_conformance.bench.peers import COMPILE
 from sdpo_conformance.bench.workloads import Work
+from sdpo_conformance.files import write_json
 
 PLAN, CURRENT, SESSION, RECORDS = "plan.json", "current", "session.json", "cells"
 
@@ -56,10 +55,3 @@ def read_plan(folder: Path) -> tuple[list[Cell], float | None]:
 
 def record_path(folder: Path, cell: Cell) -> Path:
     return folder / RECORDS / f"{cell.number:04}.json"
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    os.replace(partial, path)

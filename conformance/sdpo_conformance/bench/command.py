@@ -46,7 +46,7 @@ def bench(
     Exit status: 0 measured, 1 regressions or wrong answers, 2 nothing could be measured.
     """
     from sdpo_conformance.bench.workloads import Selection
-    from sdpo_conformance.running.process import RunError
+    from sdpo_conformance.running.options import RunError
 
     selection = Selection(
         workload or (), tokens or (), direction or (), alpha or (), anchor or (), dtype, device, quick
@@ -84,7 +84,7 @@ def run_command(
     from sdpo_conformance.bench.workloads import NOTHING_LEFT, plan, problems
     from sdpo_conformance.report.progress import progress_on_terminal
     from sdpo_conformance.running.folder import start_afresh
-    from sdpo_conformance.running.process import RunError
+    from sdpo_conformance.running.options import RunError
 
     baseline = read_document(baseline_path) if baseline_path is not None else None
     targets = list(dict.fromkeys([*(implementations or ["reference"]), *(PEERS if peers else ())]))
@@ -123,8 +123,8 @@ def run_command(
 
 def check_place(device: str, dtype: str) -> None:
     """Raise RunError for a device or dtype that is not there."""
-    from sdpo_conformance.protocol_names import DTYPE_NAMES
-    from sdpo_conformance.running.process import RunError
+    from sdpo_conformance.protocol import DTYPE_NAMES
+    from sdpo_conformance.running.options import RunError
 
     if dtype and dtype not in DTYPE_NAMES:
         raise RunError(f"no dtype {dtype!r}; dtypes: {', '.join(DTYPE_NAMES)}")
@@ -144,7 +144,7 @@ def check_tools() -> None:
     """Raise RunError where what a benchmark is built on is not installed."""
     from importlib.util import find_spec
 
-    from sdpo_conformance.running.process import RunError
+    from sdpo_conformance.running.options import RunError
 
     for module, package in (("pytest_benchmark", "pytest-benchmark"), ("matplotlib", "matplotlib")):
         if find_spec(module) is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sdpo_conformance.bench.results import Row, rows_of
 from sdpo_conformance.bench.rows import FAILED
-from sdpo_conformance.running.process import RunError
+from sdpo_conformance.running.options import RunError
 
 BETWEEN_RUNS = 0.05
 """Single times were seen to move by 3 to 5 % between runs on one H200 (docs/fused.md); ratios by less."""

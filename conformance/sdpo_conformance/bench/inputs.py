@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.bench.workloads import HEADS
-from sdpo_conformance.protocol import DTYPES
+from sdpo_conformance.cases.precision import DTYPES
 
 LOGIT_SCALE = 4.0
 """Standard deviation of the logits."""

@@ -25,12 +25,13 @@ from sdpo_conformance.bench.truth import (
     work_inputs,
 )
 from sdpo_conformance.bench.workloads import Direction, Work
-from sdpo_conformance.cases.loss_case import LossCase, recorded_cases
+from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.judging.call import ImplementationError, evaluate
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare
 from sdpo_conformance.judging.implementation import Implementation
-from sdpo_conformance.protocol import DTYPES, METRIC_KEYS, Capability
+from sdpo_conformance.protocol import METRIC_KEYS, Capability
 from sdpo_conformance.specs.claas.bounds import expectations
+from sdpo_conformance.specs.claas.loss_case import LossCase, recorded_cases
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,9 @@ def nonconformity(implementation: Implementation, entry: Capability, device: str
     for case in cases:
         try:
             aspects = ("divergence", GRADIENT) if entry is Capability.DIVERGENCE else ("loss", *METRIC_KEYS, GRADIENT)
-            found: Disagreement | str | None = compare(case, entry, evaluate(function, entry, case, device), aspects)
+            found: Disagreement | str | None = compare(
+                case, evaluate(function, entry, case, device), aspects, expectations(case, entry)
+            )
         except ImplementationError as error:
             if error.device_lost:
                 raise

@@ -10,6 +10,7 @@ from typing import Any
 
 from sdpo_conformance.bench.results import Group, Row, bytes_of_logits, groups_of, rows_of
 from sdpo_conformance.bench.workloads import Direction
+from sdpo_conformance.files import whole
 
 FEWEST_POINTS = 3
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#8A6D3B")
@@ -99,9 +100,9 @@ def draw(groups: Sequence[Group], targets: Sequence[str], kind: str, device: str
         figure.text(0.03, 0.895, " · ".join(part for part in details if part), fontsize=11.5, color=FAINT)
         paths = [stem.with_name(stem.name + suffix) for suffix in (".svg", ".png")]
         for path in paths:
-            partial = path.with_name(f".{path.name}")
-            figure.savefig(partial, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
-            partial.replace(path)
+            undated = {"Date": None} if path.suffix == ".svg" else None
+            with whole(path) as partial:
+                figure.savefig(partial, format=path.suffix[1:], metadata=undated)
         pyplot.close(figure)
     return paths
 

@@ -27,7 +27,8 @@ from sdpo_conformance.bench.cells import (
     write_plan,
 )
 from sdpo_conformance.bench.workloads import Work
-from sdpo_conformance.running.process import RunError, child_environment
+from sdpo_conformance.running.options import RunError
+from sdpo_conformance.running.process import child_environment
 
 Progress = Callable[[int, int], None]
 
@@ -99,7 +100,7 @@ def run_worker(folder: Path, cells: Sequence[Cell], cell_timeout: float, progres
 
 def worker_command(folder: Path) -> list[str]:
     """pytest, shielded from the configuration of the user's project."""
-    configuration = Path(__file__).parents[1] / "specs" / "claas" / "rules" / "pytest.ini"
+    configuration = Path(__file__).parents[1] / "running" / "pytest.ini"
     plugins = ("pytest_benchmark.plugin", "sdpo_conformance.bench.plugin", "no:cacheprovider", "no:faulthandler")
     return [
         sys.executable,

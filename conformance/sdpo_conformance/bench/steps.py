@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sdpo_conformance.bench.workloads import Work
-from sdpo_conformance.protocol import DTYPES, Sample
+from sdpo_conformance.cases.precision import DTYPES
+from sdpo_conformance.protocol import Sample
 
 STEPS = 2
 """Optimizer steps of one timed call, so that the refresh between them is part of it."""

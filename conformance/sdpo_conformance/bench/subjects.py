@@ -21,6 +21,7 @@ from sdpo_conformance.protocol import (
     SDPOLossInput,
     TrainingConfig,
 )
+from sdpo_conformance.specs import DEFAULT, find_spec
 
 
 class NotOffered(Exception):
@@ -45,7 +46,7 @@ def load(target: str) -> Implementation:
     adapter to be timed. Raises LoadingError."""
     if target in PEERS and PEERS[target].bind is not None:
         return Implementation(target, None, (Capability.LOSS,), Claims())
-    return load_implementation(target.removeprefix(COMPILE))
+    return load_implementation(target.removeprefix(COMPILE), find_spec(DEFAULT))
 
 
 def bind(implementation: Implementation, target: str, work: Work) -> Subject:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sdpo_conformance.bench.inputs import Inputs, inputs_of
 from sdpo_conformance.bench.workloads import Work
-from sdpo_conformance.protocol import DTYPES, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
+from sdpo_conformance.cases.precision import DTYPES
+from sdpo_conformance.protocol import FusedSDPOLossInput, SDPOLossInput, TrainingConfig
 from sdpo_conformance.specs.claas.bounds import EAGER_FACTOR, FLOAT_FACTOR
 from sdpo_conformance.specs.claas.oracle import LossTruth, sdpo_loss
 from sdpo_conformance.specs.claas.oracle.eager import EagerLoss, eager_loss

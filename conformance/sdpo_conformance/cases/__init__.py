@@ -1,0 +1,1 @@
+"""What every spec's inputs have in common."""

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
 from sdpo_conformance.judging.call import Outcome
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.bounds import Expectation, Expectations, expectations
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 GRADIENT = "gradient."
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
 from sdpo_conformance.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
 from sdpo_conformance.judging.call import ImplementationError, evaluate
 from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 ROUNDING = 64.0
 """Roundings of the coarsest dtype by which two implementations of one defect may differ."""

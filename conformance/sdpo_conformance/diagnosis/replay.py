@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sdpo_conformance.cases.loss_case import LossCase
 from sdpo_conformance.diagnosis.observed import Observed
 from sdpo_conformance.diagnosis.prediction import NO_FIT, Fit
-from sdpo_conformance.inputs import Corner
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Claims
+from sdpo_conformance.specs import find_spec
+from sdpo_conformance.specs.claas.corners import Corner
 from sdpo_conformance.specs.claas.defects.defect import Defect
-from sdpo_conformance.specs.requirement import load_all
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 
@@ -55,7 +55,7 @@ class Replay(Subject):
 
 def replayed(defect: Defect, observed: Observed) -> Fit:
     """Whether the defect fails the same check in the same way."""
-    requirement = load_all().get(observed.requirement)
+    requirement = find_spec("claas").requirements().get(observed.requirement)
     if requirement is None or observed.entry not in defect.capabilities:
         return NO_FIT
     dtypes = tuple(

@@ -1,6 +1,1 @@
-"""Hypothesis strategies that reach the corners of the spec on purpose."""
-
-from sdpo_conformance.inputs.corners import EVERYTHING, NEUTRAL, Corner, visits
-from sdpo_conformance.inputs.losses import build_case, loss_cases
-
-__all__ = ["EVERYTHING", "NEUTRAL", "Corner", "build_case", "loss_cases", "visits"]
+"""Who chooses an example's structure, and the inputs that no spec changes."""

@@ -15,17 +15,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase, divergence_incoming
-from sdpo_conformance.protocol import Capability, FusedSDPOLossInput
-
-FLOATING = (
-    "student_logits",
-    "student_hidden",
-    "lm_head_weight",
-    "teacher_logprobs",
-    "base_logprobs",
-    "old_student_logprobs",
-)
+from sdpo_conformance.cases.case import Case, divergence_incoming
+from sdpo_conformance.protocol import Capability
 
 
 class ImplementationError(Exception):
@@ -37,7 +28,7 @@ class ImplementationError(Exception):
 
     def __init__(self, summary: str, details: str = "", device_lost: bool = False) -> None:
         super().__init__(summary)
-        self.case: LossCase | None = None
+        self.case: Case | None = None
         self.summary = summary
         self.details = details
         self.device_lost = device_lost
@@ -135,7 +126,7 @@ def lay_out(tensor: Tensor, layout: str, key: str) -> Tensor:
     return tensor
 
 
-def materialise(case: LossCase, device: str, requires_grad: bool = True) -> Any:
+def materialise(case: Case, device: str, requires_grad: bool = True) -> Any:
     """The case's input on ``device`` in its layout, fresh tensors, the differentiable fields asking for
     gradients."""
     fields: dict[str, Any] = {}
@@ -193,14 +184,14 @@ def differentiable_output(result: Mapping[str, Any], entry: Capability) -> Tenso
     return output
 
 
-def incoming_gradient(case: LossCase, entry: Capability, output: Tensor) -> Tensor:
+def incoming_gradient(case: Case, entry: Capability, output: Tensor) -> Tensor:
     """The gradient that the harness sends into ``output``."""
     if entry is Capability.DIVERGENCE:
         return divergence_incoming(case).to(output)
     return torch.full_like(output, case.incoming)
 
 
-def gradients_of(loss_input: Any, case: LossCase, entry: Capability, output: Tensor) -> dict[str, Tensor | None]:
+def gradients_of(loss_input: Any, case: Case, entry: Capability, output: Tensor) -> dict[str, Tensor | None]:
     """Backward through one output; gradients by field as float64 on the CPU."""
     leaves = [getattr(loss_input, key) for key in case.differentiable]
     with implementation_errors("backward"):
@@ -217,7 +208,7 @@ def gradients_of(loss_input: Any, case: LossCase, entry: Capability, output: Ten
     return gradients
 
 
-def touched_inputs(case: LossCase, loss_input: Any) -> tuple[str, ...]:
+def touched_inputs(case: Case, loss_input: Any) -> tuple[str, ...]:
     """The inputs whose values differ from the case's, bit for bit (NaN equal to NaN)."""
     touched = []
     for key, before in case.tensors().items():
@@ -236,7 +227,7 @@ def touched_inputs(case: LossCase, loss_input: Any) -> tuple[str, ...]:
 def evaluate(
     function: Callable[..., Any],
     entry: Capability,
-    case: LossCase,
+    case: Case,
     device: str = "cpu",
     gradient: bool = True,
 ) -> Outcome:
@@ -255,9 +246,3 @@ def evaluate(
 def is_fused_entry(entry: Capability) -> bool:
     """Whether an entry takes hidden states."""
     return entry in (Capability.FUSED, Capability.DIVERGENCE)
-
-
-def assert_entry_matches(entry: Capability, case: LossCase) -> None:
-    """A programming error of the harness: a case for another entry."""
-    if is_fused_entry(entry) != isinstance(case.loss_input, FusedSDPOLossInput):
-        raise TypeError(f"{entry.value} does not take this case")

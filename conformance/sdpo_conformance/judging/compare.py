@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
+from sdpo_conformance.cases.case import Case
 from sdpo_conformance.judging.call import ImplementationError, Outcome
-from sdpo_conformance.protocol import Capability
-from sdpo_conformance.specs.claas.bounds import Expectation, Expectations, expectations
+from sdpo_conformance.judging.expectation import Expectation, Expectations
 
 GRADIENT = "gradient"
 
@@ -30,7 +29,7 @@ class Disagreement(AssertionError):
     aspect: str
     expected: str
     got: str
-    case: LossCase | None = None
+    case: Case | None = None
     outcome: Outcome | None = None
     probe: str = "values"
     detail: str = ""
@@ -113,18 +112,11 @@ def gradient_words(expected: Tensor, got: Tensor) -> str:
     return ""
 
 
-def compare(
-    case: LossCase,
-    entry: Capability,
-    outcome: Outcome,
-    aspects: Iterable[str],
-    expected: Expectations | None = None,
-) -> Disagreement | None:
+def compare(case: Case, outcome: Outcome, aspects: Iterable[str], expected: Expectations) -> Disagreement | None:
     """The first disagreement among ``aspects`` (result keys, or "gradient"), or None.
 
     A metric that the result lacks is RED-6's finding: here it is passed over while another aspect can be judged.
     """
-    expected = expected or expectations(case, entry)
     wanted = [aspect for aspect in aspects if aspect == GRADIENT or aspect in expected.results]
     judged = [aspect for aspect in wanted if aspect == GRADIENT or aspect in outcome.result]
     for aspect in judged or wanted:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
-from sdpo_conformance.cases.loss_case import LossCase
-from sdpo_conformance.judging.call import ImplementationError, evaluate, is_fused_entry
+from sdpo_conformance.judging.call import ImplementationError, evaluate
 from sdpo_conformance.judging.implementation import Implementation
-from sdpo_conformance.protocol import DTYPES, Capability, SDPOLossInput, TrainingConfig
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs.spec import Spec
 
 DEFAULT = ("float32", "bfloat16", "float16")
 REFUSALS = ("ValueError", "TypeError", "NotImplementedError")
@@ -15,7 +13,7 @@ LOSS_ENTRIES = (Capability.LOSS, Capability.FUSED, Capability.DIVERGENCE)
 
 
 def dtypes_for(
-    implementation: Implementation, entry: Capability, device: str, asked: tuple[str, ...]
+    implementation: Implementation, spec: Spec, entry: Capability, device: str, asked: tuple[str, ...]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The dtypes to judge ``entry`` in, and those it refused with the reason it gave.
 
@@ -32,7 +30,7 @@ def dtypes_for(
         function = getattr(implementation.object, entry.value)
         for name in DEFAULT:
             try:
-                evaluate(function, entry, tiny_case(name, entry), device)
+                evaluate(function, entry, spec.parts.ordinary(name, entry), device)
             except ImplementationError as error:
                 if is_refusal(error, name):
                     refused[name] = error.summary
@@ -52,24 +50,3 @@ def is_refusal(error: ImplementationError, dtype: str) -> bool:
         "precision",
     )
     return any(f"raised {kind}" in error.summary for kind in REFUSALS) and any(word in text for word in mentions)
-
-
-def tiny_case(dtype: str, entry: Capability) -> LossCase:
-    """One ordinary on-policy token pair in one dtype."""
-    logits = torch.tensor([[[0.5, -0.25, 1.0, 0.0], [1.0, 0.5, -0.5, 0.25]]], dtype=DTYPES[dtype])
-    support = torch.tensor([[[2, 0], [0, 1]]])
-    logprobs = logits.double().log_softmax(-1)
-    chosen = logprobs[..., :1].squeeze(-1)
-    case = LossCase(
-        SDPOLossInput(
-            student_logits=logits,
-            teacher_logprobs=logprobs.gather(-1, support).to(DTYPES[dtype]),
-            teacher_indices=support,
-            base_logprobs=chosen.to(DTYPES[dtype]),
-            response_mask=torch.ones(1, 2),
-            old_student_logprobs=chosen.float(),
-            response_ids=torch.zeros(1, 2, dtype=torch.int64),
-            training=TrainingConfig(),
-        )
-    )
-    return case.to_fused() if is_fused_entry(entry) else case

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import HypothesisException
 from hypothesis.strategies import SearchStrategy
 
-from sdpo_conformance.cases.loss_case import LossCase, recorded_cases
-from sdpo_conformance.inputs import Corner, build_case, loss_cases, visits
+from sdpo_conformance.cases.case import Case, support_width
+from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.inputs.choices import SeededSource
-from sdpo_conformance.inputs.losses import ShapeOf
-from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate, is_fused_entry
+from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate
 from sdpo_conformance.judging.compare import Disagreement, compare
+from sdpo_conformance.judging.expectation import Expectations
 from sdpo_conformance.judging.profiles import Profile
-from sdpo_conformance.protocol import DTYPES, RATIO_LOG_CLAMP, Capability, Claims
-from sdpo_conformance.specs.claas.bounds import Expectations, expectations
+from sdpo_conformance.protocol import Capability, Claims
+from sdpo_conformance.specs import DEFAULT, find_spec
 from sdpo_conformance.specs.requirement import Requirement
+from sdpo_conformance.specs.spec import Parts, Spec
 
 WIDEST_SUPPORT = 1024
 """An implementation may refuse a wider support than this with a clear error, but not answer it wrong."""
@@ -68,6 +68,7 @@ class Subject:
     device: str = "cpu"
     dtypes: tuple[str, ...] = ("float32",)
     scratch: Path | None = None
+    spec: Spec = field(default_factory=lambda: find_spec(DEFAULT))
     tally: Tally = field(default_factory=Tally)
     _smallest: tuple[tuple[int, ...], Exception] | None = None
     _first_failure: float = 0.0
@@ -87,6 +88,11 @@ class Subject:
         """The dtypes this run judges."""
         return [DTYPES[name] for name in self.dtypes]
 
+    @property
+    def parts(self) -> Parts:
+        """What the spec gives to judge by."""
+        return self.spec.parts
+
     def narrowed(self, dtypes: tuple[str, ...]) -> Subject:
         """This subject with fewer dtypes, counting into the same tally."""
         return replace(self, dtypes=dtypes)
@@ -104,10 +110,10 @@ class Subject:
 
     def for_all(
         self,
-        corner: Corner,
-        check: Callable[[LossCase], object],
+        corner: Any,
+        check: Callable[[Any], object],
         share: float = 1.0,
-        shape_of: ShapeOf | None = None,
+        shape_of: Callable[[Any], Any] | None = None,
     ) -> None:
         """Run ``check`` within ``corner``: on every recorded case, on a visit to each kind of each field, and on
         drawn cases, ``share`` of the profile's number. Raises the failure on the smallest example found, and one
@@ -115,16 +121,16 @@ class Subject:
         self._smallest, self._visiting, self._secondary = None, True, 0
         dtypes, within = self.torch_dtypes, corner
         try:
-            for case in recorded_within(corner, self.entry, tuple(dtypes)):
+            for case in self.parts.recorded(corner, self.entry, tuple(dtypes)):
                 self.tally.recorded += 1
                 self._visit(check, case)
             for round_ in range(self.profile.visits):
-                for number, visit in enumerate(visits(corner, self.profile.costly)):
+                for number, visit in enumerate(self.parts.visits(corner, self.profile.costly)):
                     if (number + self._requirement) % self.profile.every:
                         continue
                     source = SeededSource(f"{self.seed}/{round_}/{number}")
                     within = visit
-                    self._visit(check, build_case(source, visit, self.entry, dtypes, shape_of))
+                    self._visit(check, self.parts.build(source, visit, self.entry, dtypes, shape_of))
             within = corner
         except (Disagreement, ImplementationError):
             pass
@@ -132,9 +138,9 @@ class Subject:
             return self._raise_smallest()
         finally:
             self._visiting = False
-        self._draw(loss_cases(within, self.entry, dtypes, shape_of), check, share)
+        self._draw(self.parts.strategy(within, self.entry, dtypes, shape_of), check, share)
 
-    def _visit(self, check: Callable[[LossCase], object], case: LossCase) -> None:
+    def _visit(self, check: Callable[[Any], object], case: Case) -> None:
         """Attempt a case; a secondary failure is kept, and a few more visits may find one that is not."""
         try:
             self._attempt(check, case)
@@ -212,19 +218,19 @@ class Subject:
 
     # --- judging one case ---
 
-    def evaluate(self, case: LossCase, gradient: bool = True) -> Outcome:
+    def evaluate(self, case: Case, gradient: bool = True) -> Outcome:
         """Call the entry on ``case``, having put the case where a crash leaves it."""
         self.keep(case)
         return evaluate(self.function, self.entry, case, self.device, gradient)
 
-    def keep(self, case: LossCase) -> None:
+    def keep(self, case: Case) -> None:
         """Write the case to ``scratch``."""
         if self.scratch is not None:
             case.save(self.scratch)
 
-    def expectations(self, case: LossCase) -> Expectations | None:
+    def expectations(self, case: Case) -> Expectations | None:
         """Truth and bounds, or None where plain PyTorch is not finite either: no MUST may ask for it."""
-        expected = expectations(case, self.entry)
+        expected = self.parts.expectations(case, self.entry)
         if not expected.attainable:
             self.tally.rejected += 1
             return None
@@ -232,9 +238,9 @@ class Subject:
 
     def agrees(
         self,
-        case: LossCase,
+        case: Case,
         aspects: Sequence[str],
-        control: LossCase | Sequence[LossCase] = (),
+        control: Case | Sequence[Case] = (),
         control_aspects: Sequence[str] = (),
         per_token: bool = False,
     ) -> Outcome | None:
@@ -249,27 +255,27 @@ class Subject:
         if expected is None:
             return None
         outcome = self.evaluate(case, gradient="gradient" in aspects)
-        found = compare(case, self.entry, outcome, aspects, expected)
+        found = compare(case, outcome, aspects, expected)
         if found is None:
             return outcome
-        controls = [control] if isinstance(control, LossCase) else control
+        controls = control if isinstance(control, Sequence) else [control]
         found.secondary = any(self.wrong_on(one, control_aspects or aspects) for one in controls) or (
             per_token and self.right_alone(case, aspects)
         )
         raise found
 
-    def wrong_on(self, control: LossCase, aspects: Sequence[str]) -> bool:
+    def wrong_on(self, control: Case, aspects: Sequence[str]) -> bool:
         """Whether the entry is wrong on a control input."""
-        expected = expectations(control, self.entry)
+        expected = self.parts.expectations(control, self.entry)
         if not expected.attainable:
             return False
         try:
             outcome = evaluate(self.function, self.entry, control, self.device, "gradient" in aspects)
-            return compare(control, self.entry, outcome, aspects, expected) is not None
+            return compare(control, outcome, aspects, expected) is not None
         except ImplementationError:
             return True
 
-    def right_alone(self, case: LossCase, aspects: Sequence[str]) -> bool:
+    def right_alone(self, case: Case, aspects: Sequence[str]) -> bool:
         """Whether a loss is right on each token alone: then what is wrong is how tokens are put together. A token
         that is left out alone, and not when there are three of it, was left out for its place."""
         if self.entry not in (Capability.LOSS, Capability.FUSED) or case.loss_input.response_mask.numel() == 1:
@@ -279,7 +285,7 @@ class Subject:
             for token in case.tokens_alone()
         )
 
-    def left_out(self, case: LossCase) -> bool:
+    def left_out(self, case: Case) -> bool:
         """Whether the tokens have no part in the loss: it is 0, and so is its gradient."""
         try:
             outcome = self.evaluate(case)
@@ -289,12 +295,12 @@ class Subject:
         except ImplementationError:
             return False
 
-    def tells_apart(self, case: LossCase, other: LossCase, aspects: Sequence[str]) -> bool:
+    def tells_apart(self, case: Case, other: Case, aspects: Sequence[str]) -> bool:
         """Whether the entry answers ``other`` differently though a rule says that it must not: it is right on
         ``case``, or one of its results is another by more than both bounds."""
         if not self.wrong_on(case, aspects):
             return True
-        here, there = (expectations(one, self.entry).results for one in (case, other))
+        here, there = (self.parts.expectations(one, self.entry).results for one in (case, other))
         try:
             before, after = self.evaluate(case, gradient=False), self.evaluate(other, gradient=False)
             return any(
@@ -310,69 +316,16 @@ def refuses_support(error: ImplementationError) -> bool:
     """Whether a kernel said that it takes no support this wide: an answer, past any top-k that is trained with."""
     case = error.case
     return (
-        isinstance(case, LossCase)
-        and case.loss_input.teacher_indices.shape[-1] > WIDEST_SUPPORT
+        case is not None
+        and hasattr(case, "tensors")
+        and support_width(case) > WIDEST_SUPPORT
         and any(f"raised {kind}:" in error.summary for kind in ("ValueError", "NotImplementedError"))
     )
 
 
 def size_of(case: Any) -> tuple[int, ...]:
     """What makes one failing example easier to read than another."""
-    if not isinstance(case, LossCase):
+    if not hasattr(case, "tensors"):
         return (0,)
-    ids = case.loss_input.response_ids
-    return (
-        int(case.layout != "contiguous"),
-        ids.numel(),
-        case.loss_input.teacher_indices.shape[-1],
-        case.vocabulary,
-    )
-
-
-@lru_cache(maxsize=1)
-def _recorded() -> tuple[LossCase, ...]:
-    return tuple(case for case, _ in recorded_cases())
-
-
-def recorded_within(corner: Corner, entry: Capability, dtypes: Iterable[torch.dtype]) -> Iterator[LossCase]:
-    """The recorded cases that lie within ``corner``, in the widest of ``dtypes``, for ``entry``."""
-    widest = max(dtypes, key=lambda dtype: -torch.finfo(dtype).eps)
-    for case in _recorded():
-        if not admits(corner, case):
-            continue
-        floats = {key: value.to(widest) for key, value in case.tensors().items() if value.is_floating_point()}
-        named = case.with_fields(**floats)
-        converted = LossCase(named.loss_input, name=case.name)
-        yield converted.to_fused() if is_fused_entry(entry) else converted
-
-
-def admits(corner: Corner, case: LossCase) -> bool:
-    """Whether a recorded case visits no dimension that ``corner`` keeps neutral."""
-    training, loss_input, truth = case.training, case.loss_input, case.truth
-    off_policy = bool(((truth.chosen - loss_input.old_student_logprobs).abs() > 1e-6).any())
-    if off_policy and set(corner.ratio) <= {"on_policy"}:
-        return False
-    beyond = (truth.chosen - loss_input.old_student_logprobs).abs() > RATIO_LOG_CLAMP
-    if bool(beyond.any()) and not {"clamp_high", "clamp_low", "infinite"} & set(corner.ratio):
-        return False
-    if bool(torch.isinf(loss_input.old_student_logprobs).any()) and "infinite" not in corner.ratio:
-        return False
-    if training.is_clip <= 1 and not set(corner.is_clip) & {"low", "one"}:
-        return False
-    if training.is_clip > 1e5 and "huge" not in corner.is_clip:
-        return False
-    if training.kl_reg_weight != 0 and "on" not in corner.anchor:
-        return False
-    alpha_kind = {0.0: "zero", 1.0: "one"}.get(training.alpha, "inside")
-    if alpha_kind not in corner.alpha and not (alpha_kind == "inside" and set(corner.alpha) - {"zero", "one"}):
-        return False
-    mask = loss_input.response_mask.double()
-    if not bool((mask == 1).all()) and set(corner.mask) <= {"full"}:
-        return False
-    if not bool(mask.any()) and "empty" not in corner.mask:
-        return False
-    if training.alpha < 1 and truth.divergence is not None:
-        floored = truth.divergence.on_floor.any() or (loss_input.teacher_logprobs.logsumexp(-1) < -18.4).any()
-        if bool(floored) and not {"teacher_floor", "student_floor"} & set(corner.mass):
-            return False
-    return True
+    tokens = min((value.numel() for value in case.tensors().values() if value.dim() == 2), default=0)
+    return (int(case.layout != "contiguous"), tokens, support_width(case), case.vocabulary)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.protocol import SIGNATURES, Capability, Claims
+from sdpo_conformance.protocol import Capability, Claims
+from sdpo_conformance.specs.spec import Spec
 
 BUNDLED = ("reference", "triton_fused")
 
@@ -33,14 +34,15 @@ class Implementation:
     claims: Claims
 
 
-def load_implementation(target: str) -> Implementation:
+def load_implementation(target: str, spec: Spec) -> Implementation:
     """Import ``target`` and see what it offers; raises LoadingError. ``sys.exit`` at import included."""
-    found = _find(target)
-    offered = tuple(capability for capability in Capability if callable(getattr(found, capability.value, None)))
+    found = _find(target, spec)
+    judged = [capability for capability in Capability if capability.value in spec.entries]
+    offered = tuple(capability for capability in judged if callable(getattr(found, capability.value, None)))
     if not offered:
-        names = ", ".join(capability.value for capability in SIGNATURES)
+        names = ", ".join(spec.entries)
         raise LoadingError(
-            f"{target} offers nothing conformance can call: looked for {names}; "
+            f"{target} offers nothing that the {spec.title} spec can call: looked for {names}; "
             "'sdpo-conformance init' writes a ten-line adapter to start from"
         )
     try:
@@ -50,11 +52,11 @@ def load_implementation(target: str) -> Implementation:
     return Implementation(target, found, offered, claims)
 
 
-def _find(target: str) -> Any:
+def _find(target: str, spec: Spec) -> Any:
     if not target.strip():
         raise LoadingError("--impl is empty: expected a module, module:object, a .py file or a bundled name")
     if target.startswith("defect:"):
-        return _defect(target.removeprefix("defect:"))
+        return _defect(target.removeprefix("defect:"), spec)
     name, _, attribute = _split(target)
     if name.endswith(".py") or "/" in name:
         module = _from_file(Path(name))
@@ -75,13 +77,11 @@ def _split(target: str) -> tuple[str, str, str]:
     return target[:drive] + name, colon, attribute
 
 
-def _defect(name: str) -> Any:
-    from sdpo_conformance.specs.claas import defects
-
+def _defect(name: str, spec: Spec) -> Any:
     try:
-        return defects.load(name)
-    except KeyError:
-        raise LoadingError(f"no catalogued defect {name!r}; 'sdpo-conformance defects' lists the names") from None
+        return spec.parts.defect(name)
+    except KeyError as error:
+        raise LoadingError(f"{error.args[0]}; 'sdpo-conformance list defects' lists the names") from None
 
 
 def _from_file(path: Path) -> Any:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdpo_conformance.matrix.cells import rows_of, tally
+from sdpo_conformance.matrix.cells import rows_of, spec_of, tally
 from sdpo_conformance.matrix.columns import Column
 from sdpo_conformance.specs.requirement import Level
-
-LABEL = "CLaaS SDPO"
 
 
 def badge(column: Column) -> dict[str, Any]:
@@ -29,4 +27,4 @@ def badge(column: Column) -> dict[str, Any]:
         message, color = f"{met}/{judged} MUST of {' '.join(column.results['run']['only'])} only", "yellowgreen"
     else:
         message, color = f"conforming, {met}/{judged} MUST", "brightgreen"
-    return {"schemaVersion": 1, "label": LABEL, "message": message, "color": color}
+    return {"schemaVersion": 1, "label": f"{spec_of([column]).label} SDPO", "message": message, "color": color}

@@ -8,7 +8,8 @@ from enum import StrEnum
 from typing import Any
 
 from sdpo_conformance.matrix.columns import Column, Standing
-from sdpo_conformance.specs.requirement import FAMILIES, load_all
+from sdpo_conformance.specs import DEFAULT, find_spec
+from sdpo_conformance.specs.spec import Spec
 
 
 class CellStatus(StrEnum):
@@ -69,7 +70,8 @@ class Cell:
 
 def rows_of(columns: Sequence[Column], only: Sequence[str] = ()) -> list[Row]:
     """The requirements that any run selected, in the order of the spec; ``only`` where nothing could run."""
-    known = load_all()
+    spec = spec_of(columns)
+    known = spec.requirements()
     rows = {id: Row(id, found.level, found.statement, found.source, found.why) for id, found in known.items()}
     for record in (record for column in columns for record in records_of(column)):
         id = record["requirement"]
@@ -77,12 +79,20 @@ def rows_of(columns: Sequence[Column], only: Sequence[str] = ()) -> list[Row]:
             rows[id] = Row(id, record["level"], record["statement"], record["source"])
     selections = [column.results["run"]["only"] for column in columns if column.results is not None] or [only]
     shown = [row for row in rows.values() if any(selects(selection, row.id) for selection in selections)]
-    return sorted(shown, key=lambda row: (family_order(row.family), int(row.id.rsplit("-", 1)[1])))
+    return sorted(shown, key=lambda row: (family_order(row.family, spec), int(row.id.rsplit("-", 1)[1])))
 
 
-def family_order(family: str) -> int:
+def spec_of(columns: Sequence[Column]) -> Spec:
+    """The spec that every judged column was judged by; raises ValueError where they differ."""
+    names = {column.results["spec"]["name"] for column in columns if column.results is not None} or {DEFAULT}
+    if len(names) > 1:
+        raise ValueError(f"these results were judged by different specs: {', '.join(sorted(names))}")
+    return find_spec(names.pop())
+
+
+def family_order(family: str, spec: Spec) -> int:
     """Families in the order of the report, unknown ones last."""
-    order = list(FAMILIES)
+    order = list(spec.families)
     return order.index(family) if family in order else len(order)
 
 

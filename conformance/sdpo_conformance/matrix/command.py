@@ -22,6 +22,7 @@ def matrix(
             "say of another machine",
         ),
     ],
+    spec: Annotated[str, typer.Option(help="the spec to judge by")] = "claas",
     profile: Annotated[str, typer.Option(help="quick, default, thorough or fuzz")] = "default",
     seed: Annotated[int, typer.Option(help="reproduces a run")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
@@ -51,19 +52,19 @@ def matrix(
     from sdpo_conformance.matrix.gather import gather
     from sdpo_conformance.matrix.table import print_matrix
     from sdpo_conformance.report.progress import progress_on_terminal
-    from sdpo_conformance.running.process import RunError
+    from sdpo_conformance.running.options import RunError, RunOptions
 
-    options = {
-        "profile": profile,
-        "seed": seed,
-        "device": device,
-        "dtypes": dtype or (),
-        "only": only or (),
-        "jobs": jobs,
-        "call_timeout": call_timeout,
-    }
     try:
-        check_requested(profile, dtype or (), only or (), call_timeout)
+        options = RunOptions(
+            spec=spec,
+            profile=profile,
+            seed=seed,
+            device=device,
+            dtypes=tuple(dtype or ()),
+            only=tuple(only or ()),
+            jobs=jobs,
+            call_timeout=call_timeout,
+        )
         stated = stated_versions(package or ())
         with progress_on_terminal() as progress:
             columns = gather(implementations, options, stated, progress, announce)
@@ -78,21 +79,6 @@ def matrix(
         print(f"sdpo-conformance: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     raise typer.Exit(exit_status(columns))
-
-
-def check_requested(profile: str, dtypes: Sequence[str], only: Sequence[str], call_timeout: float) -> None:
-    """A mistaken option is one line, not one in each column; raises ValueError."""
-    from sdpo_conformance.judging.profiles import PROFILES
-    from sdpo_conformance.protocol_names import DTYPE_NAMES
-    from sdpo_conformance.specs.requirement import load_all, selected
-
-    if profile not in PROFILES:
-        raise ValueError(f"no profile {profile!r}; profiles: {', '.join(PROFILES)}")
-    if bad := [name for name in dtypes if name not in DTYPE_NAMES]:
-        raise ValueError(f"no dtype {bad[0]!r}; dtypes: {', '.join(DTYPE_NAMES)}")
-    if call_timeout <= 0:
-        raise ValueError(f"--call-timeout must be positive, got {call_timeout:g}")
-    selected(load_all(), tuple(only))
 
 
 def stated_versions(options: Sequence[str]) -> dict[str, str]:

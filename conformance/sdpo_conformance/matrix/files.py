@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdpo_conformance.files import write_json
 from sdpo_conformance.matrix.badge import badge
 from sdpo_conformance.matrix.cells import Row
 from sdpo_conformance.matrix.columns import Column
 from sdpo_conformance.matrix.page import page
-from sdpo_conformance.report.records import write_json
 from sdpo_conformance.running.folder import folder_name
 
 

@@ -6,25 +6,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sdpo_conformance.matrix.columns import Column, Standing
 from sdpo_conformance.matrix.provenance import version_of
-from sdpo_conformance.running.folder import default_folder
-from sdpo_conformance.running.process import Progress, RunError, run
+from sdpo_conformance.running.options import RunError, RunOptions
+from sdpo_conformance.running.process import Progress, run_with
 
 FORMAT = 1
 """The version of results.json and of matrix.json that is read here."""
-
-Options = Mapping[str, Any]
-"""Keyword arguments of ``running.run``: profile, seed, device, dtypes, only, jobs, call_timeout."""
 
 Announce = Callable[[Column], None]
 
 
 def gather(
     names: Sequence[str],
-    options: Options,
+    options: RunOptions,
     versions: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     announce: Announce | None = None,
@@ -41,7 +37,7 @@ def gather(
     columns: list[Column] = []
     folders: set[Path] = set()
     for name in names:
-        found = earlier.get(name) or [judge(name, options, folder_for(name, folders), progress)]
+        found = earlier.get(name) or [judge(name, options, folder_for(name, options, folders), progress)]
         columns += [replace(one, version=versions.get(one.implementation, one.version)) for one in found]
         if announce is not None:
             for column in columns[-len(found) :]:
@@ -51,25 +47,25 @@ def gather(
     return columns
 
 
-def judge(name: str, options: Options, folder: Path, progress: Progress | None = None) -> Column:
+def judge(name: str, options: RunOptions, folder: Path, progress: Progress | None = None) -> Column:
     """Run the suite on one implementation."""
     try:
-        report = run(name, **options, out=folder, progress=progress)
+        report = run_with(name, replace(options, out=folder), progress)
     except RunError as error:
         missing = str(error).startswith(Standing.NOT_INSTALLED)
         return Column(
             implementation=name,
             standing=Standing.NOT_INSTALLED if missing else Standing.COULD_NOT_RUN,
-            device=options.get("device", "cpu"),
+            device=options.device,
             version=version_of(name),
             message=str(error),
         )
     return Column.judged(report.results, report.folder, version_of(name))
 
 
-def folder_for(name: str, taken: set[Path]) -> Path:
+def folder_for(name: str, options: RunOptions, taken: set[Path]) -> Path:
     """Where ``run`` leaves its results, with a number where two names would share a folder."""
-    first = folder = default_folder(name)
+    first = folder = options.folder(name)
     number = 2
     while folder in taken:
         folder = first.with_name(f"{first.name}-{number}")

@@ -16,10 +16,9 @@ from importlib import resources
 from itertools import groupby
 from typing import Any
 
-from sdpo_conformance.matrix.cells import Cell, CellStatus, Row, cell_of, tally
+from sdpo_conformance.matrix.cells import Cell, CellStatus, Row, cell_of, spec_of, tally
 from sdpo_conformance.matrix.columns import Column
-from sdpo_conformance.report.results import ENTRY_WORDS
-from sdpo_conformance.specs.requirement import FAMILIES
+from sdpo_conformance.protocol import ENTRIES, Capability
 
 MARKS = {
     CellStatus.PASSED: "✓",
@@ -48,6 +47,7 @@ def page(columns: Sequence[Column], rows: Sequence[Row], created: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    families = spec_of(columns).families
     files = resources.files("sdpo_conformance.matrix")
     script, style = ((files / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment.filters["breakable"] = breakable
@@ -62,7 +62,7 @@ def page(columns: Sequence[Column], rows: Sequence[Row], created: str) -> str:
         families=[
             {
                 "id": family,
-                "words": FAMILIES.get(family, family),
+                "words": families.get(family, family),
                 "rows": members,
                 "tallies": [tally(column, members) for column in columns],
             }
@@ -119,11 +119,12 @@ def recognised(column: Column) -> str:
 
 def view(columns: Sequence[Column], rows: Sequence[Row], cells: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
     """What the script shows when a cell or a column's head is opened."""
+    families = spec_of(columns).families
     return {
         "requirements": {
             row.id: {
                 "level": row.level,
-                "family": FAMILIES.get(row.family, row.family),
+                "family": families.get(row.family, row.family),
                 "statement": row.statement,
                 "why": row.why,
                 "source": row.source,
@@ -169,7 +170,7 @@ def cell_view(cell: Cell) -> dict[str, Any]:
         "reason": cell.reason,
         "entries": [
             {
-                "entry": ENTRY_WORDS.get(record["entry"], record["entry"]),
+                "entry": ENTRIES[Capability(record["entry"])].label,
                 "status": record["status"],
                 "reason": record["reason"],
                 "examples": record["examples"],

@@ -7,13 +7,14 @@ crash, and ``last_case`` says on which input.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from sdpo_conformance.files import write_json
+from sdpo_conformance.protocol import ENTRIES, Capability
 from sdpo_conformance.specs.requirement import Level
 
 
@@ -26,9 +27,6 @@ class Status(StrEnum):
     UNEXPECTED_PASS = "unexpected pass"
     NOT_JUDGED = "not judged"
     INTERNAL_ERROR = "internal error"
-
-
-BAD = (Status.FAILED, Status.UNEXPECTED_PASS)
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,8 @@ class Record:
 
 def record_key(requirement: str, entry: str) -> str:
     """File stem of a record: the id, and the entry where it is not the plain loss."""
-    short = {"compute_sdpo_loss": "", "compute_fused_sdpo_loss": "fused", "compute_divergence": "divergence"}
-    suffix = short.get(entry, "")
+    suffix = ENTRIES[Capability(entry)].suffix
     return f"{requirement}-{suffix}" if suffix else requirement
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def write_record(folder: Path, record: Record) -> None:

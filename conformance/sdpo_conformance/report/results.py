@@ -7,64 +7,58 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.diagnosis import diagnose_run
 from sdpo_conformance.judging.implementation import Implementation
-from sdpo_conformance.protocol import Capability
-from sdpo_conformance.report.records import BAD, Record, Status
-from sdpo_conformance.specs.requirement import FAMILIES, Level, load_all
+from sdpo_conformance.protocol import ENTRIES, Capability
+from sdpo_conformance.report.records import Record, Status
+from sdpo_conformance.specs.requirement import Level
+from sdpo_conformance.specs.spec import Spec
 
 FORMAT = 1
 
-ENTRY_WORDS: Mapping[str, str] = {
-    Capability.LOSS: "loss",
-    Capability.FUSED: "fused loss",
-    Capability.DIVERGENCE: "divergence",
-    Capability.RESPONSE_LOGPROBS: "response log-probs",
-    Capability.TEACHER_TOPK: "teacher top-k",
-    Capability.DISTILL: "trainer",
-}
-
 
 def results_of(
-    implementation: Implementation, records: Sequence[Record], run: Mapping[str, Any], folder: Path
+    implementation: Implementation, spec: Spec, records: Sequence[Record], run: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """The whole document; runs the diagnosis on the failures kept in ``folder``."""
     failed = [record for record in records if record.status is Status.FAILED]
-    diagnosis = diagnosed(folder, failed, implementation) if failed else None
+    diagnosis = diagnosed(folder, failed, implementation, spec) if failed else None
     return {
         "format": FORMAT,
         "implementation": implementation.target,
+        "spec": {"name": spec.name, "version": spec.version, "title": spec.title},
         "offered": [capability.value for capability in implementation.offered],
         "claims": asdict(implementation.claims),
         "run": dict(run),
-        "records": [described(record) for record in records],
+        "records": [described(record, spec) for record in records],
         "diagnosis": diagnosis,
-        "verdict": verdict(implementation, records, diagnosis),
+        "verdict": verdict(implementation, spec, records, diagnosis),
     }
 
 
-def diagnosed(folder: Path, failed: Sequence[Record], implementation: Implementation) -> Mapping[str, Any] | None:
+def diagnosed(
+    folder: Path, failed: Sequence[Record], implementation: Implementation, spec: Spec
+) -> Mapping[str, Any] | None:
     """The diagnosis; a fault of its own costs the diagnosis, not the verdicts."""
     try:
-        return diagnose_run(folder, failed, implementation.offered)
+        return spec.parts.diagnose(folder, failed, implementation.offered)
     except Exception as error:
         line = f"the diagnosis itself failed ({type(error).__name__}: {error}); please report it"
         return {"lines": [line[:300]], "usable_for": "", "matches": []}
 
 
-def described(record: Record) -> dict[str, Any]:
+def described(record: Record, spec: Spec) -> dict[str, Any]:
     """A record with the requirement's own words."""
-    found = load_all()[record.requirement]
+    found = spec.requirements()[record.requirement]
     return {
         **asdict(record),
-        "family": FAMILIES[found.family],
+        "family": spec.families[found.family],
         "statement": found.statement,
         "source": found.source,
     }
 
 
 def verdict(
-    implementation: Implementation, records: Sequence[Record], diagnosis: Mapping[str, Any] | None
+    implementation: Implementation, spec: Spec, records: Sequence[Record], diagnosis: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """``conforming``: no MUST fails, expected or not. ``passed``: nothing but what was claimed to fail fails.
     ``text``: one line for people."""
@@ -82,12 +76,12 @@ def verdict(
     if not must:
         text = "NOTHING JUDGED: no MUST was selected for what this implementation offers."
     elif len(met) == len(must):
-        text = f"CONFORMING: {tallies(must, met)}."
+        text = f"CONFORMING to {spec.label}: {tallies(must, met)}."
     elif not broken:
         claimed = ", ".join(sorted({record.requirement for record in expected}))
         text = f"FAILS ONLY WHAT IT CLAIMS TO FAIL ({claimed}): {tallies(must, met)}."
     else:
-        text = f"NOT CONFORMING: {tallies(must, met)}."
+        text = f"NOT CONFORMING to {spec.label}: {tallies(must, met)}."
     if surprising:
         names = ", ".join(sorted({record.requirement for record in surprising}))
         text += f" {names} passed although SDPO_CLAIMS expects failure: remove the claim."
@@ -110,10 +104,10 @@ def verdict(
 def tallies(must: Sequence[Record], met: Sequence[Record]) -> str:
     """``loss 34/42 MUST, trainer 9/11 MUST``."""
     parts = []
-    for entry, words in ENTRY_WORDS.items():
+    for entry, row in ENTRIES.items():
         judged = [record for record in must if record.entry == entry]
         if judged:
-            parts.append(f"{words} {sum(record in met for record in judged)}/{len(judged)} MUST")
+            parts.append(f"{row.label} {sum(record in met for record in judged)}/{len(judged)} MUST")
     return ", ".join(parts)
 
 
@@ -131,8 +125,3 @@ def remarks(implementation: Implementation, diagnosis: Mapping[str, Any] | None)
     if implementation.claims.max_steps_per_batch == 1:
         text += " Claims max_steps_per_batch = 1: for on-policy single steps only."
     return text
-
-
-def is_bad(record: Mapping[str, Any]) -> bool:
-    """Whether a record of results.json counts against the implementation."""
-    return record["status"] in BAD

@@ -11,22 +11,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from sdpo_conformance.protocol import Capability
+from sdpo_conformance.protocol import ENTRIES
 from sdpo_conformance.report.records import Status
-from sdpo_conformance.specs.requirement import FAMILIES, Level
+from sdpo_conformance.specs import find_spec
+from sdpo_conformance.specs.requirement import Level
+from sdpo_conformance.specs.spec import Spec
 
 SHOWN_FAILURES = 8
 
 UNJUDGED = (Status.NOT_JUDGED, Status.INTERNAL_ERROR)
 
-SWEEPS = ("NUM-1", "NUM-2", "FUS-1", "FUS-2", "FUS-4", "FUS-6")
-"""Requirements that visit every corner at once: what they find, a rule of its own names better."""
-
-ENTRY_HEADS = {
-    Capability.LOSS.value: "loss",
-    Capability.FUSED.value: "fused",
-    Capability.DIVERGENCE.value: "divergence",
-}
+COLUMNS = {entry.value: row.column for entry, row in ENTRIES.items() if row.column}
+"""Entries that a report has a column for."""
 
 
 def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> None:
@@ -36,7 +32,7 @@ def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> 
     for line in notes(results):
         console.print(f"  {line}", highlight=False)
     failures = grouped([record for record in results["records"] if record["status"] == Status.FAILED])
-    primary, secondary = sorted_out(failures)
+    primary, secondary = sorted_out(failures, find_spec(results["spec"]["name"]))
     shown = primary[:SHOWN_FAILURES]
     for group in shown:
         console.print(failure_text(group), highlight=False)
@@ -70,7 +66,7 @@ def header(results: Mapping[str, Any]) -> Text:
     device = run["device"] if run["device"] == "cpu" else f"{run['device']} ({run['device_name']})"
     parts = [
         "SDPO conformance",
-        "CLaaS spec",
+        f"{results['spec']['title']} {results['spec']['version']} spec",
         results["implementation"],
         device,
         ", ".join(run["dtypes"]) or "no dtype",
@@ -84,26 +80,28 @@ def tally_table(results: Mapping[str, Any]) -> Table:
     """Families down; passed of judged through each entry, and the ids that failed."""
     table = Table(box=None, show_header=True, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
     records = results["records"]
-    heads = [entry for entry in ENTRY_HEADS if entry in results["offered"]]
+    spec = find_spec(results["spec"]["name"])
+    heads = [entry for entry in COLUMNS if entry in results["offered"]]
     table.add_column("")
     for entry in heads:
-        table.add_column(ENTRY_HEADS[entry], justify="left")
+        table.add_column(COLUMNS[entry], justify="left")
     if not heads:
         table.add_column("")
     table.add_column("not met", overflow="fold")
-    for family, words in FAMILIES.items():
+    for family, words in spec.families.items():
+        own = spec.own_entries.get(family, "")
         mine = [record for record in records if record["requirement"].rsplit("-", 1)[0] == family]
         if not mine:
             if not results["run"]["only"]:
-                provided = provider(family) in results["offered"] or any(entry in results["offered"] for entry in heads)
-                if family in ("LP", "TK", "STEP") or not provided:
+                provided = own in results["offered"] or any(entry in results["offered"] for entry in heads)
+                if own or not provided:
                     table.add_row(words, *[""] * (max(len(heads), 1) - 1), "", Text("not provided", style="dim"))
             continue
         judged = [record for record in mine if record["status"] not in UNJUDGED]
         cells: list[Text] = []
         for entry in heads or [""]:
-            through = [record for record in judged if record["entry"] == entry] if family_of_losses(family) else judged
-            if not family_of_losses(family) and cells:
+            through = judged if own else [record for record in judged if record["entry"] == entry]
+            if own and cells:
                 through = []
             good = [record for record in through if record["status"] in (Status.PASSED, Status.UNEXPECTED_PASS)]
             style = "green" if len(good) == len(through) else "red"
@@ -112,19 +110,6 @@ def tally_table(results: Mapping[str, Any]) -> Table:
         ids = dict.fromkeys(label(record) for record in bad)
         table.add_row(words, *cells, " ".join(ids))
     return table
-
-
-def provider(family: str) -> str:
-    """The capability that a family of its own belongs to."""
-    return {
-        "LP": Capability.RESPONSE_LOGPROBS,
-        "TK": Capability.TEACHER_TOPK,
-        "STEP": Capability.DISTILL,
-    }.get(family, "")
-
-
-def family_of_losses(family: str) -> bool:
-    return not provider(family)
 
 
 def label(record: Mapping[str, Any]) -> str:
@@ -154,11 +139,12 @@ def grouped(records: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]
 
 def sorted_out(
     failures: list[list[Mapping[str, Any]]],
+    spec: Spec,
 ) -> tuple[list[list[Mapping[str, Any]]], list[list[Mapping[str, Any]]]]:
     """Failures that name a rule, and those that follow: wrong on their control input too, or found by a sweep
     through every corner while a rule of its own is named."""
     own = [group for group in failures if not group[0]["failure"].get("secondary")]
-    named = [group for group in own if group[0]["requirement"] not in SWEEPS]
+    named = [group for group in own if group[0]["requirement"] not in spec.sweeps]
     primary = named or own or failures
     return primary, [group for group in failures if group not in primary]
 
@@ -171,7 +157,7 @@ def failure_text(group: Sequence[Mapping[str, Any]]) -> Text:
     text = Text.assemble((f"{record['requirement']:<7} ", "bold red"), record["statement"])
     if record["level"] == Level.SHOULD:
         text.append(" (SHOULD)", style="dim")
-    entries = ", ".join(ENTRY_HEADS.get(entry["entry"], "") for entry in group if entry["entry"] in ENTRY_HEADS)
+    entries = ", ".join(COLUMNS.get(entry["entry"], "") for entry in group if entry["entry"] in COLUMNS)
     if failure.get("kind") == "error":
         text.append(f"{indent}{failure['summary']}")
     else:

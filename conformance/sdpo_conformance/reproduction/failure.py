@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
+from sdpo_conformance.cases.case import Case
 from sdpo_conformance.judging.call import ImplementationError, Outcome
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.report.records import record_key
 from sdpo_conformance.reproduction.loss_program import write_reproduction
-from sdpo_conformance.specs.claas.words import describe
 from sdpo_conformance.specs.requirement import Requirement
+from sdpo_conformance.specs.spec import Spec
 
 
 def failure_of(
     folder: Path,
     target: str,
     device: str,
+    spec: Spec,
     requirement: Requirement,
     entry: Capability,
     error: Disagreement | ImplementationError,
@@ -52,12 +53,14 @@ def failure_of(
         }
         outcome = None
     case = error.case
-    if isinstance(case, LossCase):
+    if case is not None:
         key = record_key(requirement.id, entry.value)
-        found["words"] = describe(case)
+        found["words"] = spec.parts.describe(case)
         found["observed"] = save_observed(folder, key, case, outcome)
         other = error.extra.get("other") if isinstance(error, Disagreement) else None
-        found["reproduction"] = write_reproduction(folder, key, target, device, requirement, entry, found, case, other)
+        found["reproduction"] = write_reproduction(
+            folder, key, target, device, spec, requirement, entry, found, case, other
+        )
     else:
         found["words"] = error.extra.get("words", "") if isinstance(error, Disagreement) else ""
         if isinstance(error, Disagreement) and "reproduction" in error.extra:
@@ -65,7 +68,7 @@ def failure_of(
     return found
 
 
-def save_observed(folder: Path, key: str, case: LossCase, outcome: Outcome | None) -> str:
+def save_observed(folder: Path, key: str, case: Case, outcome: Outcome | None) -> str:
     """The failing case with what the implementation returned on it, for the diagnosis; its file name."""
     extra: dict[str, Tensor] = {}
     if outcome is not None:

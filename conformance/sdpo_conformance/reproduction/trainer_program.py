@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import save_file
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
+from sdpo_conformance.files import write_tensors, write_text
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.protocol import Sample
-from sdpo_conformance.reproduction.loss_program import environment, location
+from sdpo_conformance.reproduction.program import location
+from sdpo_conformance.specs import DEFAULT, find_spec
 from sdpo_conformance.specs.claas.oracle.step_loop import BETAS, EPSILON, WEIGHT_DECAY
 from sdpo_conformance.specs.requirement import Requirement
 from sdpo_conformance.trainer.models import CLASSES, build, config_arguments, lora_arguments
 from sdpo_conformance.trainer.scenarios import Scenario, samples_of
+
+
+def environment() -> Environment:
+    """Templates of this package; an undefined name is an error."""
+    return Environment(
+        loader=PackageLoader("sdpo_conformance.reproduction"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 def write_reproduction(
@@ -78,14 +90,12 @@ def write_reproduction(
                     "maximize": False,
                 }
             ),
-            **location(target),
+            **location(target, find_spec(DEFAULT)),
         )
     )
-    save_file(tensors, folder / f"{requirement.id}.safetensors")
+    write_tensors(folder / f"{requirement.id}.safetensors", tensors)
     path = folder / f"{requirement.id}.py"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(program, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, program)
     return path.name
 
 

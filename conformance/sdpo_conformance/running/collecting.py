@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.cases.loss_case import LossCase
+from sdpo_conformance.cases.precision import DTYPES
+from sdpo_conformance.files import write_json
 from sdpo_conformance.judging.call import ImplementationError
-from sdpo_conformance.protocol import DTYPES, Capability
-from sdpo_conformance.report.records import Record, Status, read_records, record_key, write_json, write_record
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.report.records import Record, Status, read_records, record_key, write_record
 from sdpo_conformance.report.results import results_of
 from sdpo_conformance.reproduction.failure import failure_of
 from sdpo_conformance.running.folder import RESULTS
-from sdpo_conformance.specs.requirement import load_all
 
 
 def collect(run: Any) -> None:
@@ -28,11 +28,12 @@ def collect(run: Any) -> None:
             write_record(folder, lost_record(run, entry["requirement"], Capability(entry["entry"]), key))
     records = read_records(folder)
     ordered = [records[record_key(entry["requirement"], entry["entry"])] for entry in plan]
-    order = list(load_all())
+    order = list(run.spec.requirements())
     ordered.sort(key=lambda record: (list(Capability).index(Capability(record.entry)), order.index(record.requirement)))
     dtypes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "dtypes").glob("*.json"))]
     results = results_of(
         run.implementation,
+        run.spec,
         ordered,
         run={
             "device": run.device,
@@ -52,7 +53,7 @@ def collect(run: Any) -> None:
 
 def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> Record:
     """The verdict on a requirement whose process died: it failed, and the last input is the reproduction."""
-    found = load_all()[requirement_id]
+    found = run.spec.requirements()[requirement_id]
     running = run.folder / "running" / f"{key}.json"
     log = ""
     if running.exists():
@@ -62,7 +63,7 @@ def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> R
     error = ImplementationError(cause_of_death(log, entry, running.exists()), "\n".join(log.splitlines()[:12]))
     case = running.with_suffix(".safetensors")
     if case.exists():
-        error.case = LossCase.load(case)
+        error.case = run.spec.parts.load(case)
     expected = run.implementation.claims.expected_failures.get(requirement_id, "")
     return Record(
         requirement=requirement_id,
@@ -70,7 +71,7 @@ def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> R
         level=found.level,
         status=Status.EXPECTED_FAILURE if expected else Status.FAILED,
         reason=expected,
-        failure=failure_of(run.folder, run.target, run.device, found, entry, error),
+        failure=failure_of(run.folder, run.target, run.device, run.spec, found, entry, error),
     )
 
 

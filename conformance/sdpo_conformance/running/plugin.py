@@ -11,15 +11,15 @@ import faulthandler
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from sdpo_conformance.judging.profiles import PROFILES
-from sdpo_conformance.protocol import DTYPES, Capability
-from sdpo_conformance.report.records import Record, Status, record_key, write_json, write_record
-from sdpo_conformance.running.folder import ERROR, default_folder, start_afresh
+from sdpo_conformance.files import write_json, write_text
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.report.records import Record, Status, record_key, write_record
+from sdpo_conformance.running.folder import ERROR, start_afresh
+from sdpo_conformance.running.options import RunError, RunOptions, declare
 
 SESSION = pytest.StashKey["Session"]()
 
@@ -30,15 +30,15 @@ class Session:
     def __init__(self, config: pytest.Config) -> None:
         from sdpo_conformance.judging.implementation import LoadingError, load_implementation
 
-        option = config.option
         self.worker = hasattr(config, "workerinput")
-        self.target: str = option.impl
-        self.folder = Path(option.out) if option.out else default_folder(self.target)
-        self.profile = PROFILES[option.profile]
-        self.seed: int = option.seed
-        self.device: str = option.device
-        self.asked: tuple[str, ...] = tuple(option.dtype or ())
-        self.only: tuple[str, ...] = tuple(option.only or ())
+        self.target: str = config.option.impl
+        self.options = read_options(config)
+        self.folder = self.options.folder(self.target)
+        self.spec = self.options.found_spec
+        self.profile = self.options.found_profile
+        self.seed = self.options.seed
+        self.device = self.options.device
+        self.only = self.options.only
         self.started = time.time()
         self.dtypes: dict[Capability, tuple[tuple[str, ...], dict[str, str]]] = {}
         self.crash_log: IO[str] | None = None
@@ -49,10 +49,10 @@ class Session:
                 raise pytest.UsageError(str(error)) from None
         try:
             self.check_device()
-            self.implementation = load_implementation(self.target)
+            self.implementation = load_implementation(self.target, self.spec)
             self.check_claims()
         except LoadingError as error:
-            (self.folder / ERROR).write_text(f"{error}\n", encoding="utf-8")
+            write_text(self.folder / ERROR, f"{error}\n")
             raise pytest.UsageError(str(error)) from None
 
     def check_device(self) -> None:
@@ -67,7 +67,6 @@ class Session:
 
     def check_claims(self) -> None:
         from sdpo_conformance.judging.implementation import LoadingError
-        from sdpo_conformance.specs.requirement import load_all
 
         claims = self.implementation.claims
         kind = self.device.partition(":")[0]
@@ -75,7 +74,7 @@ class Session:
             raise LoadingError(
                 f"{self.target} claims the devices {', '.join(claims.devices)} in SDPO_CLAIMS; name one with --device"
             )
-        if unknown := sorted(set(claims.expected_failures) - set(load_all())):
+        if unknown := sorted(set(claims.expected_failures) - set(self.spec.requirements())):
             raise LoadingError(f"{self.target}: SDPO_CLAIMS expects failures of unknown requirements {unknown}")
 
     def arm(self, seconds: float) -> None:
@@ -95,29 +94,22 @@ class Session:
         from sdpo_conformance.judging.dtypes import dtypes_for
 
         if entry not in self.dtypes:
-            found = dtypes_for(self.implementation, entry, self.device, self.asked)
+            found = dtypes_for(self.implementation, self.spec, entry, self.device, self.options.dtypes)
             write_json(self.folder / "dtypes" / f"{entry.value}.json", found)
             self.dtypes[entry] = found
         return self.dtypes[entry]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("sdpo-conformance")
-    group.addoption("--impl", default="reference", help="module, module:object, .py file, or a bundled name")
-    group.addoption("--profile", default="default", choices=list(PROFILES), help="how many examples")
-    group.addoption("--seed", default=0, type=int, help="reproduces a run")
-    group.addoption("--device", default="cpu", help="cpu, cuda or cuda:N")
-    group.addoption("--dtype", action="append", choices=list(DTYPES), help="judge only in this dtype (repeatable)")
-    group.addoption("--only", action="append", help="a requirement or a family, such as IS (repeatable)")
-    group.addoption("--out", default="", help="folder for results; default .sdpo-conformance/IMPL")
-    group.addoption("--jobs", default=0, type=int, help="worker processes; 0: one per core, at most 8")
-    group.addoption("--call-timeout", default=120.0, type=float, help="seconds one call of the implementation may take")
+    declare(parser.getgroup("sdpo-conformance"))
 
 
-def jobs_for(asked: int, device: str) -> int:
-    """Worker processes: never none, for the implementation may crash."""
-    limit = 4 if device.startswith("cuda") else 8
-    return asked if asked > 0 else max(1, min(os.cpu_count() or 1, limit))
+def read_options(config: pytest.Config) -> RunOptions:
+    """The run's options; a bad one is a usage error of one line."""
+    try:
+        return RunOptions.read(config.option)
+    except RunError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -125,7 +117,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
     """Ask xdist for workers before it looks at its options."""
     if config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
         if getattr(config.option, "numprocesses", None) is None:
-            config.option.numprocesses = jobs_for(config.option.jobs, config.option.device)
+            config.option.numprocesses = read_options(config).workers
         if getattr(config.option, "maxworkerrestart", None) is None:
             config.option.maxworkerrestart = "1000"
     return (yield)
@@ -135,7 +127,7 @@ def pytest_configure(config: pytest.Config) -> None:
     session = Session(config)
     config.stash[SESSION] = session
     if session.worker or not getattr(config.option, "numprocesses", None):
-        session.arm(config.option.call_timeout)
+        session.arm(session.options.call_timeout)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -149,13 +141,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from sdpo_conformance.specs.requirement import load_all, selected
+    from sdpo_conformance.specs.requirement import selected
 
     session = config.stash[SESSION]
     try:
-        wanted = selected(load_all(), session.only)
+        wanted = selected(session.spec.requirements(), session.only)
     except ValueError as error:
-        (session.folder / ERROR).write_text(f"{error}\n", encoding="utf-8")
+        write_text(session.folder / ERROR, f"{error}\n")
         raise pytest.UsageError(str(error)) from None
     kept: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
@@ -199,6 +191,7 @@ def subject(request: pytest.FixtureRequest) -> Any:
         device=session.device,
         dtypes=dtypes,
         scratch=running / f"{key}.safetensors",
+        spec=session.spec,
     )
 
 
@@ -224,7 +217,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
             status, reason = Status.UNEXPECTED_PASS, f"claimed to fail: {expected}"
     except (Disagreement, ImplementationError) as raised:
         error = raised
-        failure = failure_of(session.folder, session.target, session.device, found, subject.entry, raised)
+        failure = failure_of(session.folder, session.target, session.device, session.spec, found, subject.entry, raised)
         status, reason = (Status.EXPECTED_FAILURE, expected) if expected else (Status.FAILED, "")
     except pytest.skip.Exception as skipped:
         status, reason, error = Status.NOT_JUDGED, str(skipped.msg), skipped

@@ -16,18 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.judging.profiles import PROFILES
-from sdpo_conformance.protocol_names import DTYPE_NAMES
-from sdpo_conformance.running.folder import ERROR, MARKER, RESULTS, default_folder
+from sdpo_conformance.running.folder import ERROR, MARKER, RESULTS
+from sdpo_conformance.running.options import RunError, RunOptions
+from sdpo_conformance.specs import DEFAULT
 
 LOADING_SECONDS = 300.0
 """How long importing an implementation may take before the run gives up."""
 
 Progress = Callable[[int, int], None]
-
-
-class RunError(Exception):
-    """The run itself could not happen; the message is one line, the exit status 2."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,6 +72,7 @@ class Report:
 def run(
     implementation: str,
     *,
+    spec: str = DEFAULT,
     profile: str = "default",
     seed: int = 0,
     device: str = "cpu",
@@ -87,43 +84,47 @@ def run(
     progress: Progress | None = None,
     mesh: str = "",
 ) -> Report:
-    """Judge ``implementation`` and return the report; with ``mesh`` ("tp=2,dp=2"), on the ranks of such a mesh.
+    """Judge ``implementation`` and return the report; the arguments are those of ``RunOptions``; with ``mesh``
+    ("tp=2,dp=2"), on the ranks of such a mesh.
 
     Raises RunError where nothing could be judged: unknown module, no CUDA, a bad option.
     """
-    if profile not in PROFILES:
-        raise RunError(f"no profile {profile!r}; profiles: {', '.join(PROFILES)}")
-    if bad := [name for name in dtypes if name not in DTYPE_NAMES]:
-        raise RunError(f"no dtype {bad[0]!r}; dtypes: {', '.join(DTYPE_NAMES)}")
-    if call_timeout <= 0:
-        raise RunError(f"--call-timeout must be positive, got {call_timeout:g}")
+    options = RunOptions(
+        spec=spec,
+        profile=profile,
+        seed=seed,
+        device=device,
+        dtypes=tuple(dtypes),
+        only=tuple(only),
+        jobs=jobs,
+        call_timeout=call_timeout,
+        out=Path(out) if out else None,
+    )
     if mesh:
         from sdpo_conformance.sharded.sharded_run import run_on_mesh
 
-        return run_on_mesh(
-            implementation, mesh, profile=profile, seed=seed, device=device, dtypes=dtypes, only=only, out=out,
-            call_timeout=call_timeout, progress=progress,
-        )  # fmt: skip
-    folder = Path(out) if out else default_folder(implementation)
-    options = [f"--impl={implementation}", f"--profile={profile}", f"--seed={seed}", f"--device={device}"]
-    options += [f"--dtype={name}" for name in dtypes] + [f"--only={name}" for name in only]
-    options += [f"--jobs={jobs}", f"--out={folder}", f"--call-timeout={call_timeout:g}"]
-    status, log = run_pytest(options, folder, progress)
+        return run_on_mesh(implementation, mesh, options, progress)
+    return run_with(implementation, options, progress)
+
+
+def run_with(implementation: str, options: RunOptions, progress: Progress | None = None) -> Report:
+    """``run`` with its options made."""
+    folder = options.folder(implementation)
+    status, log = run_pytest(pytest_command(implementation, options), folder, progress)
     results = folder / RESULTS
     if not results.exists():
         raise RunError(reason(folder, status, log))
     return Report(json.loads(results.read_text(encoding="utf-8")), folder)
 
 
-def pytest_command(options: Sequence[str]) -> list[str]:
+def pytest_command(implementation: str, options: RunOptions) -> list[str]:
     """The command that every front door runs, shielded from the configuration of the user's project."""
-    configuration = Path(__file__).parents[1] / "specs" / "claas" / "rules" / "pytest.ini"
     return [
         sys.executable,
         "-m",
         "pytest",
         "-c",
-        str(configuration),
+        str(Path(__file__).parent / "pytest.ini"),
         "--noconftest",
         "-p",
         "xdist",
@@ -134,12 +135,12 @@ def pytest_command(options: Sequence[str]) -> list[str]:
         "-p",
         "no:faulthandler",
         "--pyargs",
-        "sdpo_conformance.specs.claas.rules",
-        *options,
+        options.found_spec.rules,
+        *options.arguments(implementation),
     ]
 
 
-def run_pytest(options: Sequence[str], folder: Path, progress: Progress | None) -> tuple[int, str]:
+def run_pytest(command: Sequence[str], folder: Path, progress: Progress | None) -> tuple[int, str]:
     """Run it, calling ``progress`` with (verdicts, planned); returns the exit status and the log's text."""
     environment = {"OMP_NUM_THREADS": "1", **child_environment()}
     started = time.monotonic()
@@ -149,7 +150,7 @@ def run_pytest(options: Sequence[str], folder: Path, progress: Progress | None) 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(
-            pytest_command(options),
+            command,
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

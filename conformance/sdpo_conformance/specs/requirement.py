@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 from sdpo_conformance.protocol import Capability
@@ -25,22 +25,6 @@ class Level(StrEnum):
 
     MUST = "MUST"
     SHOULD = "SHOULD"
-
-
-FAMILIES: Mapping[str, str] = {
-    "GJS": "divergence",
-    "RKL": "reverse KL",
-    "IS": "importance sampling",
-    "KL": "anchor",
-    "RED": "reduction",
-    "GRAD": "autograd",
-    "NUM": "numerics",
-    "FUS": "fused",
-    "LP": "response log-probs",
-    "TK": "teacher top-k",
-    "STEP": "trainer",
-}
-"""Family prefix -> the words a report uses, in the order of the report."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +91,15 @@ def requirement(
     return decorate
 
 
-def load_all() -> Mapping[str, Requirement]:
-    """Every requirement, in the order of the spec; imports the suite's modules."""
-    suite = importlib.import_module("sdpo_conformance.specs.claas.rules")
-    for module in pkgutil.iter_modules(suite.__path__):
+@cache
+def registered(rules: str, families: tuple[str, ...]) -> Mapping[str, Requirement]:
+    """Every requirement of the package ``rules``, in the order of its ``families``; imports its modules."""
+    package = importlib.import_module(rules)
+    for module in pkgutil.iter_modules(package.__path__):
         if module.name.startswith("test_"):
-            importlib.import_module(f"sdpo_conformance.specs.claas.rules.{module.name}")
-    order = list(FAMILIES)
-    return dict(sorted(_REGISTRY.items(), key=lambda item: (order.index(item[1].family), item[1].number)))
+            importlib.import_module(f"{rules}.{module.name}")
+    mine = [found for found in _REGISTRY.values() if found.family in families]
+    return {found.id: found for found in sorted(mine, key=lambda one: (families.index(one.family), one.number))}
 
 
 def selected(ids: Mapping[str, Requirement], only: tuple[str, ...]) -> set[str]:
@@ -126,11 +111,7 @@ def selected(ids: Mapping[str, Requirement], only: tuple[str, ...]) -> set[str]:
         wanted = name.strip().upper()
         matches = {id for id, entry in ids.items() if wanted in (id, entry.family)}
         if not matches:
-            raise ValueError(f"no requirement or family {name!r}; families: {', '.join(FAMILIES)}; ids look like IS-2")
+            families = dict.fromkeys(entry.family for entry in ids.values())
+            raise ValueError(f"no requirement or family {name!r}; families: {', '.join(families)}; ids look like IS-2")
         found |= matches
     return found
-
-
-def valid_id(text: str) -> bool:
-    """Whether ``text`` looks like a requirement id."""
-    return re.fullmatch(r"[A-Z]+-\d+", text) is not None

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sdpo_conformance.protocol import DTYPES
+from sdpo_conformance.cases.precision import DTYPES
 
 Family = Literal["qwen3", "llama", "gpt2"]
 

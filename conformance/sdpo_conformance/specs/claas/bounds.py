@@ -24,17 +24,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase, divergence_incoming
+from sdpo_conformance.cases.case import divergence_incoming
+from sdpo_conformance.judging.expectation import (
+    EAGER_FACTOR,
+    FLOAT_FACTOR,
+    HALF_FACTOR,
+    LARGEST_SHARE,
+    SMALLEST,
+    Expectation,
+    Expectations,
+    epsilon,
+)
 from sdpo_conformance.protocol import RATIO_LOG_CLAMP, Capability, FusedSDPOLossInput
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.oracle.divergence import divergence_gradient
 from sdpo_conformance.specs.claas.oracle.eager import eager_loss
 from sdpo_conformance.specs.claas.oracle.loss import LossTruth, indices, upcast
-
-FLOAT_FACTOR = 4.0
-"""Worst-case units allowed in float32 and float64; see docs/spec.md for what sound implementations use."""
-
-HALF_FACTOR = 0.5
-"""Worst-case units allowed in bfloat16 and float16 beyond twice the eager error."""
 
 MANY_TERMS = 1000
 """From this many columns on, the rounding of a float32 sum over the vocabulary grows as the root of their number."""
@@ -48,21 +53,6 @@ TOKENS_PER_ROUNDING = 16
 CAP_MARGIN = 4.0
 """Units within which a ratio may fall on either side of the cap."""
 
-EAGER_FACTOR = 2.0
-"""How much worse than plain PyTorch in the same dtype an implementation may be."""
-
-SMALLEST = {
-    torch.float64: 4 * 2.3e-308,
-    torch.float32: 4 * 1.2e-38,
-    torch.bfloat16: 4 * 1.2e-38,
-    torch.float16: 4 * 6.0e-8,
-}
-"""Results this small may be flushed to zero: a few subnormals of the dtype a gradient is stored in. A kernel that
-makes the gradient in its forward pass stores it before it knows the incoming one, which then multiplies them."""
-
-LARGEST_SHARE = 0.5
-"""A gradient beyond this share of its dtype's largest number may overflow in any implementation."""
-
 
 def tiles(columns: int) -> float:
     """Roundings of a logsumexp that is kept online, tile by tile: all of them may go one way."""
@@ -72,25 +62,6 @@ def tiles(columns: int) -> float:
 def is_half(eps: float) -> bool:
     """Whether an epsilon is bfloat16's or float16's."""
     return eps > 1e-5
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """The true value and how far, elementwise, a right implementation may be from it (same shape)."""
-
-    value: Tensor
-    bound: Tensor
-
-    def excess(self, got: Tensor) -> Tensor:
-        """|got - value| / bound, elementwise; above 1 is wrong, NaN counts as infinitely wrong."""
-        distance = (got - self.value).abs()
-        ratio = torch.where(distance == 0, torch.zeros_like(distance), distance / self.bound)
-        return torch.nan_to_num(ratio, nan=math.inf, posinf=math.inf)
-
-
-def epsilon(tensor: Tensor) -> float:
-    """Unit roundoff step of a floating tensor's dtype; 0 for integers and bool, which are exact."""
-    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
 
 
 @dataclass(frozen=True)
@@ -239,17 +210,6 @@ def _divergence_errors(
     at_support = push_error + torch.where(on_floor, 0.0, q * (all_push_error + all_push * (q_error + eps)))
     everywhere = softmax * (all_push_error + torch.where(on_floor, all_push * (l_error + eps), eps * all_push))
     return d_error, everywhere.scatter_add(-1, support, at_support)
-
-
-@dataclass(frozen=True)
-class Expectations:
-    """What an entry must return on a case. ``clip_fraction`` is an interval, held as centre and half-width:
-    a token whose ratio lies within rounding of the cap may count either way. ``attainable`` is False where
-    plain PyTorch itself is not finite in these dtypes, which no MUST may ask for."""
-
-    results: dict[str, Expectation]
-    gradients: dict[str, Expectation]
-    attainable: bool
 
 
 _KNOWN: WeakKeyDictionary[LossCase, dict[Capability, Expectations]] = WeakKeyDictionary()

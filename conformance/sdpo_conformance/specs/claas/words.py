@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
 from sdpo_conformance.protocol import RATIO_LOG_CLAMP
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.oracle.loss import upcast
 
 SHOWN_TOKENS = 3

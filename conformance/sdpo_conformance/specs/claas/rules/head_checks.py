@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from sdpo_conformance.files import write_tensors, write_text
 from sdpo_conformance.inputs.heads import HeadCase, unlike
 from sdpo_conformance.judging.call import ImplementationError, implementation_errors, lay_out
 from sdpo_conformance.judging.compare import Disagreement, number, worst
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.reproduction.loss_program import environment, location
+from sdpo_conformance.reproduction.program import location
+from sdpo_conformance.reproduction.trainer_program import environment
+from sdpo_conformance.specs import DEFAULT, find_spec
 from sdpo_conformance.specs.claas.bounds import Expectation
 from sdpo_conformance.specs.requirement import Requirement
 
@@ -173,18 +174,13 @@ def write_reproduction(
             layout=case.layout,
             before=before is not None,
             after=after is not None,
-            **location(target),
+            **location(target, find_spec(DEFAULT)),
         )
     )
     tensors = {"hidden": case.hidden, "head": case.head, "response_ids": case.response_ids}
     if (other := before or after) is not None:
         tensors |= {"other.hidden": other.hidden, "other.head": other.head}
-    save_file(
-        {name: t.clone().contiguous() for name, t in tensors.items()},
-        folder / f"{requirement.id}.safetensors",
-    )
+    write_tensors(folder / f"{requirement.id}.safetensors", tensors)
     path = folder / f"{requirement.id}.py"
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text(program, encoding="utf-8")
-    os.replace(partial_path, path)
+    write_text(path, program)
     return path.name

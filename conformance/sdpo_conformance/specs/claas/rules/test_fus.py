@@ -9,9 +9,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdpo_conformance.cases.loss_case import LossCase
-from sdpo_conformance.inputs import EVERYTHING, NEUTRAL
-from sdpo_conformance.inputs.edges import ANY_DIVERGENCE, ANY_LOSS, edge_shape, wide_hidden_states
 from sdpo_conformance.judging.call import (
     Outcome,
     call_entry,
@@ -23,6 +20,9 @@ from sdpo_conformance.judging.call import (
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, gradient_disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, TrainingConfig
+from sdpo_conformance.specs.claas.corners import EVERYTHING, NEUTRAL
+from sdpo_conformance.specs.claas.inputs.edges import ANY_DIVERGENCE, ANY_LOSS, edge_shape, wide_hidden_states
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from sdpo_conformance.cases.loss_case import LossCase
-from sdpo_conformance.inputs import NEUTRAL
-from sdpo_conformance.inputs.on_policy import on_policy
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, number
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs.claas.corners import NEUTRAL
+from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.oracle.loss import upcast
 from sdpo_conformance.specs.claas.rules.aspects import DIVERGENCES, VALUE
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LAYOUTS, LossCase, divergence_incoming
-from sdpo_conformance.inputs import NEUTRAL
+from sdpo_conformance.cases.case import divergence_incoming
 from sdpo_conformance.judging.call import (
     Outcome,
     call_entry,
@@ -23,7 +22,9 @@ from sdpo_conformance.judging.call import (
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare, gradient_disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.specs.claas.bounds import Expectation
+from sdpo_conformance.specs.claas.bounds import Expectation, expectations
+from sdpo_conformance.specs.claas.corners import NEUTRAL
+from sdpo_conformance.specs.claas.loss_case import LAYOUTS, LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL, DIVERGENCES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
 
@@ -165,7 +166,7 @@ def test_grad_5(subject: Subject) -> None:
         for index, one in enumerate((case, other)):
             gradients = gradients_of(inputs[index], one, subject.entry, outputs[index])
             outcome = Outcome(results[index], gradients)
-            found = compare(one, subject.entry, outcome, ALL)
+            found = compare(one, outcome, ALL, expectations(one, subject.entry))
             if found is not None:
                 found.probe, found.detail = "two_graphs", found.detail or "with a second graph alive"
                 found.secondary = alone_is_wrong(subject, one)
@@ -183,7 +184,7 @@ def test_grad_5(subject: Subject) -> None:
             key: None if (grad := getattr(leaf_input, key).grad) is None else grad.detach().to("cpu", torch.float64)
             for key in case.differentiable
         }
-        found = compare(doubled, subject.entry, Outcome({}, accumulated), (GRADIENT,))
+        found = compare(doubled, Outcome({}, accumulated), (GRADIENT,), expectations(doubled, subject.entry))
         if found is not None:
             found.probe, found.detail = "accumulate", found.detail or "after two backward passes"
             found.case = case
@@ -220,7 +221,7 @@ def test_grad_6(subject: Subject) -> None:
                         case=case,
                         probe=mode.__name__,
                     )
-                found = compare(case, subject.entry, Outcome(result, {}), aspects)
+                found = compare(case, Outcome(result, {}), aspects, expectations(case, subject.entry))
             if found is not None:
                 found.probe = mode.__name__
                 found.secondary = alone_is_wrong(subject, case)
@@ -308,7 +309,7 @@ def same_graph_twice(subject: Subject, case: LossCase) -> None:
         key: None if gradient is None else gradient.detach().to("cpu", torch.float64)
         for key, gradient in zip(twice.differentiable, found, strict=True)
     }
-    wrong = compare(twice, subject.entry, Outcome({}, gradients), (GRADIENT,))
+    wrong = compare(twice, Outcome({}, gradients), (GRADIENT,), expectations(twice, subject.entry))
     if wrong is not None:
         wrong.probe, wrong.detail = "backward_twice", wrong.detail or "at the second backward through one graph"
         wrong.secondary = alone_is_wrong(subject, twice)
@@ -325,7 +326,7 @@ def same_tensors_changed(subject: Subject, case: LossCase, other: LossCase) -> N
     loss_input = replace(loss_input, training=other.training)
     result = call_entry(subject.function, subject.entry, loss_input)
     gradients = gradients_of(loss_input, other, subject.entry, differentiable_output(result, subject.entry))
-    found = compare(other, subject.entry, Outcome(result, gradients), ALL)
+    found = compare(other, Outcome(result, gradients), ALL, expectations(other, subject.entry))
     if found is not None:
         found.probe, found.detail = "changed_in_place", found.detail or "after the same tensors were changed in place"
         found.secondary = alone_is_wrong(subject, other)
@@ -358,4 +359,4 @@ def output_of(subject: Subject, loss_input: Any) -> Tensor:
 
 def alone_is_wrong(subject: Subject, case: LossCase) -> bool:
     """The control of rules about several graphs or modes: one plain call."""
-    return compare(case, subject.entry, subject.evaluate(case), ALL) is not None
+    return compare(case, subject.evaluate(case), ALL, expectations(case, subject.entry)) is not None

@@ -10,9 +10,7 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from sdpo_conformance.cases.loss_case import LossCase
-from sdpo_conformance.inputs import NEUTRAL, Corner
-from sdpo_conformance.inputs.on_policy import on_policy
+from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.judging.call import (
     NotReported,
     call_entry,
@@ -23,8 +21,11 @@ from sdpo_conformance.judging.call import (
 )
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, number
 from sdpo_conformance.judging.examples import Subject
-from sdpo_conformance.protocol import DTYPES, RATIO_LOG_CLAMP, SDPOLossInput, TrainingConfig
+from sdpo_conformance.protocol import RATIO_LOG_CLAMP, SDPOLossInput, TrainingConfig
 from sdpo_conformance.specs.claas.bounds import expectations
+from sdpo_conformance.specs.claas.corners import NEUTRAL, Corner
+from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import LOSSES, VALUE
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
 

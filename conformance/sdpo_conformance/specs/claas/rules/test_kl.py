@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sdpo_conformance.cases.loss_case import LossCase
-from sdpo_conformance.inputs import NEUTRAL
 from sdpo_conformance.judging.call import NotReported, Outcome
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, number
 from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.specs.claas.corners import NEUTRAL
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import LOSSES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
 
@@ -180,7 +180,7 @@ def test_kl_6(subject: Subject) -> None:
 def weight_is_to_blame(subject: Subject, found: Disagreement) -> bool:
     """Whether ``kl_reg`` is wrong, and right with a weight of 1: KL-5's finding."""
     case = found.case
-    if case is None or not found.aspect.startswith("kl_reg") or case.training.kl_reg_weight == 1:
+    if not isinstance(case, LossCase) or not found.aspect.startswith("kl_reg") or case.training.kl_reg_weight == 1:
         return False
     return not subject.wrong_on(case.with_training(kl_reg_weight=1.0), ("kl_reg",))
 

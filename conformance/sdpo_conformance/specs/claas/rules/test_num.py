@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sdpo_conformance.cases.loss_case import LossCase
-from sdpo_conformance.inputs import EVERYTHING, NEUTRAL
-from sdpo_conformance.inputs.long_sums import long_sums
-from sdpo_conformance.inputs.masked import nan_or_inf_where_masked
-from sdpo_conformance.inputs.on_policy import on_policy
 from sdpo_conformance.judging.compare import compare
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.bounds import expectations
+from sdpo_conformance.specs.claas.corners import EVERYTHING, NEUTRAL
+from sdpo_conformance.specs.claas.inputs.long_sums import long_sums
+from sdpo_conformance.specs.claas.inputs.masked import nan_or_inf_where_masked
+from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL, DIVERGENCES, LOSSES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
 
@@ -260,7 +260,7 @@ def test_num_8(subject: Subject) -> None:
 def limit_is_met(subject: Subject, case: LossCase, control: LossCase) -> None:
     """Judge where plain PyTorch is not finite: the bound is the analytic one alone."""
     outcome = subject.evaluate(case)
-    found = compare(case, subject.entry, outcome, ALL, expectations(case, subject.entry))
+    found = compare(case, outcome, ALL, expectations(case, subject.entry))
     if found is not None:
         found.secondary = subject.wrong_on(control, ALL)
         raise found

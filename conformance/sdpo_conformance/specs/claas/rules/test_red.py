@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
-from sdpo_conformance.inputs import NEUTRAL
-from sdpo_conformance.inputs.masked import padded, with_garbage
-from sdpo_conformance.inputs.on_policy import on_policy
 from sdpo_conformance.judging.call import call_entry, implementation_errors, materialise
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import METRIC_KEYS, RESULT_KEYS
+from sdpo_conformance.specs.claas.corners import NEUTRAL
+from sdpo_conformance.specs.claas.inputs.masked import padded, with_garbage
+from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL, LOSSES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
 

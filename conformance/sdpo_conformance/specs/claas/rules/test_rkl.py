@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from sdpo_conformance.cases.loss_case import LossCase
-from sdpo_conformance.inputs import NEUTRAL
 from sdpo_conformance.judging.compare import GRADIENT
 from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.specs.claas.corners import NEUTRAL
+from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import LOSSES, VALUE
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdpo_conformance.cases.loss_case import LossCase
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 
 def on_policy(case: LossCase) -> LossCase:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
 from sdpo_conformance.judging.call import is_fused_entry
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 
 @dataclass(frozen=True)

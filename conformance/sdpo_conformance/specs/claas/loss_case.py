@@ -7,7 +7,6 @@ saved as a .safetensors file with the config in its metadata, readable without t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,9 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sdpo_conformance.cases.precision import DTYPES
+from sdpo_conformance.files import write_tensors
+from sdpo_conformance.judging.call import is_fused_entry
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
 from sdpo_conformance.specs.claas.oracle import LossTruth, sdpo_loss
 
@@ -151,10 +153,7 @@ class LossCase:
             "incoming": repr(self.incoming),
             "name": self.name,
         }
-        tensors = {key: value.contiguous().clone() for key, value in {**self.tensors(), **(extra or {})}.items()}
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        write_tensors(path, {**self.tensors(), **(extra or {})}, metadata)
 
     @classmethod
     def load(cls, path: Path) -> LossCase:
@@ -174,19 +173,6 @@ class LossCase:
         )
 
 
-def divergence_incoming(case: LossCase) -> Tensor:
-    """The (B, T) float64 gradient that arrives at ``compute_divergence``'s output: it differs from token to
-    token, so that a kernel which ignores or sums it is seen. Multiples of 1/4 are exact in every dtype."""
-    mask = case.loss_input.response_mask
-    pattern = (torch.arange(mask.numel()) * 7 % 5 + 2).reshape(mask.shape) / 4
-    return case.incoming * pattern.to(torch.float64)
-
-
-def entry_of(case: LossCase) -> Capability:
-    """The loss entry a case belongs to."""
-    return Capability.FUSED if case.fused else Capability.LOSS
-
-
 def vectors_directory() -> Path:
     """Where the recorded loss vectors lie: package data, a copy of ``cases/loss`` in the repository."""
     return Path(str(files("sdpo_conformance") / "vectors" / "loss"))
@@ -201,3 +187,24 @@ def recorded_cases(directory: Path | None = None) -> Iterator[tuple[LossCase, di
         fields = {key: tensors[f"{name}/{key}"] for key in ("student_logits", *SHARED_FIELDS)}
         loss_input = SDPOLossInput(training=TrainingConfig(**entry["config"]), **fields)
         yield LossCase(loss_input, name=name), {**entry, "gradient": tensors[f"{name}/grad_student_logits"]}
+
+
+def ordinary_case(dtype: str, entry: Capability) -> LossCase:
+    """One ordinary on-policy token pair in one dtype."""
+    logits = torch.tensor([[[0.5, -0.25, 1.0, 0.0], [1.0, 0.5, -0.5, 0.25]]], dtype=DTYPES[dtype])
+    support = torch.tensor([[[2, 0], [0, 1]]])
+    logprobs = logits.double().log_softmax(-1)
+    chosen = logprobs[..., :1].squeeze(-1)
+    case = LossCase(
+        SDPOLossInput(
+            student_logits=logits,
+            teacher_logprobs=logprobs.gather(-1, support).to(DTYPES[dtype]),
+            teacher_indices=support,
+            base_logprobs=chosen.to(DTYPES[dtype]),
+            response_mask=torch.ones(1, 2),
+            old_student_logprobs=chosen.float(),
+            response_ids=torch.zeros(1, 2, dtype=torch.int64),
+            training=TrainingConfig(),
+        )
+    )
+    return case.to_fused() if is_fused_entry(entry) else case

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from sdpo_conformance.cases.loss_case import LossCase
 from sdpo_conformance.inputs.choices import SeededSource, Source
-from sdpo_conformance.inputs.corners import NEUTRAL, Corner
-from sdpo_conformance.inputs.losses import Shape, build_case
 from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs.claas.corners import NEUTRAL, Corner
+from sdpo_conformance.specs.claas.inputs.losses import Shape, build_case
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 EDGES = (16, 8, 32, 64, 128, 256)
 WIDTHS = (257, 512, 513, 1025, 4097)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
 from sdpo_conformance.inputs.choices import HypothesisSource, Source
-from sdpo_conformance.inputs.corners import CROWD, MANY, NEAR_ONE, NEAR_ZERO, TALL, WIDE, Corner
 from sdpo_conformance.judging.call import is_fused_entry
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, SDPOLossInput, TrainingConfig
 from sdpo_conformance.specs.claas.bounds import MANY_TERMS
+from sdpo_conformance.specs.claas.corners import CROWD, MANY, NEAR_ONE, NEAR_ZERO, TALL, WIDE, Corner
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 ALPHAS: dict[str, tuple[float, ...]] = {
     "half": (0.5,),

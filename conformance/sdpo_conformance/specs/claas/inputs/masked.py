@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 
 def with_garbage(case: LossCase, filling: float | None = None) -> LossCase:

@@ -1,0 +1,43 @@
+"""What a run asks of the CLaaS spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.specs.claas.bounds import expectations
+from sdpo_conformance.specs.claas.corners import visits
+from sdpo_conformance.specs.claas.inputs.losses import build_case, loss_cases
+from sdpo_conformance.specs.claas.inputs.recorded import recorded_within
+from sdpo_conformance.specs.claas.loss_case import LossCase, ordinary_case
+from sdpo_conformance.specs.claas.words import describe
+from sdpo_conformance.specs.spec import Parts
+
+
+def defect(name: str) -> Any:
+    """The executable form of a catalogued defect; raises KeyError."""
+    from sdpo_conformance.specs.claas import defects
+
+    return defects.load(name)
+
+
+def diagnose(folder: Path, failed: Sequence[Any], offered: Sequence[Any]) -> Mapping[str, Any] | None:
+    """What the failures of a run point to."""
+    from sdpo_conformance.diagnosis import diagnose_run
+
+    return diagnose_run(folder, failed, offered)
+
+
+PARTS = Parts(
+    visits=visits,
+    build=build_case,
+    strategy=loss_cases,
+    recorded=recorded_within,
+    expectations=expectations,
+    load=LossCase.load,
+    describe=describe,
+    ordinary=ordinary_case,
+    defect=defect,
+    diagnose=diagnose,
+)

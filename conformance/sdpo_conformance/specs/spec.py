@@ -1,0 +1,87 @@
+"""A spec as one value: everything that differs between specs is reached through it.
+
+``Spec`` is light: its folder's ``__init__`` builds it without torch, for ``list`` and ``--help``. ``Parts`` is what a
+run needs of it: inputs, truth and bounds, words, catalogue; each spec's ``parts`` module builds that.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from hypothesis.strategies import SearchStrategy
+
+    from sdpo_conformance.cases.case import Case
+    from sdpo_conformance.inputs.choices import Source
+    from sdpo_conformance.judging.expectation import Expectations
+    from sdpo_conformance.specs.requirement import Requirement
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run asks of a spec.
+
+    ``visits``: a corner once for each kind of each of its fields, costly ones included or not; ``build``: the case that
+    a source chooses within a corner; ``strategy``: Hypothesis's choice of such cases; ``recorded``: the recorded cases
+    within a corner, for an entry, in the widest of the dtypes; ``expectations``: truth and bounds of an entry on a
+    case; ``load``: what ``Case.save`` wrote; ``describe``: a case in words; ``ordinary``: one small ordinary case in a
+    dtype, for asking whether the dtype is taken; ``defect``: the executable form of a catalogued defect by name, raises
+    KeyError; ``diagnose``: (run folder, failed records, offered entries) -> lines, matches, usable_for.
+    """
+
+    visits: Callable[[Any, bool], Sequence[Any]]
+    build: Callable[[Source, Any, Any, Sequence[torch.dtype], Any], Any]
+    strategy: Callable[[Any, Any, Sequence[torch.dtype], Any], SearchStrategy[Any]]
+    recorded: Callable[[Any, Any, Sequence[torch.dtype]], Iterator[Any]]
+    expectations: Callable[[Any, Any], Expectations]
+    load: Callable[[Path], Case]
+    describe: Callable[[Any], str]
+    ordinary: Callable[[str, Any], Case]
+    defect: Callable[[str], Any]
+    diagnose: Callable[[Path, Sequence[Any], Sequence[Any]], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """``name`` as ``--spec`` takes it; ``title`` and ``version`` as a verdict names it; ``source``: whose code, at
+    which revision; ``package``: where its modules are; ``families``: prefix of a requirement id -> words, in the order
+    of the report; ``entries``: the attributes that it judges; ``own_entries``: families tested through an entry of
+    their own, by its attribute; ``sweeps``: requirements that visit every corner at once: what they find, a rule of its
+    own names better."""
+
+    name: str
+    version: str
+    title: str
+    source: str
+    package: str
+    families: Mapping[str, str]
+    entries: tuple[str, ...]
+    own_entries: Mapping[str, str] = field(default_factory=dict)
+    sweeps: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """``CLaaS 1.0``."""
+        return f"{self.title} {self.version}"
+
+    @property
+    def rules(self) -> str:
+        """The package that pytest collects."""
+        return f"{self.package}.rules"
+
+    @property
+    def parts(self) -> Parts:
+        """What a run asks of it; imports torch."""
+        found: Parts = importlib.import_module(f"{self.package}.parts").PARTS
+        return found
+
+    def requirements(self) -> Mapping[str, Requirement]:
+        """Every requirement by id, in the order of the spec; imports its rules."""
+        from sdpo_conformance.specs.requirement import registered
+
+        return registered(self.rules, tuple(self.families))
