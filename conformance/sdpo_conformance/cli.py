@@ -146,11 +146,11 @@ def run_under_mesh(
                 call_timeout=call_timeout, progress=progress, mesh=mesh,
             )  # fmt: skip
         if json is not None:
-            write_copy(json, (report.folder / "results.json").read_text(encoding="utf-8"))
+            write_text(json, (report.folder / "results.json").read_text(encoding="utf-8"))
         if junit is not None:
             from sdpo_conformance.report.junit import junit_xml
 
-            write_copy(junit, junit_xml(report.results))
+            write_text(junit, junit_xml(report.results))
     except (RunError, OSError) as error:
         if under_torchrun():
             from sdpo_conformance.sharded.torchrun import finished

@@ -94,6 +94,7 @@ def results(
     }
     return {
         "format": 1,
+        "spec": {"name": "claas", "version": "1.0", "title": "CLaaS"},
         "implementation": name,
         "offered": list(entries),
         "claims": {"dtypes": None, "devices": None, "max_steps_per_batch": None, "expected_failures": {}},

@@ -69,7 +69,7 @@ def test_exit_status(make_column: Make, make_absent: Make) -> None:
 )
 def test_badge(make_column: Make, statuses: dict[str, str], color: str, words: str) -> None:
     found = badge(make_column(statuses=statuses))
-    assert (found["schemaVersion"], found["label"], found["color"]) == (1, "CLaaS SDPO", color)
+    assert (found["schemaVersion"], found["label"], found["color"]) == (1, "CLaaS 1.0 SDPO", color)
     assert words in found["message"]
 
 

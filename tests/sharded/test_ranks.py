@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sdpo_conformance.inputs.choices import SeededSource
-from sdpo_conformance.inputs.corners import NEUTRAL
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.sharded import pool as pools
@@ -19,6 +18,7 @@ from sdpo_conformance.sharded.draw import PLAIN, build_sharded
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.sharded.pool import Pool, PoolError
 from sdpo_conformance.sharded.rank import Answer, Request
+from sdpo_conformance.specs.claas.corners import NEUTRAL
 
 TP2 = MeshShape.parse("tp=2")
 UNRULY = str(Path(__file__).with_name("unruly.py"))

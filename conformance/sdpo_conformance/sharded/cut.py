@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import LossCase
 from sdpo_conformance.sharded.mesh import MeshShape
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 FILLER = -1
 """Stands for a row or position of no meaning, whose mask is 0."""

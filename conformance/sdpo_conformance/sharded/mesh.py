@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sdpo_conformance.protocol_names import AXES
+from sdpo_conformance.protocol import AXES
 
 MOST_RANKS = 16
 

@@ -38,6 +38,7 @@ from sdpo_conformance.protocol import (
 )
 from sdpo_conformance.sharded.cut import HEAD, LOGITS, Part
 from sdpo_conformance.sharded.mesh import MeshShape
+from sdpo_conformance.specs import DEFAULT, find_spec
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def serve(connection: Connection, setting: Setting, rank: int) -> None:
     sizes = tuple(size for _, size in setting.mesh.sizes)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=setting.mesh.names)
     try:
-        implementation = load_implementation(setting.target)
+        implementation = load_implementation(setting.target, find_spec(DEFAULT))
     except LoadingError as error:
         send(connection, Ready(error=str(error)))
         return

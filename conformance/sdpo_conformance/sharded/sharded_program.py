@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdpo_conformance.cases.loss_case import divergence_incoming
+from sdpo_conformance.cases.case import divergence_incoming
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.reproduction.loss_program import location
+from sdpo_conformance.reproduction.program import location
 from sdpo_conformance.sharded.compare_ranks import expected_of
 from sdpo_conformance.sharded.cut import ShardedCase, part_of, tokens_of
 from sdpo_conformance.sharded.sharded_subject import ShardedSubject
+from sdpo_conformance.specs import DEFAULT, find_spec
 from sdpo_conformance.specs.claas.sharded.sharded_rule import ShardedRule
 
 
@@ -50,7 +51,10 @@ def write_program(
         "backend": subject.pool.backend,
         "device": subject.pool.device,
         "entry": entry.value,
-        "where": {**location(subject.pool.target), "search_path": [str(Path(path).resolve()) for path in sys.path]},
+        "where": {
+            **location(subject.pool.target, find_spec(DEFAULT)),
+            "search_path": [str(Path(path).resolve()) for path in sys.path],
+        },
         "training": asdict(case.training),
         "incoming": case.incoming,
         "differentiable": list(case.differentiable),

@@ -8,17 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sdpo_conformance.files import write_json
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
-from sdpo_conformance.judging.dtypes import DEFAULT, is_refusal, tiny_case
+from sdpo_conformance.judging.dtypes import DEFAULT, is_refusal
 from sdpo_conformance.judging.implementation import Implementation
-from sdpo_conformance.judging.profiles import PROFILES, Profile
+from sdpo_conformance.judging.profiles import Profile
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.report.records import Record, Status, record_key, write_json, write_record
+from sdpo_conformance.report.records import Record, Status, record_key, write_record
 from sdpo_conformance.report.results import FORMAT, verdict
 from sdpo_conformance.running.collecting import device_name, versions
 from sdpo_conformance.running.folder import RESULTS, default_folder, start_afresh
-from sdpo_conformance.running.process import Progress, Report, RunError
+from sdpo_conformance.running.options import RunError, RunOptions
+from sdpo_conformance.running.process import Progress, Report
 from sdpo_conformance.sharded.cut import ShardedCase
 from sdpo_conformance.sharded.draw import PLAIN, laid
 from sdpo_conformance.sharded.mesh import MeshShape
@@ -26,45 +28,38 @@ from sdpo_conformance.sharded.pool import Pool, PoolError
 from sdpo_conformance.sharded.rank import Ready
 from sdpo_conformance.sharded.sharded_program import write_program
 from sdpo_conformance.sharded.sharded_subject import ShardedSubject
+from sdpo_conformance.specs.claas.loss_case import ordinary_case
 from sdpo_conformance.specs.claas.sharded.sharded_rule import SHARDED_FAMILIES, ShardedRule, selected_rules
 from sdpo_conformance.specs.claas.words import describe
+from sdpo_conformance.specs.spec import Spec
 
 PER_TOKEN = (Capability.DIVERGENCE, Capability.RESPONSE_LOGPROBS, Capability.TEACHER_TOPK)
 
 
-def run_on_mesh(
-    target: str,
-    mesh: str,
-    *,
-    profile: str = "default",
-    seed: int = 0,
-    device: str = "cpu",
-    dtypes: Sequence[str] = (),
-    only: Sequence[str] = (),
-    out: str | Path | None = None,
-    call_timeout: float = 120.0,
-    progress: Progress | None = None,
-) -> Report:
+def run_on_mesh(target: str, mesh: str, options: RunOptions, progress: Progress | None = None) -> Report:
     """Judge ``target`` on the ranks of ``mesh`` ("tp=2,dp=2"); raises RunError where that cannot be done."""
     started = time.time()
     try:
         shape = MeshShape.parse(mesh)
-        rules = selected_rules(shape, tuple(only))
+        rules = selected_rules(shape, options.only)
     except ValueError as error:
         raise RunError(str(error)) from None
     if not rules:
-        raise RunError(f"--only {', '.join(only)}: none of it is about what --mesh {mesh} cuts")
+        raise RunError(f"--only {', '.join(options.only)}: none of it is about what --mesh {mesh} cuts")
+    device = options.device
     check_device(device)
-    folder = Path(out) if out else default_folder(target).with_name(f"{default_folder(target).name}-{shape}")
+    folder = options.out or default_folder(target).with_name(f"{default_folder(target).name}-{shape}")
     try:
         start_afresh(folder)
     except ValueError as error:
         raise RunError(str(error)) from None
-    with Pool(target, shape, device, call_timeout) as pool:
+    with Pool(target, shape, device, options.call_timeout) as pool:
         try:
             ready = pool.start()
             check_claims(target, shape, ready)
-            records, judged, refused = judge(pool, rules, PROFILES[profile], seed, tuple(dtypes), folder, progress)
+            records, judged, refused = judge(
+                pool, rules, options.found_profile, options.seed, options.dtypes, folder, progress
+            )
         except PoolError as error:
             raise RunError(str(error)) from None
         run = {
@@ -72,16 +67,16 @@ def run_on_mesh(
             "device_name": device_name(device),
             "dtypes": list(judged),
             "refused_dtypes": refused,
-            "profile": profile,
-            "seed": seed,
-            "only": list(only),
+            "profile": options.profile,
+            "seed": options.seed,
+            "only": list(options.only),
             "seconds": round(time.time() - started, 2),
             "versions": versions(),
             "mesh": str(shape),
             "backend": pool.backend,
             "pool_starts": pool.starts,
         }
-    results = document(target, ready, records, rules, run)
+    results = document(target, ready, records, rules, run, options.found_spec)
     write_json(folder / RESULTS, results)
     return Report(results, folder)
 
@@ -156,7 +151,7 @@ def dtypes_on_ranks(subject: ShardedSubject, asked: tuple[str, ...]) -> tuple[tu
         from sdpo_conformance.inputs.choices import SeededSource
 
         for name in DEFAULT:
-            case = laid(SeededSource("dtype"), tiny_case(name, subject.entry), subject.mesh, PLAIN)
+            case = laid(SeededSource("dtype"), ordinary_case(name, subject.entry), subject.mesh, PLAIN)
             try:
                 subject.answers(case)
             except ImplementationError as error:
@@ -223,7 +218,12 @@ def failure_on_ranks(
 
 
 def document(
-    target: str, ready: Ready, records: Sequence[Record], rules: Sequence[ShardedRule], run: Mapping[str, Any]
+    target: str,
+    ready: Ready,
+    records: Sequence[Record],
+    rules: Sequence[ShardedRule],
+    run: Mapping[str, Any],
+    spec: Spec,
 ) -> dict[str, Any]:
     """results.json of a run on a mesh, in the format of every run."""
     known = {rule.id: rule for rule in rules}
@@ -241,10 +241,11 @@ def document(
     return {
         "format": FORMAT,
         "implementation": target,
+        "spec": {"name": spec.name, "version": spec.version, "title": spec.title},
         "offered": list(ready.offered),
         "claims": asdict(ready.claims),
         "run": dict(run),
         "records": described,
         "diagnosis": None,
-        "verdict": verdict(implementation, records, None),
+        "verdict": verdict(implementation, spec, records, None),
     }

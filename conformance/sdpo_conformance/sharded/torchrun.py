@@ -11,7 +11,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from sdpo_conformance.running.process import RunError
+from sdpo_conformance.running.options import RunError
 from sdpo_conformance.sharded.mesh import MeshShape
 
 LONGEST = timedelta(hours=12)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sdpo_conformance.inputs import NEUTRAL
 from sdpo_conformance.sharded.cut import FILLER, ShardedCase
 from sdpo_conformance.sharded.draw import Cuts
 from sdpo_conformance.sharded.sharded_subject import ShardedSubject
+from sdpo_conformance.specs.claas.corners import NEUTRAL
 from sdpo_conformance.specs.claas.rules.aspects import ALL, LOSSES
 from sdpo_conformance.specs.claas.sharded.sharded_rule import sharded_rule
 from sdpo_conformance.specs.requirement import Level
