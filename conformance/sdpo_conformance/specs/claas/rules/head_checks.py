@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.files import write_tensors, write_text
 from sdpo_conformance.inputs.heads import HeadCase, unlike
 from sdpo_conformance.judging.call import ImplementationError, implementation_errors, lay_out
 from sdpo_conformance.judging.compare import Disagreement, number, worst
 from sdpo_conformance.judging.examples import Subject
-from sdpo_conformance.protocol import Capability
-from sdpo_conformance.reproduction.program import location
-from sdpo_conformance.reproduction.trainer_program import environment
-from sdpo_conformance.specs import DEFAULT, find_spec
-from sdpo_conformance.specs.claas.bounds import Expectation
+from sdpo_conformance.judging.expectation import Expectation
+from sdpo_conformance.reproduction.head_program import write_head_program
+from sdpo_conformance.specs.claas import SPEC
+from sdpo_conformance.specs.claas.head_bounds import vocabulary_logprobs
 from sdpo_conformance.specs.requirement import Requirement
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -155,32 +152,6 @@ def write_reproduction(
     before: HeadCase | None = None,
     after: HeadCase | None = None,
 ) -> str:
-    """Write ID.py and ID.safetensors into ``folder``; the name of the program. ``before`` and ``after``: what the
-    entry is called on first, on the same tensors, or next."""
-    entry = requirement.capabilities[0]
-    program = (
-        environment()
-        .get_template("head_reproduction.py.jinja")
-        .render(
-            requirement=requirement,
-            target=target,
-            disagreement=found,
-            entry=entry.value,
-            ranks=entry is Capability.TEACHER_TOPK,
-            words=case.words,
-            stem=requirement.id,
-            device=json.dumps(device),
-            k=case.k,
-            layout=case.layout,
-            before=before is not None,
-            after=after is not None,
-            **location(target, find_spec(DEFAULT)),
-        )
-    )
-    tensors = {"hidden": case.hidden, "head": case.head, "response_ids": case.response_ids}
-    if (other := before or after) is not None:
-        tensors |= {"other.hidden": other.hidden, "other.head": other.head}
-    write_tensors(folder / f"{requirement.id}.safetensors", tensors)
-    path = folder / f"{requirement.id}.py"
-    write_text(path, program)
-    return path.name
+    """The program that shows ``found``; its name in ``folder``."""
+    expected = vocabulary_logprobs(case)
+    return write_head_program(case, found, expected, folder, SPEC, requirement, target, device, before, after)
