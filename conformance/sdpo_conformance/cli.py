@@ -135,7 +135,7 @@ def run_under_mesh(
 
     try:
         if under_torchrun():
-            from sdpo_conformance.sharded.torchrun import checked_mesh, stand_by
+            from sdpo_conformance.running.torchrun import checked_mesh, stand_by
 
             checked_mesh(mesh)
             if (status := stand_by()) is not None:
@@ -153,18 +153,18 @@ def run_under_mesh(
             write_text(junit, junit_xml(report.results))
     except (RunError, OSError) as error:
         if under_torchrun():
-            from sdpo_conformance.sharded.torchrun import finished
+            from sdpo_conformance.running.torchrun import finished
 
             finished(2)
         raise fail(error) from None
-    from sdpo_conformance.sharded.sharded_report import print_sharded_report
+    from sdpo_conformance.report.mesh_report import print_sharded_report
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 110
     print_sharded_report(report.results, report.folder, console)
     if under_torchrun():
-        from sdpo_conformance.sharded.torchrun import finished
+        from sdpo_conformance.running.torchrun import finished
 
         finished(report.exit_status)
     return report.exit_status

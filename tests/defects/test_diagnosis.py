@@ -15,8 +15,8 @@ from sdpo_conformance.diagnosis.observed import Observed, values_of
 from sdpo_conformance.diagnosis.run import NO_MATCH, quality
 from sdpo_conformance.judging.call import evaluate
 from sdpo_conformance.judging.compare import compare
+from sdpo_conformance.judging.records import Record, Status
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.report.records import Record, Status
 from sdpo_conformance.reproduction.failure import save_observed
 from sdpo_conformance.specs.claas import defects
 from sdpo_conformance.specs.claas.defects.defect import Defect, Implementation, entries, replacing

@@ -170,8 +170,8 @@ def test_results_are_plain_json(judge: Any) -> None:
 
 def test_a_failure_of_the_suite_itself_is_no_verdict() -> None:
     from sdpo_conformance.judging.implementation import Implementation
+    from sdpo_conformance.judging.records import Record, Status
     from sdpo_conformance.protocol import Capability, Claims
-    from sdpo_conformance.report.records import Record, Status
     from sdpo_conformance.report.results import verdict
     from sdpo_conformance.specs.requirement import Level
 

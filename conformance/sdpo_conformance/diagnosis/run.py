@@ -8,8 +8,8 @@ from typing import Any
 
 from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
 from sdpo_conformance.diagnosis.observed import Observed
+from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.report.records import Record, Status, read_records
 from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.dialects import Dialect
 

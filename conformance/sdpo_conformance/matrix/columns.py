@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.report.records import Status
+from sdpo_conformance.judging.records import Status
 
 LARGEST_INPUT = 64 * 1024
 """Bytes of a reproduction's input that is taken into the document; a larger one stays in the run's folder."""

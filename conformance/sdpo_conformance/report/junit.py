@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-from sdpo_conformance.report.records import Status
+from sdpo_conformance.judging.records import Status
 
 
 def junit_xml(results: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.judging.implementation import Implementation
+from sdpo_conformance.judging.records import Record, Status
 from sdpo_conformance.protocol import ENTRIES, Capability
-from sdpo_conformance.report.records import Record, Status
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.spec import Spec
 

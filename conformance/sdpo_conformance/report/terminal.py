@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sdpo_conformance.judging.records import Status
 from sdpo_conformance.protocol import ENTRIES
-from sdpo_conformance.report.records import Status
 from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.spec import Spec

@@ -11,8 +11,8 @@ from torch import Tensor
 from sdpo_conformance.cases.case import Case
 from sdpo_conformance.judging.call import ImplementationError, Outcome
 from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.records import record_key
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.report.records import record_key
 from sdpo_conformance.reproduction.loss_program import write_reproduction
 from sdpo_conformance.specs.requirement import Requirement
 from sdpo_conformance.specs.spec import Spec

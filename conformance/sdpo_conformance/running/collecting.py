@@ -11,8 +11,8 @@ from typing import Any
 from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.files import write_json
 from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.judging.records import Record, Status, read_records, record_key, write_record
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.report.records import Record, Status, read_records, record_key, write_record
 from sdpo_conformance.report.results import results_of
 from sdpo_conformance.reproduction.failure import failure_of
 from sdpo_conformance.running.folder import RESULTS

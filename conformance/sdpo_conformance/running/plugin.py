@@ -16,8 +16,8 @@ from typing import IO, Any
 import pytest
 
 from sdpo_conformance.files import write_json, write_text
+from sdpo_conformance.judging.records import Record, Status, record_key, write_record
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.report.records import Record, Status, record_key, write_record
 from sdpo_conformance.running.folder import ERROR, start_afresh
 from sdpo_conformance.running.options import RunError, RunOptions, declare
 

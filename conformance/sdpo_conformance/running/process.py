@@ -101,7 +101,7 @@ def run(
         out=Path(out) if out else None,
     )
     if mesh:
-        from sdpo_conformance.sharded.sharded_run import run_on_mesh
+        from sdpo_conformance.running.mesh_run import run_on_mesh
 
         return run_on_mesh(implementation, mesh, options, progress)
     return run_with(implementation, options, progress)

@@ -6,6 +6,7 @@ flat predictions of an untrained model most mistakes of a trainer cannot be told
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,3 +151,10 @@ def frozen_weights(model: Any) -> dict[str, Tensor]:
     """Copies of everything else the model holds: frozen parameters and buffers."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t.detach().to("cpu", copy=True) for name, t in (*frozen.items(), *model.named_buffers())}
+
+
+def float64_copy(model: Any) -> Any:
+    """A copy on the CPU with every weight upcast exactly, without dropout or gradient checkpointing."""
+    twin = copy.deepcopy(model).to(device="cpu", dtype=torch.float64).eval()
+    twin.zero_grad(set_to_none=True)
+    return twin

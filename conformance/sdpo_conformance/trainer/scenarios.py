@@ -11,9 +11,8 @@ from typing import Any, Literal
 import torch
 
 from sdpo_conformance.protocol import Claims, Sample, TrainingConfig
-from sdpo_conformance.specs.claas.oracle.policy import response_logits, student_logprobs
-from sdpo_conformance.specs.claas.oracle.step_loop import float64_copy
-from sdpo_conformance.trainer.models import VOCABULARY, ModelSpec, build
+from sdpo_conformance.trainer.models import VOCABULARY, ModelSpec, build, float64_copy
+from sdpo_conformance.trainer.policies import response_logits, student_logprobs
 
 Sampler = Literal["exact", "mismatched", "partial"]
 

@@ -12,7 +12,6 @@ DistillationTrainer.distill, kfallah/CLaaS at e2331f7.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from sdpo_conformance.protocol import Sample, SDPOLossInput, TrainingConfig
 from sdpo_conformance.specs.claas.oracle.loss import LossTruth, sdpo_loss
-from sdpo_conformance.specs.claas.oracle.policy import (
+from sdpo_conformance.trainer.policies import (
     PreparedSample,
     prepare,
     recorded_logprobs,
@@ -62,13 +61,6 @@ class StepLoopTruth:
     @property
     def per_step_metrics(self) -> list[Mapping[str, float]]:
         return [step.metrics for step in self.steps]
-
-
-def float64_copy(model: Any) -> Any:
-    """A copy on the CPU with every weight upcast exactly, without dropout or gradient checkpointing."""
-    twin = copy.deepcopy(model).to(device="cpu", dtype=torch.float64).eval()
-    twin.zero_grad(set_to_none=True)
-    return twin
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:

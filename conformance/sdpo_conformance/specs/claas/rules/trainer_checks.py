@@ -13,8 +13,8 @@ import pytest
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Sample, TrainingConfig
-from sdpo_conformance.reproduction.trainer_program import write_reproduction
 from sdpo_conformance.specs.claas.step_loop.findings import findings
+from sdpo_conformance.specs.claas.step_loop.trainer_program import write_reproduction
 from sdpo_conformance.specs.claas.step_loop.unobserved import UNOBSERVED
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.trainer.observation import Observation, Refusal, attempt, observe

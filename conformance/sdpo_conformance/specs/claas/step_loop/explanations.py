@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.specs.claas.oracle.policy import PreparedSample, chosen, response_logits, teacher_topk
 from sdpo_conformance.specs.claas.oracle.step_loop import Gradient, StepTruth, clipped, mean_step, norm
 from sdpo_conformance.specs.claas.step_loop.ground import Moment, Weights, upcast
 from sdpo_conformance.trainer.models import VOCABULARY
+from sdpo_conformance.trainer.policies import PreparedSample, chosen, response_logits, teacher_topk
 
 Outcome = tuple[StepTruth, Gradient]
 """A step's metrics and unclipped gradient, and the gradient handed to the optimizer."""

@@ -16,25 +16,24 @@ from torch import Tensor
 
 from sdpo_conformance.protocol import Sample, TrainingConfig
 from sdpo_conformance.specs.claas.oracle.loss import LossTruth
-from sdpo_conformance.specs.claas.oracle.policy import (
-    PreparedSample,
-    prepare,
-    recorded_logprobs,
-    response_logits,
-    student_logprobs,
-)
 from sdpo_conformance.specs.claas.oracle.step_loop import (
     Gradient,
     StepTruth,
     clipped,
-    float64_copy,
     load_weights,
     mean_step,
     norm,
     sample_loss,
     step_loop,
 )
-from sdpo_conformance.trainer.models import build
+from sdpo_conformance.trainer.models import build, float64_copy
+from sdpo_conformance.trainer.policies import (
+    PreparedSample,
+    prepare,
+    recorded_logprobs,
+    response_logits,
+    student_logprobs,
+)
 from sdpo_conformance.trainer.scenarios import Scenario, samples_of
 
 Weights = Mapping[str, Tensor]

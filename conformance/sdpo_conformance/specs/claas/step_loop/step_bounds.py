@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sdpo_conformance.protocol import METRIC_KEYS, SDPOLossInput
 from sdpo_conformance.specs.claas.oracle.eager import eager_loss
-from sdpo_conformance.specs.claas.oracle.policy import chosen, response_logits
 from sdpo_conformance.specs.claas.oracle.step_loop import clipped, load_weights, norm, trainable
 from sdpo_conformance.specs.claas.step_loop.ground import Moment
 from sdpo_conformance.trainer.models import ModelSpec, build
+from sdpo_conformance.trainer.policies import chosen, response_logits
 
 EAGER_FACTOR = 2.0
 """How much worse than plain PyTorch in half precision a trainer may be; as for the loss."""

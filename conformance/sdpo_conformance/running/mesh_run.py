@@ -14,8 +14,8 @@ from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.dtypes import DEFAULT, is_refusal
 from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.judging.profiles import Profile
+from sdpo_conformance.judging.records import Record, Status, record_key, write_record
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.report.records import Record, Status, record_key, write_record
 from sdpo_conformance.report.results import FORMAT, verdict
 from sdpo_conformance.running.collecting import device_name, versions
 from sdpo_conformance.running.folder import RESULTS, default_folder, start_afresh

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from sdpo_conformance.report.records import Status
+from sdpo_conformance.judging.records import Status
 from sdpo_conformance.report.terminal import SHOWN_FAILURES, failure_text, grouped, header, label, notes
 from sdpo_conformance.specs.claas.sharded.sharded_rule import SHARDED_FAMILIES
 
