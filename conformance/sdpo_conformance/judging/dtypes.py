@@ -7,7 +7,6 @@ from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.spec import Spec
 
-DEFAULT = ("float32", "bfloat16", "float16")
 REFUSALS = ("ValueError", "TypeError", "NotImplementedError")
 LOSS_ENTRIES = (Capability.LOSS, Capability.FUSED, Capability.DIVERGENCE)
 
@@ -28,14 +27,14 @@ def dtypes_for(
     refused: dict[str, str] = {}
     if entry in LOSS_ENTRIES:
         function = getattr(implementation.object, entry.value)
-        for name in DEFAULT:
+        for name in spec.dtypes:
             try:
                 evaluate(function, entry, spec.parts.ordinary(name, entry), device)
             except ImplementationError as error:
                 if is_refusal(error, name):
                     refused[name] = error.summary
-    kept = tuple(name for name in DEFAULT if name not in refused)
-    return (kept, refused) if kept else (DEFAULT, {})
+    kept = tuple(name for name in spec.dtypes if name not in refused)
+    return (kept, refused) if kept else (spec.dtypes, {})
 
 
 def is_refusal(error: ImplementationError, dtype: str) -> bool:

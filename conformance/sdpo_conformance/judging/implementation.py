@@ -60,6 +60,8 @@ def _find(target: str, spec: Spec) -> Any:
     name, _, attribute = _split(target)
     if name.endswith(".py") or "/" in name:
         module = _from_file(Path(name))
+    elif name in spec.bundled:
+        module = _import(spec.bundled[name], target)
     elif name in BUNDLED or name.startswith("adapters."):
         module = _import(f"sdpo_implementations.{name}", target)
     else:

@@ -56,6 +56,7 @@ def write_reproduction(
             "DEVICE": device,
             "TRAINING": asdict(case.training),
             "FIELDS": list(case.tensors()),
+            "ABSENT": [name for name, value in vars(case.loss_input).items() if value is None],
             "DIFFERENTIABLE": list(case.differentiable),
             "LAYOUT": case.layout,
             "OUTPUT": "divergence" if entry is Capability.DIVERGENCE else "loss",

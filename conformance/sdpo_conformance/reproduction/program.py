@@ -57,7 +57,7 @@ def location(target: str, spec: Spec) -> dict[str, Any]:
     if name.endswith(".py") or "/" in name:
         return {**found, "file": str(Path(name).resolve())}
     bundled = name in BUNDLED or name.startswith("adapters.")
-    found["module"] = f"sdpo_implementations.{name}" if bundled else name
+    found["module"] = spec.bundled.get(name, f"sdpo_implementations.{name}" if bundled else name)
     folders = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     found["search"] = list(dict.fromkeys(str(Path(folder).resolve()) for folder in folders if folder in sys.path))
     return found

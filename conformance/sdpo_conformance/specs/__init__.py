@@ -7,7 +7,13 @@ import importlib
 
 from sdpo_conformance.specs.spec import Spec
 
-FOLDERS = {"claas": "claas"}
+FOLDERS = {
+    "claas": "claas",
+    "lasgroup": "lasgroup",
+    "trl": "trl",
+    "ms-swift": "ms_swift",
+    "verl-topk": "verl_topk",
+}
 """Name as ``--spec`` takes it -> folder."""
 
 DEFAULT = "claas"

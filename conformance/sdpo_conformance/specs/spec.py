@@ -52,7 +52,8 @@ class Spec:
     which revision; ``package``: where its modules are; ``families``: prefix of a requirement id -> words, in the order
     of the report; ``entries``: the attributes that it judges; ``own_entries``: families tested through an entry of
     their own, by its attribute; ``sweeps``: requirements that visit every corner at once: what they find, a rule of its
-    own names better."""
+    own names better; ``bundled``: names of ``--impl`` that mean another module
+    here; ``dtypes``: those asked for where an implementation says nothing."""
 
     name: str
     version: str
@@ -63,6 +64,8 @@ class Spec:
     entries: tuple[str, ...]
     own_entries: Mapping[str, str] = field(default_factory=dict)
     sweeps: tuple[str, ...] = ()
+    bundled: Mapping[str, str] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
     @property
     def label(self) -> str:

@@ -1,10 +1,12 @@
 """lasgroup/SDPO: ``compute_self_distillation_loss`` of its verl tree, fed as its actor feeds it.
 
-Its convention, not CLaaS's: the support is the student's top-k (as many tokens as the teacher's top-k here)
-plus a tail bucket, alpha 0 and 1 are the full forward and reverse KL, there is no anchor to the base policy.
-It reports no ``kl_reg``, ``mean_is_ratio`` or ``clip_fraction``. The teacher outside its own top-k is
-completed by ``complete_teacher``. Sources: ``verl/trainer/ppo/core_algos.py``,
-``verl/workers/actor/dp_actor.py``.
+Given lasgroup's input (``--spec lasgroup``) it is what upstream computes: temperature and support as in
+``verl/workers/actor/dp_actor.py`` 521-534, rollout weights by ``compute_rollout_correction_weights``.
+
+Given CLaaS's input it is a loss of its own convention: the support is the student's top-k (as many tokens as the
+teacher's top-k here) plus a tail bucket, alpha 0 and 1 are the full forward and reverse KL, there is no anchor to the
+base policy. It reports no ``kl_reg``, ``mean_is_ratio`` or ``clip_fraction``. The teacher outside its own top-k is
+completed by ``complete_teacher``. Sources: ``verl/trainer/ppo/core_algos.py``, ``verl/workers/actor/dp_actor.py``.
 """
 
 from __future__ import annotations
@@ -17,14 +19,56 @@ from torch import Tensor
 from sdpo_implementations.adapters.availability import require
 from sdpo_implementations.adapters.teacher import complete_teacher
 
-_self_distillation_loss = require(
-    "verl.trainer.ppo.core_algos",
-    "compute_self_distillation_loss",
-    "pip install git+https://github.com/lasgroup/SDPO@0e6d510",
-)
+_INSTALL = "pip install git+https://github.com/lasgroup/SDPO@0e6d510"
+_self_distillation_loss = require("verl.trainer.ppo.core_algos", "compute_self_distillation_loss", _INSTALL)
+_rollout_weights = require("verl.trainer.ppo.rollout_corr_helper", "compute_rollout_correction_weights", _INSTALL)
 
 
 def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
+    """lasgroup's loss on its own input, or on CLaaS's."""
+    return _on_own_input(loss_input) if hasattr(loss_input, "teacher_logits") else _on_claas_input(loss_input)
+
+
+def _on_own_input(loss_input: Any) -> dict[str, Tensor]:
+    """As ``dp_actor.py`` does it: both sides divided by the temperature, the support the student's top-k."""
+    training = loss_input.training
+    logits, teacher = (one / training.temperature for one in (loss_input.student_logits, loss_input.teacher_logits))
+    chosen = loss_input.response_ids.unsqueeze(-1)
+    student_log_probs, teacher_log_probs = (
+        one.log_softmax(-1).gather(-1, chosen).squeeze(-1) for one in (logits, teacher)
+    )
+    at_support: dict[str, Tensor] = {}
+    if training.full_logit_distillation and training.distillation_topk is None:
+        at_support["student_all_log_probs"] = logits.log_softmax(-1)
+        at_support["teacher_all_log_probs"] = teacher.log_softmax(-1)
+    elif training.full_logit_distillation:
+        top, ids = logits.topk(min(training.distillation_topk, logits.shape[-1]), dim=-1)
+        at_support["student_topk_log_probs"] = top - logits.logsumexp(-1, keepdim=True)
+        at_support["teacher_topk_log_probs"] = teacher.gather(-1, ids) - teacher.logsumexp(-1, keepdim=True)
+    weights = loss_input.rollout_is_weights
+    if loss_input.rollout_log_probs is not None:
+        weights, _ = _rollout_weights(
+            loss_input.old_log_probs - loss_input.rollout_log_probs,
+            loss_input.response_mask,
+            training.rollout_is,
+            training.rollout_is_threshold,
+            training.rollout_is_batch_normalize,
+        )
+    loss, _ = _self_distillation_loss(
+        student_log_probs=student_log_probs,
+        teacher_log_probs=teacher_log_probs,
+        response_mask=loss_input.response_mask,
+        self_distillation_config=training,
+        old_log_probs=loss_input.old_log_probs,
+        self_distillation_mask=loss_input.self_distillation_mask,
+        loss_agg_mode=training.loss_agg_mode,
+        rollout_is_weights=weights,
+        **at_support,
+    )
+    return {"loss": loss}
+
+
+def _on_claas_input(loss_input: Any) -> dict[str, Tensor]:
     """The loss with the options of ``verl/trainer/config/actor/actor.yaml``: top-k logits, tail bucket, token
     mean; alpha and is_clip from the input."""
     logits, training = loss_input.student_logits, loss_input.training

@@ -1,5 +1,7 @@
 """TRL's experimental SDPO trainer: its own loss methods, run on a stand-in for the trainer.
 
+Given TRL's input (``--spec trl``) it is what TRL computes in the mode that the options name. Given CLaaS's:
+
 The module is ``distillation_mode="topk_logits"`` with a local teacher: the student's top-k, renormalised.
 ``trl_sdpo:sampled_token`` is TRL's default mode, the response tokens alone (alpha 1 only);
 ``trl_sdpo:teacher_server`` is ``use_teacher_server=True``, where the support is the teacher's top-k.
@@ -59,31 +61,75 @@ class TRLLoss:
         return {"loss": loss, "distill_loss": loss.detach()}
 
     def _trainer(self, loss_input: Any, teacher: Tensor) -> SimpleNamespace:
-        """What the two methods ask of ``self``: options, the forwards' results, and somewhere to log."""
+        """CLaaS's options and teacher in TRL's words."""
         chosen = loss_input.response_ids.long().unsqueeze(-1)
         served = {
             "actual_logprobs": teacher.gather(-1, chosen).squeeze(-1),
             "topk_logprobs": loss_input.teacher_logprobs,
             "topk_token_ids": loss_input.teacher_indices.long(),
         }
-        return SimpleNamespace(
-            args=SimpleNamespace(
-                distillation_mode=self.mode,
-                distillation_topk=loss_input.teacher_indices.shape[-1],
-                distillation_alpha=loss_input.training.alpha,
-                distillation_add_tail=False,
-                distillation_is_clip=loss_input.training.is_clip,
-            ),
-            accelerator=SimpleNamespace(gather=torch.Tensor.detach),
-            state=SimpleNamespace(global_step=0),
-            _last_loaded_step=0,
-            _metrics=defaultdict(lambda: defaultdict(list)),
-            _log_self_distillation_metric=lambda mode, value: None,
-            _forward_logits=lambda **_: loss_input.student_logits,
-            _get_teacher_token_logprobs_from_server=lambda inputs, kept: served,
+        args = SimpleNamespace(
+            distillation_mode=self.mode,
+            distillation_topk=loss_input.teacher_indices.shape[-1],
+            distillation_alpha=loss_input.training.alpha,
+            distillation_add_tail=False,
+            distillation_is_clip=loss_input.training.is_clip,
         )
+        return _stand_in(args, loss_input.student_logits, served, lambda value: None)
+
+
+def on_own_input(loss_input: Any) -> dict[str, Tensor]:
+    """TRL's loss on TRL's input: the forward's logits are divided by the temperature, as ``_forward_logits`` does."""
+    training = loss_input.training
+    logged: list[float] = []
+    logits = loss_input.student_logits / training.temperature
+    mask = loss_input.completion_mask
+    if loss_input.self_distillation_mask is not None:
+        mask = mask * loss_input.self_distillation_mask.unsqueeze(1)
+    served = {
+        "actual_logprobs": loss_input.teacher_actual_logprobs,
+        "topk_logprobs": loss_input.teacher_topk_logprobs,
+        "topk_token_ids": loss_input.teacher_topk_ids,
+    }
+    trainer, model = _stand_in(training, logits, served, logged.append), SimpleNamespace(training=True)
+    nothing = loss_input.completion_ids[:, :0]
+    batch = {
+        "prompt_ids": nothing,
+        "prompt_mask": nothing,
+        "completion_ids": loss_input.completion_ids,
+        "completion_mask": loss_input.completion_mask,
+        "self_distillation_mask": loss_input.self_distillation_mask,
+        "old_per_token_logps": loss_input.old_per_token_logps,
+    }
+    if training.use_teacher_server:
+        loss = _Trainer._compute_server_distillation_loss(trainer, model, batch)
+    else:
+        teacher = loss_input.teacher_logits / training.temperature
+        pair = _Logits(batch["completion_ids"], loss_input.completion_mask, mask, logits, teacher)
+        loss = _Trainer._compute_self_distillation_loss(trainer, model, batch, pair)
+    return {"loss": loss, "logged_distillation_loss": torch.tensor(logged[-1])}
+
+
+def _stand_in(args: Any, logits: Tensor, served: dict[str, Any], log: Any) -> SimpleNamespace:
+    """What the two methods ask of ``self``: options, the forwards' results, and somewhere to log."""
+    return SimpleNamespace(
+        args=args,
+        accelerator=SimpleNamespace(gather=torch.Tensor.detach),
+        state=SimpleNamespace(global_step=0),
+        _last_loaded_step=0,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _log_self_distillation_metric=lambda mode, value: log(value),
+        _forward_logits=lambda **_: logits,
+        _get_teacher_token_logprobs_from_server=lambda inputs, kept: served,
+    )
 
 
 sampled_token = TRLLoss("sampled_token")
 teacher_server = TRLLoss("topk_logits", server=True)
-compute_sdpo_loss = TRLLoss("topk_logits").compute_sdpo_loss
+
+
+def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
+    """TRL's loss on its own input (``--spec trl``), in the mode that its options name, or on CLaaS's."""
+    if hasattr(loss_input, "completion_mask"):
+        return on_own_input(loss_input)
+    return TRLLoss("topk_logits").compute_sdpo_loss(loss_input)

@@ -18,6 +18,7 @@ ENTRY = "compute_sdpo_loss"
 DEVICE = "cpu"
 TRAINING: dict[str, Any] = {"alpha": 0.5, "is_clip": 5.0, "kl_reg_weight": 0.0}
 FIELDS = ["student_logits"]
+ABSENT: list[str] = []
 DIFFERENTIABLE = ["student_logits"]
 LAYOUT = "contiguous"
 OUTPUT = "loss"
@@ -75,7 +76,7 @@ def fresh_input(prefix: str = "") -> Any:
     fields = {name: lay_out(stored[prefix + name].clone().to(DEVICE), name).detach() for name in FIELDS}
     for name in DIFFERENTIABLE:
         fields[name].requires_grad_()
-    return SimpleNamespace(training=SimpleNamespace(**TRAINING), **fields)
+    return SimpleNamespace(training=SimpleNamespace(**TRAINING), **dict.fromkeys(ABSENT), **fields)
 
 
 def call(loss_input: Any) -> Any:
@@ -133,6 +134,30 @@ def probe_raises() -> None:
         backward(loss_input, call(loss_input))
     except BaseException as error:
         wrong.append(f"raised {type(error).__name__}: {error}")
+
+
+def probe_refusal() -> None:
+    """The call has to raise."""
+    try:
+        result = call(fresh_input())
+    except Exception:
+        return
+    wrong.append(f"no error: {result}")
+
+
+def probe_loss_type() -> None:
+    """The loss is a 0-dim floating tensor with a graph."""
+    loss = call(fresh_input()).get("loss")
+    if not (isinstance(loss, torch.Tensor) and loss.is_floating_point() and loss.dim() == 0 and loss.requires_grad):
+        wrong.append(f"loss: expected a differentiable 0-dim tensor, got {loss!r}")
+
+
+def probe_logged() -> None:
+    """What is logged is what is trained."""
+    result = call(fresh_input())
+    loss, logged = float(result["loss"]), float(result.get("logged_distillation_loss", result["loss"]))
+    if not abs(loss - logged) <= 1e-2 * abs(loss) + 1e-6:
+        wrong.append(f"logged_distillation_loss: expected {loss:.7g}, the loss, got {logged:.7g}")
 
 
 def probe_types() -> None:

@@ -1,0 +1,1 @@
+"""lasgroup's rules as tests."""

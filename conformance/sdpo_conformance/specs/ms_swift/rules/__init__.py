@@ -1,0 +1,1 @@
+"""ms-swift's rules as tests."""

@@ -1,0 +1,391 @@
+"""The diagnosis of a run by a spec beside CLaaS: which entry of its catalogue returns what was returned.
+
+Each entry is run in float64 on the failing inputs; one that comes with a number has the number fitted to the first
+failing input and judged on all. A name is said where it explains at least half of the failures that values can explain.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate
+from sdpo_conformance.judging.expectation import Expectation
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.report.records import Record
+from sdpo_conformance.specs.shared.defect import SpecDefect, combine
+from sdpo_conformance.specs.shared.spec_case import CaseKind, SpecCase
+from sdpo_conformance.specs.spec import Spec
+
+GRADIENT = "gradient."
+
+ROUNDING = 64.0
+"""Roundings of the coarsest dtype by which two implementations of one defect may differ."""
+
+LOOKED_AT = 4
+"""Failures on which every entry is tried; what fits one of them is tried on all."""
+
+GRID = 24
+"""Points between a parameter's ends that are tried before the best is refined."""
+
+REFINEMENTS = 40
+MOST_EQUIVALENTS = 3
+MOST_PAIRS = 400
+
+NO_MATCH = "no catalogued defect or dialect returns what this implementation returned"
+MISSING = re.compile(r"has no attribute '(\w+)'")
+
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "teacher_indices": ("claas",),
+    "base_logprobs": ("claas",),
+    "old_student_logprobs": ("claas",),
+    "old_log_probs": ("lasgroup",),
+    "rollout_is_weights": ("lasgroup",),
+    "rollout_log_probs": ("lasgroup",),
+    "completion_ids": ("trl",),
+    "completion_mask": ("trl",),
+    "old_per_token_logps": ("trl",),
+    "self_distillation_mask": ("lasgroup", "trl"),
+    "labels": ("ms-swift",),
+    "teacher_labels": ("ms-swift",),
+    "teacher_ids": ("verl-topk",),
+    "teacher_logits": ("lasgroup", "trl", "ms-swift"),
+    "teacher_logprobs": ("claas", "verl-topk"),
+    "response_ids": ("claas", "lasgroup"),
+}
+"""A field of the input -> the specs whose input has it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An entry, its number fitted, and the failures that it explains."""
+
+    defect: SpecDefect
+    explained: frozenset[int]
+    error: float
+    value: float | None = None
+
+    @property
+    def name(self) -> str:
+        number = (
+            f" ({self.defect.parameter.name} {self.value:.4g})"
+            if self.value is not None and self.defect.parameter
+            else ""
+        )
+        return f"{self.defect.name}{number}"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a failure is as predicted, and the largest relative deviation."""
+
+    matched: bool
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """One failure: the input and what came back, ``values`` by result key and ``gradient.<field>``, float64."""
+
+    requirement: str
+    case: SpecCase
+    values: Mapping[str, Tensor]
+    probe: str
+    secondary: bool
+
+    @classmethod
+    def load(cls, path: Path, kind: CaseKind, record: Record) -> Observed:
+        """Read what a run left of a failure."""
+        values = {
+            name.removeprefix("got."): tensor.double()
+            for name, tensor in load_file(path).items()
+            if name.startswith("got.")
+        }
+        probe, secondary = str(record.failure.get("probe", "values")), bool(record.failure.get("secondary"))
+        return cls(record.requirement, SpecCase.load(path, kind), values, probe, secondary)
+
+    @cached_property
+    def exact(self) -> SpecCase:
+        """The same numbers in float64."""
+        floats = {key: value.double() for key, value in self.case.tensors().items() if value.is_floating_point()}
+        return self.case.with_fields(**floats)
+
+    @property
+    def numeric(self) -> bool:
+        """Whether the failure is one plain call that returned other numbers."""
+        return self.probe == "values" and bool(self.values)
+
+    def truth(self, name: str) -> Expectation | None:
+        """The oracle's value under a name of ``values``."""
+        expected = self.case.expectations
+        if name.startswith(GRADIENT):
+            return expected.gradients.get(name.removeprefix(GRADIENT))
+        return expected.results.get(name)
+
+
+def values_of(outcome: Outcome) -> dict[str, Tensor]:
+    """An outcome in the form of ``Observed.values``."""
+    found = {key: outcome.number(key) for key in outcome.result}
+    return found | {GRADIENT + key: one for key, one in outcome.gradients.items() if one is not None}
+
+
+def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tuple[bool, float]:
+    """Whether ``got`` is ``predicted`` up to rounding, and the largest relative deviation. NaN matches NaN."""
+    if got.shape != predicted.shape:
+        return False, math.inf
+    if got.numel() == 0:
+        return True, 0.0
+    same = (got == predicted) | (got.isnan() & predicted.isnan())
+    distance = torch.where(same, 0.0, (got - predicted).abs())
+    size = predicted.abs().amax(-1, keepdim=True) if predicted.dim() else predicted.abs()
+    allowed = bound + ROUNDING * eps * torch.nan_to_num(size, posinf=0.0)
+    largest = float(torch.nan_to_num(predicted.abs(), posinf=0.0).max())
+    error = float(distance.max()) / largest if largest else float(distance.max())
+    return bool((distance <= allowed).all()), error if not math.isnan(error) else math.inf
+
+
+def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
+    """Every number, wrong ones and right ones, as predicted; a wrong one must be predicted to be wrong."""
+    floats = [one for one in observed.case.tensors().values() if one.is_floating_point()]
+    eps = max(torch.finfo(one.dtype).eps for one in floats)
+    error, wrong, foreseen = 0.0, 0, 0
+    for name, got in observed.values.items():
+        truth = observed.truth(name)
+        if truth is None:
+            continue
+        if name not in predicted:
+            return Fit(False, math.inf)
+        close, off = deviation(got, predicted[name], truth.bound, eps)
+        if not close:
+            return Fit(False, math.inf)
+        if got.shape == truth.value.shape and bool((truth.excess(got) > 1).any()):
+            wrong += 1
+            foreseen += bool((truth.excess(predicted[name]) > 0.5).any())
+            error = max(error, off)
+    return Fit(wrong == foreseen > 0, error)
+
+
+def asks_for_another_spec(failed: Sequence[Record], own: Spec) -> str:
+    """One line where the implementation asks for a field that another spec's input has, and this one's has not."""
+    for record in failed:
+        found = MISSING.search(str(record.failure.get("summary", "")))
+        if found and found.group(1) in FIELDS and own.name not in FIELDS[found.group(1)]:
+            names = " or ".join(FIELDS[found.group(1)])
+            return f"it asks for loss_input.{found.group(1)}, which the input of {names} has: judge it with --spec"
+    return ""
+
+
+def diagnose_spec_run(
+    folder: Path, failed: Sequence[Record], spec: Spec, kind: CaseKind, entries: Sequence[SpecDefect]
+) -> Mapping[str, Any] | None:
+    """``lines`` for the terminal, ``matches`` for machines, ``usable_for`` for the verdict."""
+    if hint := asks_for_another_spec(failed, spec):
+        return {"lines": [hint], "usable_for": "", "matches": []}
+    observed = [
+        Observed.load(folder / record.failure["observed"], kind, record)
+        for record in failed
+        if record.failure.get("observed") and record.level == "MUST"
+    ]
+    telling = [one for one in observed if one.numeric or one.probe in PROBES]
+    best = best_of(telling, entries)
+    if not best:
+        return {"lines": [NO_MATCH] if telling else [], "usable_for": "", "matches": []}
+    first = best[0]
+    defect, of = first.defect, len(telling)
+    said = f"explains {len(first.explained)} of {of} failures to {power(first.error)}"
+    if defect.dialect:
+        lines = [f"this computes {defect.dialect}, not {spec.title}'s: {said}"]
+    else:
+        lines = [f"{first.name}: {said}"]
+    lines.append(f"{defect.sentence} Fix: {defect.fix}")
+    if len(best) > 1:
+        names = ", ".join(one.name for one in best[1 : 1 + MOST_EQUIVALENTS])
+        lines.append(f"not to be told apart on these inputs: {names}")
+    if len(first.explained) < of:
+        lines.append(f"{of - len(first.explained)} failures remain unexplained: there is more wrong than this")
+    usable = defect.usable_for if len(first.explained) == of else ""
+    return {
+        "lines": lines,
+        "usable_for": f"Usable for: {usable[0].lower() + usable[1:] if not usable.startswith('-') else usable}"
+        if usable
+        else "",
+        "matches": [
+            {
+                "entry": Capability.LOSS.value,
+                "name": first.name,
+                "kind": "dialect" if defect.dialect else "defect",
+                "quality": first.error,
+                "explained": len(first.explained),
+                "of": of,
+                "fix": defect.fix,
+                "usable_for": usable,
+                "equivalent": [one.name for one in best[1:]],
+                "seen": [],
+            }
+        ],
+    }
+
+
+def best_of(observed: Sequence[Observed], entries: Sequence[SpecDefect]) -> list[Candidate]:
+    """The best explanation and those that explain the same, or nothing."""
+    if not observed:
+        return []
+    order = sorted(range(len(observed)), key=lambda index: (observed[index].secondary, not observed[index].numeric))
+    first = [observed[index] for index in order[:LOOKED_AT]]
+    found = [candidate for entry in entries if (candidate := judged(entry, first, observed)) is not None]
+    found.sort(key=lambda one: rank(one, observed))
+    if not found or len(found[0].explained) < len(observed):
+        found = sorted([*found, *pairs(found, entries, observed)], key=lambda one: rank(one, observed))
+    if not found or 2 * len(found[0].explained) < len(observed):
+        return []
+    return [one for one in found if one.explained == found[0].explained and plain(one) == plain(found[0])]
+
+
+def plain(candidate: Candidate) -> bool:
+    """One entry, not two."""
+    return "+" not in candidate.defect.name
+
+
+def rank(candidate: Candidate, observed: Sequence[Observed]) -> tuple[int, bool, bool, bool]:
+    """Most failures first; then one entry before two, one whose rule fails before one whose does not, one without a
+    fitted number before one with it."""
+    broken = {one.requirement for one in observed}
+    unnamed = candidate.defect.violates[0] not in broken and not candidate.defect.dialect
+    return -len(candidate.explained), not plain(candidate), unnamed, candidate.value is not None
+
+
+def pairs(
+    singles: Sequence[Candidate], entries: Sequence[SpecDefect], observed: Sequence[Observed]
+) -> Iterator[Candidate]:
+    """Two entries at once, of which the first explains some failures alone."""
+    tried = 0
+    for single in singles[:3]:
+        if "+" in single.defect.name:
+            continue
+        left = [one for index, one in enumerate(observed) if index not in single.explained][:2]
+        base = single.defect
+        for entry in entries:
+            try:
+                both = combine(base, entry)
+            except ValueError:
+                continue
+            tried += 1
+            if tried > MOST_PAIRS:
+                return
+            if any(matches(both, one).matched for one in left):
+                whole = explained_by(both, observed)
+                if len(whole[0]) > len(single.explained):
+                    yield Candidate(both, whole[0], whole[1])
+
+
+def judged(entry: SpecDefect, first: Sequence[Observed], observed: Sequence[Observed]) -> Candidate | None:
+    """How much an entry explains, its number fitted where it has one."""
+    if any(matches(entry, one).matched for one in first):
+        explained, error = explained_by(entry, observed)
+        value = entry.parameter.values[0] if entry.parameter else None
+        if not entry.parameter or len(explained) == len(observed):
+            return Candidate(entry, explained, error, value) if explained else None
+    if entry.parameter is None:
+        return None
+    numeric = [one for one in first if one.numeric]
+    best: Candidate | None = None
+    for one in numeric[:2]:
+        value = fitted(entry, one)
+        if value is None:
+            continue
+        explained, error = explained_by(entry.at(value), observed)
+        if explained and (best is None or len(explained) > len(best.explained)):
+            best = Candidate(entry.at(value), explained, error, value)
+    return best
+
+
+def explained_by(entry: SpecDefect, observed: Sequence[Observed]) -> tuple[frozenset[int], float]:
+    """The failures that are as the entry predicts, and the largest deviation among them."""
+    fits = [matches(entry, one) for one in observed]
+    explained = frozenset(index for index, one in enumerate(fits) if one.matched)
+    return explained, max((fits[index].error for index in explained), default=0.0)
+
+
+def predicted(entry: SpecDefect, observed: Observed, gradient: bool = True) -> Mapping[str, Any] | None:
+    """What the entry returns on a failing input, in float64; None where it raises."""
+    try:
+        return values_of(evaluate(entry.wrong, Capability.LOSS, observed.exact, gradient=gradient))
+    except ImplementationError:
+        return None
+
+
+def matches(entry: SpecDefect, observed: Observed) -> Fit:
+    """Whether a failure is as the entry predicts."""
+    if observed.probe in PROBES:
+        alike = PROBES[observed.probe](entry, observed)
+        return Fit(alike, 0.0)
+    if not observed.numeric:
+        return Fit(False, math.inf)
+    wants = any(name.startswith("gradient.") for name in observed.values)
+    found = predicted(entry, observed, gradient=wants)
+    return Fit(False, math.inf) if found is None else fit(found, observed)
+
+
+def refuses_nothing(entry: SpecDefect, observed: Observed) -> bool:
+    """A call that had to be refused, and is not."""
+    return predicted(entry, observed, gradient=False) is not None
+
+
+def raises(entry: SpecDefect, observed: Observed) -> bool:
+    """A call that had to be answered, and raises."""
+    return predicted(entry, observed) is None
+
+
+PROBES: Mapping[str, Callable[[SpecDefect, Observed], bool]] = {"refusal": refuses_nothing, "raises": raises}
+
+
+def fitted(entry: SpecDefect, observed: Observed) -> float | None:
+    """The value of the entry's number that comes nearest to the wrong loss, or None where none comes near."""
+    parameter = entry.parameter
+    assert parameter is not None
+    got, truth = observed.values.get("loss"), observed.truth("loss")
+    if got is None or truth is None:
+        return None
+
+    def distance(value: float) -> float:
+        found = predicted(entry.at(value), observed, gradient=False)
+        if found is None or "loss" not in found:
+            return math.inf
+        _, off = deviation(got, found["loss"], truth.bound, 0.0)
+        return off
+
+    low, high = parameter.low, parameter.high
+    logarithmic = low > 0
+
+    def at(share: float) -> float:
+        return low * (high / low) ** share if logarithmic else low + (high - low) * share
+
+    grid = [*parameter.values, *(at(index / GRID) for index in range(GRID + 1))]
+    best = min(grid, key=distance)
+    if distance(best) <= 1e-9:
+        return best
+    position = math.log(best / low) / math.log(high / low) if logarithmic else (best - low) / (high - low)
+    left, right = max(0.0, position - 1 / GRID), min(1.0, position + 1 / GRID)
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(REFINEMENTS):
+        a, b = right - ratio * (right - left), left + ratio * (right - left)
+        if distance(at(a)) <= distance(at(b)):
+            right = b
+        else:
+            left = a
+    value = at((left + right) / 2)
+    return value if distance(value) <= 1e-2 else None
+
+
+def power(error: float) -> str:
+    """A relative error as a power of ten, rounded up."""
+    return "the last bit" if error == 0 else f"1e{math.ceil(math.log10(error))}"

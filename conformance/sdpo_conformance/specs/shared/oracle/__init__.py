@@ -1,0 +1,1 @@
+"""Formulas that several specs share, in float64, each with its derivative beside it."""

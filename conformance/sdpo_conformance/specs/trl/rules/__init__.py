@@ -1,0 +1,1 @@
+"""TRL's rules as tests."""

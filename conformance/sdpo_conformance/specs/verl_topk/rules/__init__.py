@@ -1,0 +1,1 @@
+"""The rules of verl's forward_kl_topk as tests."""
