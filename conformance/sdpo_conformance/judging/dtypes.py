@@ -7,6 +7,7 @@ from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.spec import Spec
 
+DEFAULT = ("float32", "bfloat16", "float16")
 REFUSALS = ("ValueError", "TypeError", "NotImplementedError")
 LOSS_ENTRIES = (Capability.LOSS, Capability.FUSED, Capability.DIVERGENCE)
 
