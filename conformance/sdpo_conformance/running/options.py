@@ -50,7 +50,9 @@ class RunOptions:
         for name in self.dtypes:
             self._one_of("dtype", name, DTYPE_NAMES)
         for name in self.only:
-            self._one_of("requirement or family", name.strip().upper().rsplit("-", 1)[0], families, shown=name)
+            wanted = name.strip().upper()
+            family = wanted if wanted in families else wanted.rsplit("-", 1)[0]
+            self._one_of("requirement or family", family, families, shown=name)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise RunError(f"no device {self.device!r}; devices: cpu, cuda, cuda:N")
         if self.jobs < 0:
