@@ -179,8 +179,9 @@ def asks_for_another_spec(failed: Sequence[Record], own: Spec) -> str:
     for record in failed:
         found = MISSING.search(str(record.failure.get("summary", "")))
         if found and found.group(1) in FIELDS and own.name not in FIELDS[found.group(1)]:
-            names = " or ".join(FIELDS[found.group(1)])
-            return f"it asks for loss_input.{found.group(1)}, which the input of {names} has: judge it with --spec"
+            names = FIELDS[found.group(1)]
+            has = f"loss_input.{found.group(1)}, a field of the input of {' and '.join(names)}"
+            return f"it asks for {has}: judge it with --spec {names[0]}"
     return ""
 
 
