@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate
 from sdpo_conformance.judging.expectation import Expectation
+from sdpo_conformance.judging.records import Record
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.report.records import Record
 from sdpo_conformance.specs.shared.defect import SpecDefect, combine
 from sdpo_conformance.specs.shared.spec_case import CaseKind, SpecCase
 from sdpo_conformance.specs.spec import Spec
