@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.inputs.choices import Source
-from sdpo_conformance.specs.claas.inputs.losses import Numbers
+from sdpo_conformance.inputs.numbers import Numbers
 from sdpo_conformance.specs.lasgroup.loss_input import AGGREGATIONS, LasgroupLossInput, LasgroupTraining
 from sdpo_conformance.specs.shared import drawing
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.inputs.choices import Source
-from sdpo_conformance.specs.claas.inputs.losses import Numbers, by_kind, draw_per_token
+from sdpo_conformance.inputs.numbers import Numbers, by_kind, draw_per_token
 
 TALL = (17, 33, 65, 130)
 WIDE = (257, 1025, 4099)

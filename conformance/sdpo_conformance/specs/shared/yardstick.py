@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.judging.expectation import Expectation, Expectations
-from sdpo_conformance.specs.claas.bounds import EAGER_FACTOR, FLOAT_FACTOR, HALF_FACTOR, LARGEST_SHARE, SMALLEST
+from sdpo_conformance.judging.expectation import (
+    EAGER_FACTOR,
+    FLOAT_FACTOR,
+    HALF_FACTOR,
+    LARGEST_SHARE,
+    SMALLEST,
+    Expectation,
+    Expectations,
+)
 from sdpo_conformance.specs.shared.oracle.truth import SpecTruth
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sdpo_conformance.inputs.choices import Source
-from sdpo_conformance.specs.claas.inputs.losses import Numbers
+from sdpo_conformance.inputs.numbers import Numbers
 from sdpo_conformance.specs.shared import drawing
 from sdpo_conformance.specs.trl.loss_input import TRLLossInput, TRLTraining
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sdpo_conformance.inputs.choices import Source
-from sdpo_conformance.specs.claas.inputs.losses import Numbers, draw_per_token
+from sdpo_conformance.inputs.numbers import Numbers, draw_per_token
 from sdpo_conformance.specs.shared import drawing
 from sdpo_conformance.specs.verl_topk.loss_input import AGGREGATIONS, VerlTopKLossInput, VerlTopKTraining
 
