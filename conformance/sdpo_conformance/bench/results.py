@@ -124,11 +124,6 @@ def groups_of(rows: Sequence[Row], targets: Sequence[str]) -> list[Group]:
     ]
 
 
-def targets_of(document: Mapping[str, Any]) -> list[str]:
-    """The implementations in a document, in the order they appear."""
-    return list(dict.fromkeys(row.target for row in rows_of(document)))
-
-
 def bytes_of_logits(work: Work) -> int:
     """What the bare product writes: (N, V) in the work's dtype."""
     size = {"float64": 8, "float32": 4}.get(work.dtype, 2)

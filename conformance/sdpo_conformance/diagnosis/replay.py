@@ -41,11 +41,6 @@ class Replay(Subject):
         del corner, share, shape_of
         self.given(None, check)
 
-    def visit(self, corner: Corner, check: Callable[[LossCase], object], examples: int) -> None:
-        """The one input, whatever the corner."""
-        del corner, examples
-        self.given(None, check)
-
     def given(self, strategy: Any, check: Callable[[Any], object], share: float = 1.0) -> None:
         """The one input, whatever the strategy."""
         del strategy, share

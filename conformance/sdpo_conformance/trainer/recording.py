@@ -28,7 +28,6 @@ class StepRecorder:
     """Names the model's adapter parameters and collects what optimizers of ``optimizer_cls`` do to them.
 
     A trainer may use several optimizers for one step: calls are one step until a parameter comes up again.
-    ``unknown`` counts stepped tensors that are neither parameters of the model nor copies of them.
     """
 
     def __init__(self, model: Any) -> None:
@@ -37,7 +36,6 @@ class StepRecorder:
         self.start = {name: snapshot(parameter) for name, parameter in parameters.items()}
         self.keep_alive: list[Tensor] = list(parameters.values())
         self.steps: list[RecordedStep] = []
-        self.unknown = 0
 
     @property
     def optimizer_cls(self) -> type[torch.optim.AdamW]:
@@ -75,9 +73,7 @@ class StepRecorder:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = self.name_of(parameter)
-                if name is None:
-                    self.unknown += 1
-                else:
+                if name is not None:
                     found.append((name, parameter, group))
         return found
 

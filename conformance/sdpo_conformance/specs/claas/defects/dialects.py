@@ -106,11 +106,6 @@ def veRL_anchor() -> Change:
     return both(flipped, clamped)
 
 
-def whole_vocabulary_kl(w: Work) -> Tensor:
-    """KL over the support without finishing: the support is everything."""
-    return full_reverse_kl(lambda logprobs: logprobs, w)
-
-
 def dialect(
     name: str,
     whose: str,
