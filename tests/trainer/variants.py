@@ -281,7 +281,7 @@ class Sound:
         """Two groups, named parameters' order reversed, foreach, positional hyperparameters."""
 
         def make(run: Run, cls: Any) -> Any:
-            a = [p for n, p in run.model.named_parameters() if p.requires_grad and "lora_A" in n]
+            a = [p for n, p in run.model.named_parameters() if p.requires_grad and "lora_B" not in n]
             b = [p for n, p in run.model.named_parameters() if p.requires_grad and "lora_B" in n]
             groups = [{"params": b[::-1]}, {"params": a}]
             return cls(groups, run.training.learning_rate, (0.9, 0.999), 1e-8, 0.01, foreach=True)
@@ -290,12 +290,12 @@ class Sound:
 
     @staticmethod
     def two_optimizers(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
-        """One optimizer for A and one for B."""
+        """One optimizer for B and one for the rest."""
 
         class Both:
             def __init__(self, run: Run, cls: Any) -> None:
                 named = [(n, p) for n, p in run.model.named_parameters() if p.requires_grad]
-                halves = [[p for n, p in named if kind in n] for kind in ("lora_A", "lora_B")]
+                halves = [[p for n, p in named if ("lora_B" in n) is second] for second in (False, True)]
                 self.each = [cls(half, lr=run.training.learning_rate, weight_decay=0.01) for half in halves]
 
             def step(self) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sdpo_conformance.cases.precision import DTYPES
 
-Family = Literal["qwen3", "llama", "gpt2"]
+Family = Literal["qwen3", "llama", "gpt2", "gemma2", "cohere", "phi"]
+Head = Literal["frozen", "lora", "saved"]
 
 VOCABULARY = 67
 HIDDEN = 32
@@ -28,6 +29,12 @@ POSITIONS = 96
 LOGIT_SCALE = 2.5
 """Standard deviation of the logits: final hidden states are normalised to unit mean square."""
 
+SOFTCAP = 4.0
+"""What gemma2's logits are capped at: of the size of the logits, so that it bends them."""
+
+MULTIPLIER = 0.5
+"""What cohere's logits are multiplied by."""
+
 LORA_RANK = 4
 LORA_ALPHA = 8
 LORA_B_SCALE = 0.02
@@ -37,7 +44,12 @@ LORA_B_SCALE = 0.02
 @dataclass(frozen=True)
 class ModelSpec:
     """One model: architecture, whether head and embedding share their weight, dtype of the base, seed, size of
-    the vocabulary.
+    the vocabulary, ``hidden`` size, ``layers``, ``positions``.
+
+    gemma2 caps its logits, cohere scales them, the head of phi has a bias. ``head``: "frozen", with "lora" of its
+    own, or a trainable copy "saved" with the adapter (``modules_to_save``). ``dora``: the adapter learns magnitudes
+    too. ``lora_alpha`` scales what the adapter adds. ``bos``, ``eos``, ``pad``: special tokens in the configs of the
+    model and of its generation.
 
     peft keeps the adapter of a half-precision base in float32.
     """
@@ -47,9 +59,31 @@ class ModelSpec:
     seed: int
     dtype: str = "float32"
     vocabulary: int = VOCABULARY
+    hidden: int = HIDDEN
+    layers: int = LAYERS
+    positions: int = POSITIONS
+    head: Head = "frozen"
+    dora: bool = False
+    lora_alpha: int = LORA_ALPHA
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.family}, {'tied' if self.tied else 'untied'} head, V = {self.vocabulary}, {self.dtype}"
+        more = {"lora": ", LoRA on the head", "saved": ", a trainable head", "frozen": ""}[self.head]
+        more += ", DoRA" if self.dora else ""
+        more += f", eos {self.eos} and pad {self.pad}" if self.eos is not None else ""
+        head = "tied" if self.tied else "untied"
+        return f"{self.family}, {head} head, V = {self.vocabulary}, {self.dtype}{more}"
+
+    @property
+    def unusual_head(self) -> str:
+        """What a trainer that computes ``hidden @ head.T`` may refuse by name, or an empty string."""
+        if self.family == "gemma2":
+            return "softcap"
+        if self.head != "frozen":
+            return "adapter on the head"
+        return "bias" if self.family == "phi" else ""
 
 
 def config_arguments(spec: ModelSpec) -> dict[str, Any]:
@@ -57,50 +91,70 @@ def config_arguments(spec: ModelSpec) -> dict[str, Any]:
     shared: dict[str, Any] = {
         "vocab_size": spec.vocabulary,
         "tie_word_embeddings": spec.tied,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "bos_token_id": spec.bos,
+        "eos_token_id": spec.eos,
+        "pad_token_id": spec.pad,
     }
     if spec.family == "gpt2":
         return shared | {
-            "n_positions": POSITIONS,
-            "n_embd": HIDDEN,
-            "n_layer": LAYERS,
+            "n_positions": spec.positions,
+            "n_embd": spec.hidden,
+            "n_layer": spec.layers,
             "n_head": HEADS,
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
         }
     shared |= {
-        "hidden_size": HIDDEN,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
+        "hidden_size": spec.hidden,
+        "intermediate_size": 3 * spec.hidden // 2,
+        "num_hidden_layers": spec.layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": 2,
-        "max_position_embeddings": POSITIONS,
+        "max_position_embeddings": spec.positions,
     }
-    return shared | {"head_dim": HIDDEN // HEADS} if spec.family == "qwen3" else shared
+    more: Mapping[str, Mapping[str, Any]] = {
+        "qwen3": {"head_dim": spec.hidden // HEADS},
+        "gemma2": {
+            "head_dim": spec.hidden // HEADS,
+            "query_pre_attn_scalar": spec.hidden // HEADS,
+            "final_logit_softcapping": SOFTCAP,
+        },
+        "cohere": {"logit_scale": MULTIPLIER},
+        "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0, "partial_rotary_factor": 1.0},
+    }
+    return shared | more.get(spec.family, {})
 
 
 def lora_arguments(spec: ModelSpec) -> dict[str, Any]:
     """Keyword arguments of peft's LoraConfig: attention and MLP, no dropout."""
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     if spec.family == "gpt2":
         modules = ["c_attn", "c_proj", "c_fc"]
-    else:
-        modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return {
+    elif spec.family == "phi":
+        modules = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
+    arguments: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "r": LORA_RANK,
-        "lora_alpha": LORA_ALPHA,
+        "lora_alpha": spec.lora_alpha,
         "lora_dropout": 0.0,
-        "target_modules": modules,
+        "target_modules": [*modules, "lm_head"] if spec.head == "lora" else modules,
         "fan_in_fan_out": spec.family == "gpt2",
     }
+    if spec.head == "saved":
+        arguments["modules_to_save"] = ["lm_head"]
+    if spec.dora:
+        arguments["use_dora"] = True
+    return arguments
 
 
 CLASSES: Mapping[Family, tuple[str, str]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
+    "cohere": ("CohereConfig", "CohereForCausalLM"),
+    "phi": ("PhiConfig", "PhiForCausalLM"),
 }
 """Family -> class names in transformers."""
 
@@ -118,24 +172,40 @@ def build(spec: ModelSpec, device: str = "cpu") -> Any:
         torch.manual_seed(spec.seed)
         base = getattr(transformers, model_name)(config)
         base.to(DTYPES[spec.dtype])
+        for name, token in (("bos", spec.bos), ("eos", spec.eos), ("pad", spec.pad)):
+            setattr(base.generation_config, f"{name}_token_id", token)
         model = peft.get_peft_model(base, peft.LoraConfig(**lora_arguments(spec)))
     generator = torch.Generator().manual_seed(spec.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(scaled(name, draw))
+            parameter.copy_(scaled(name, draw, spec))
+            if ".modules_to_save.default." in name:
+                original = model.get_parameter(name.replace(".modules_to_save.default.", ".original_module."))
+                parameter.mul_(0.1).add_(original)
+        for module in model.modules():
+            if getattr(module, "lora_magnitude_vector", None):
+                set_magnitudes(module)
     return model.to(device).train()
 
 
-def scaled(name: str, draw: Tensor) -> Tensor:
+def scaled(name: str, draw: Tensor, spec: ModelSpec) -> Tensor:
     """Standard normal draws, scaled to what the parameter of this name is for."""
     if "lora_B" in name:
-        return LORA_B_SCALE * draw
+        return LORA_B_SCALE * LORA_ALPHA / spec.lora_alpha * draw
     if draw.dim() == 1:
         return 1 + 0.1 * draw if "norm" in name or "ln_" in name else 0.1 * draw
     if "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:
-        return LOGIT_SCALE / math.sqrt(HIDDEN) * draw
-    return 1.5 / math.sqrt(HIDDEN) * draw
+        return LOGIT_SCALE / math.sqrt(spec.hidden) * draw
+    return 1.5 / math.sqrt(spec.hidden) * draw
+
+
+def set_magnitudes(module: Any) -> None:
+    """DoRA's magnitudes: the norms of the weight's rows with the adapter added, a little off so that they matter."""
+    added = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
+    magnitude = module.lora_magnitude_vector["default"].weight
+    norms = (module.get_base_layer().weight + added).norm(dim=1)
+    magnitude.copy_(norms * torch.linspace(0.9, 1.1, norms.numel(), dtype=norms.dtype))
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:

@@ -47,8 +47,13 @@ class Refusal:
     changed: tuple[str, ...]
 
 
+PROBE = (1, 3, 0, 2, 5, 4)
+"""The token ids that a model's logits are compared at before and after."""
+
+
 class ModelState:
-    """What a trainer owes back: frozen weights, trainable flags, the adapter enabled and active."""
+    """What a trainer owes back: frozen weights, trainable flags, the adapter enabled and active, training modes, no
+    hooks of its own, and the process's settings. With its first weights the model computes what it did."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -56,6 +61,38 @@ class ModelState:
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.adapter = adapter_weights(model)
         self.active = list(model.active_adapters)
+        self.modes = {name for name, module in model.named_modules() if module.training}
+        self.hooks = hooks_of(model)
+        self.settings = process_settings()
+        self.logits = self.probe()
+
+    @torch.no_grad()
+    def probe(self) -> Tensor:
+        """The logits of a few tokens, (1, L, V) on the CPU, the modules' modes left as they are."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        ids = torch.tensor([PROBE], device=next(self.model.parameters()).device)
+        try:
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return logits.to("cpu", copy=True)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def computes_another(self) -> bool:
+        """Whether the model with its first weights now gives other logits: a hook, a setting, a buffer."""
+        parameters = dict(self.model.named_parameters())
+        if any(name not in parameters for name in self.adapter):
+            return True
+        now = {name: parameters[name].detach().clone() for name in self.adapter}
+        with torch.no_grad():
+            for name, start in self.adapter.items():
+                parameters[name].copy_(start)
+            logits = self.probe()
+            for name, weight in now.items():
+                parameters[name].copy_(weight)
+        scale = float(self.logits.abs().max())
+        return not bool((logits - self.logits).abs().max() <= 8 * torch.finfo(logits.dtype).eps * scale)
 
     def changed_frozen(self) -> tuple[str, ...]:
         """What differs now, the adapter's own weights apart."""
@@ -69,6 +106,10 @@ class ModelState:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and name not in self.trainable:
                 found.append(f"{name} now asks for a gradient")
+            elif not parameter.requires_grad and name in self.trainable:
+                found.append(f"{name} of the adapter no longer asks for a gradient")
+            elif name not in self.trainable and parameter.grad is not None:
+                found.append(f"a gradient is left on the frozen {name}")
         status = self.model.get_model_status()
         if status.enabled is not True:
             found.append("the adapter is left disabled")
@@ -76,6 +117,18 @@ class ModelState:
             found.append(f"the active adapter is {self.model.active_adapters}, was {self.active}")
         if status.merged_adapters:
             found.append("the adapter is left merged into the base")
+        stopped = sorted(self.modes - {name for name, module in self.model.named_modules() if module.training})
+        if stopped:
+            what = stopped[0] or "the model"
+            found.append(f"{what} is left in evaluation mode, came in training mode")
+        found += [f"a hook is left on {name}" for name in sorted(hooks_of(self.model) - self.hooks)]
+        found += [
+            f"{name} is left {value}, was {self.settings[name]}"
+            for name, value in process_settings().items()
+            if value != self.settings[name]
+        ]
+        if not found and self.computes_another():
+            found.append("with the weights it came with, the model now computes other logits")
         return tuple(found)
 
     def changed(self) -> tuple[str, ...]:
@@ -85,6 +138,47 @@ class ModelState:
         return (*self.changed_frozen(), *(f"adapter weight {name} changed" for name in moved))
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+HARMLESS_HOOK = "make_inputs_require_grads"
+"""What ``enable_input_require_grads`` of transformers hangs on the embedding, for checkpointing; it stays there."""
+
+
+def hooks_of(model: Any) -> set[str]:
+    """Where hooks hang: a module's or parameter's name with the hook's."""
+    found: set[str] = set()
+    owners = [*((name, module, HOOKS) for name, module in model.named_modules())]
+    owners += [*((name, parameter, OF_PARAMETERS) for name, parameter in model.named_parameters())]
+    for name, owner, kinds in owners:
+        for kind in kinds:
+            for key, hook in (getattr(owner, kind, None) or {}).items():
+                words = getattr(hook, "__qualname__", type(hook).__name__)
+                if HARMLESS_HOOK not in words:
+                    found.add(f"{name or 'the model'} ({words}, {key})")
+    return found
+
+
+def process_settings() -> dict[str, object]:
+    """What holds for all of torch in this process."""
+    return {
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "torch.is_inference_mode_enabled()": torch.is_inference_mode_enabled(),
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.is_autocast_enabled()": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        "torch.is_anomaly_enabled()": torch.is_anomaly_enabled(),
+    }
+
+
+def restore_settings(settings: Mapping[str, object]) -> None:
+    """Give the process back what a trainer took, so that what is judged next is not judged under it."""
+    torch.set_grad_enabled(bool(settings["torch.is_grad_enabled()"]))
+    torch.set_default_dtype(settings["torch.get_default_dtype()"])  # type: ignore[arg-type]
+    torch.set_autocast_enabled("cpu", False)
+    torch.set_autocast_enabled("cuda", False)
+    torch.autograd.set_detect_anomaly(bool(settings["torch.is_anomaly_enabled()"]))
+
+
 def same(before: Tensor, after: Tensor) -> bool:
     """Bit for bit, NaN equal to NaN."""
     if before.shape != after.shape:
@@ -92,18 +186,20 @@ def same(before: Tensor, after: Tensor) -> bool:
     return bool(torch.equal(torch.nan_to_num(before), torch.nan_to_num(after)))
 
 
-_KEPT: dict[tuple[int, Scenario, str], tuple[Any, Observation | ImplementationError]] = {}
+_KEPT: dict[tuple[int, Scenario, str], tuple[Any, Observation | Refusal | ImplementationError]] = {}
 
 
-def observe(distill: Callable[..., Any], scenario: Scenario, device: str = "cpu", owner: Any = None) -> Observation:
+def observe(
+    distill: Callable[..., Any], scenario: Scenario, device: str = "cpu", owner: Any = None
+) -> Observation | Refusal:
     """Run the trainer on the scenario, or recall that it was; raises ImplementationError if it did not
-    deliver. Runs are kept by ``owner``, what ``distill`` is an attribute of: a bound method is a new object
-    each time it is asked for."""
+    deliver. A ``Refusal`` where the scenario is one that may be refused. Runs are kept by ``owner``, what
+    ``distill`` is an attribute of: a bound method is a new object each time it is asked for."""
     owner = distill if owner is None else owner
     key = (id(owner), scenario, device)
     if key not in _KEPT:
         try:
-            _KEPT[key] = (owner, run(distill, scenario, device))
+            _KEPT[key] = (owner, run_or_refusal(distill, scenario, device))
         except ImplementationError as error:
             _KEPT[key] = (owner, error)
     found = _KEPT[key][1]
@@ -113,20 +209,56 @@ def observe(distill: Callable[..., Any], scenario: Scenario, device: str = "cpu"
 
 
 def run(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation:
-    """One run, without the memory."""
+    """One run, without the memory; a refusal is an ImplementationError."""
+    found = run_or_refusal(distill, scenario, device)
+    if isinstance(found, Refusal):
+        raise ImplementationError(f"distill raised {type(found.error).__name__}: {found.error}")
+    return found
+
+
+def run_or_refusal(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation | Refusal:
+    """The run, or what the trainer raised where the scenario may be refused."""
     model = build(scenario.model, device)
-    state, recorder = ModelState(model), StepRecorder(model)
     samples = samples_of(scenario)
     handed = deepcopy(samples)
-    if scenario.another_first:
-        with implementation_errors("distill"), seeded(scenario.seed):
-            distill(disturbed(model), list(deepcopy(samples)), scenario.training, torch.optim.AdamW)
-    with implementation_errors("distill"), seeded(scenario.seed):
-        returned = distill(model, list(handed), scenario.training, recorder.optimizer_cls)
-    with implementation_errors("reading the model after distill"):
-        changed = state.changed_frozen() + changed_samples(samples, handed)
-        now = dict(model.named_parameters())
-        final = {name: now[name].detach().to("cpu", copy=True) for name in state.adapter if name in now}
+    refused: Refusal | None = None
+    random_states: list[Tensor] = []
+
+    def call(on: Any, batch: Sequence[Sample], optimizer_cls: type[torch.optim.Optimizer], seed: int) -> Any:
+        nonlocal refused
+        state = ModelState(on) if scenario.may_refuse else None
+        with implementation_errors("distill"), seeded(seed):
+            try:
+                return distill(on, list(batch), scenario.training, optimizer_cls)
+            except Exception as error:
+                if state is None or not scenario.accepts(error):
+                    raise
+                refused = Refusal(error, state.changed())
+            finally:
+                random_states.append(torch.random.get_rng_state())
+
+    for number, kind in enumerate(scenario.history, start=1):
+        on = disturbed(model, scenario.seed) if kind == "another" else model
+        call(on, deepcopy(samples), torch.optim.AdamW, scenario.seed + number)
+    state, recorder = ModelState(model), StepRecorder(model)
+    try:
+        returned = call(model, handed, recorder.optimizer_cls, scenario.seed)
+        if refused is not None and not refused.changed:
+            return refused
+        with implementation_errors("reading the model after distill"):
+            changed = state.changed_frozen() + changed_samples(samples, handed)
+            now = dict(model.named_parameters())
+            final = {name: now[name].detach().to("cpu", copy=True) for name in state.adapter if name in now}
+    finally:
+        restore_settings(state.settings)
+    if refused is not None:
+        changed = (*changed, f"the batch was refused ({refused.error}), but {refused.changed[0]}")
+        raise ImplementationError(changed[-1])
+    if len(random_states) > 1 and random_states[-1].equal(random_states[-2]):
+        changed = (
+            *changed,
+            "torch's random state is the same after calls that began with different ones: seeded inside",
+        )
     return Observation(
         scenario=scenario,
         metrics=read_metrics(returned),
@@ -158,12 +290,15 @@ def attempt(
     return None
 
 
-def disturbed(model: Any) -> Any:
-    """A copy of the model with other weights."""
+def disturbed(model: Any, seed: int) -> Any:
+    """A copy of the model with other weights, without gradients."""
     other = deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_(0.1 * noise.to(parameter))
+            parameter.grad = None
     return other
 
 

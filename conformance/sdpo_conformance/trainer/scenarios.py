@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from sdpo_conformance.protocol import Claims, Sample, TrainingConfig
-from sdpo_conformance.trainer.models import VOCABULARY, ModelSpec, build, float64_copy
+from sdpo_conformance.trainer.models import VOCABULARY, Family, ModelSpec, adapter_weights, build, float64_copy
 from sdpo_conformance.trainer.policies import response_logits, student_logprobs
 
 Sampler = Literal["exact", "mismatched", "partial"]
@@ -24,10 +25,13 @@ CAP_MARGIN = 0.1
 
 
 LARGEST = -0.01
-"""No sampler records a probability of one."""
+"""No sampler records a probability of one, where ``certain`` does not ask for it."""
 
 UNLIKELY = -15.0
 """What a sampler records at most for the token of a response that is the policy's least likely."""
+
+LONG = 32
+"""Responses up to this long are sampled token by token."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,14 @@ class Scenario:
     ``same_response``: every sample has the first one's response, so their lengths must agree;
     ``same_teacher_prompt``: the last sample has the first one's teacher prompt. What a trainer remembers by
     either then belongs to another sample. ``unlikely``: the second token of every response is the policy's
-    least likely, recorded at ``UNLIKELY`` or below. ``another_first``: the trainer is run on another model with the
-    same batch before, so that what it remembers by a batch belongs to other weights.
+    least likely, recorded at ``UNLIKELY`` or below. ``certain``: some recorded log-probs are exactly 0.
+
+    ``groups``: per sample the number of its group; the samples of a group share their prompts. ``copies``: pairs of
+    samples of which the second is the first once more. ``special``: the model's bos, eos and pad tokens, 0 and V - 1
+    stand inside prompts and responses, at their first and last positions too.
+
+    ``history``: what the trainer was run on before, with the same batch: "another" model, or the "same" one. What
+    it remembers by batch or by model then belongs to other weights.
     """
 
     name: str
@@ -53,11 +63,25 @@ class Scenario:
     same_response: bool = False
     same_teacher_prompt: bool = False
     unlikely: bool = False
-    another_first: bool = False
+    certain: bool = False
+    groups: tuple[int, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
+    special: bool = False
+    history: tuple[Literal["another", "same"], ...] = ()
 
     @property
     def steps(self) -> int:
         return self.training.steps_per_batch
+
+    @property
+    def may_refuse(self) -> bool:
+        """Whether a trainer may refuse the scenario: log-probs that were not recorded, a head that is no product."""
+        return self.sampler == "partial" or bool(self.model.unusual_head)
+
+    def accepts(self, error: Exception) -> bool:
+        """Whether this refusal is an answer. What kind of error refuses a batch is STEP-11's matter; a model is refused
+        with a ValueError or a NotImplementedError."""
+        return self.sampler == "partial" or isinstance(error, ValueError | NotImplementedError)
 
     @property
     def words(self) -> str:
@@ -68,9 +92,16 @@ class Scenario:
             f"{self.name}: {self.model}, responses of {responses} tokens, {self.sampler} sampler, "
             f"steps_per_batch={training.steps_per_batch} alpha={training.alpha:g} "
             f"is_clip={training.is_clip:g} kl_reg_weight={training.kl_reg_weight:g} "
-            f"max_grad_norm={training.max_grad_norm:g}"
-            + (", after another model was trained on the same batch" if self.another_first else "")
+            f"max_grad_norm={training.max_grad_norm:g} learning_rate={training.learning_rate:g} "
+            f"teacher_top_k={training.teacher_top_k}"
+            + (f", after a call on {' and one on '.join(self.calls_before)}" if self.history else "")
         )
+
+    @property
+    def calls_before(self) -> tuple[str, ...]:
+        """The history in words."""
+        words = {"another": "another model with the same batch", "same": "this model with this batch"}
+        return tuple(words[call] for call in self.history)
 
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -91,7 +122,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         name="on_policy_start",
         shows="exact sampler: wrong from step 2 on if the refresh is missing; six steps; a response of one "
         "token; teacher_top_k above the vocabulary; gradients too small to clip",
-        model=ModelSpec("llama", tied=True, seed=12),
+        model=ModelSpec("llama", tied=True, seed=12, layers=1),
         training=TrainingConfig(
             learning_rate=5e-3, alpha=0.3, teacher_top_k=VOCABULARY + 10, max_grad_norm=100.0, steps_per_batch=6
         ),
@@ -123,13 +154,13 @@ SCENARIOS: tuple[Scenario, ...] = (
         shows="one sample, one step, a long response with a token that the policy all but rules out, a wide "
         "support, a sampler that disagrees with the trainer, a high cap; after another model was trained "
         "on the same batch",
-        model=ModelSpec("qwen3", tied=True, seed=14, vocabulary=160),
+        model=ModelSpec("qwen3", tied=True, seed=14, vocabulary=160, layers=1),
         training=TrainingConfig(learning_rate=5e-3, is_clip=20.0, teacher_top_k=150, max_grad_norm=100.0),
         lengths=((6, 9, 80),),
         sampler="mismatched",
         seed=4,
         unlikely=True,
-        another_first=True,
+        history=("another",),
     ),
 )
 """The scenarios of float32 models that every trainer is judged on."""
@@ -137,7 +168,7 @@ SCENARIOS: tuple[Scenario, ...] = (
 BFLOAT16 = Scenario(
     name="bfloat16",
     shows="a bfloat16 base with a float32 adapter; all of the vocabulary as support: rounding cannot pick it",
-    model=ModelSpec("qwen3", tied=False, seed=15, dtype="bfloat16"),
+    model=ModelSpec("qwen3", tied=False, seed=15, dtype="bfloat16", layers=1),
     training=TrainingConfig(
         learning_rate=5e-3, kl_reg_weight=0.1, teacher_top_k=VOCABULARY, max_grad_norm=1.0, steps_per_batch=2
     ),
@@ -148,13 +179,131 @@ BFLOAT16 = Scenario(
 
 UNRECORDED = Scenario(
     name="unrecorded",
-    shows="a sampler that recorded the log-probs of one sample and not those of the other",
-    model=ModelSpec("llama", tied=False, seed=16),
+    shows="a sampler that recorded the log-probs of one sample, some of them exactly 0, and not those of the other",
+    model=ModelSpec("llama", tied=False, seed=16, layers=1),
     training=TrainingConfig(learning_rate=5e-3, teacher_top_k=20, max_grad_norm=100.0, steps_per_batch=2),
     lengths=((4, 6, 7), (5, 6, 10)),
     sampler="partial",
     seed=6,
+    certain=True,
 )
+
+
+def small(family: Family, seed: int, **more: Any) -> ModelSpec:
+    """A model of some thousand parameters."""
+    return ModelSpec(family, **{"tied": False, "seed": seed, "vocabulary": 43, "hidden": 16, "layers": 1, **more})
+
+
+WIDER: tuple[Scenario, ...] = (
+    Scenario(
+        name="defaults",
+        shows="every hyperparameter at its default; twelve samples, groups that share their prompts, two samples "
+        "twice, one response after two prompts of a group; pad = eos, as CLaaS sets it, both inside prompts and "
+        "responses; recorded log-probs of exactly 0",
+        model=small("qwen3", 21, eos=2, pad=2, bos=1),
+        training=TrainingConfig(),
+        lengths=(
+            *((4, 6, 5), (4, 6, 5), (4, 6, 9), (5, 5, 5), (5, 5, 3), (5, 5, 5)),
+            *((1, 7, 8), (1, 7, 8), (8, 3, 8), (8, 3, 1), (2, 9, 2), (9, 2, 4)),
+        ),
+        groups=(0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 5),
+        copies=((3, 5), (0, 1)),
+        sampler="mismatched",
+        seed=21,
+        special=True,
+        certain=True,
+    ),
+    Scenario(
+        name="long",
+        shows="prompts of some hundred tokens and one of a single token, responses past 128 and 256; bos, eos and "
+        "pad apart, inside prompts and responses; a low cap, alpha near 1",
+        model=small("llama", 22, tied=True, bos=1, eos=42, pad=0, positions=640),
+        training=TrainingConfig(
+            learning_rate=1e-3, alpha=0.9, is_clip=0.8, kl_reg_weight=0.3, teacher_top_k=7, steps_per_batch=2
+        ),
+        lengths=((300, 310, 270), (1, 140, 130)),
+        sampler="mismatched",
+        seed=22,
+        special=True,
+    ),
+    Scenario(
+        name="eight_steps",
+        shows="eight steps at the default learning rate: the policy hardly moves, and the refresh still counts; "
+        "DoRA; samples alike in every length; an anchor of weight 1",
+        model=small("llama", 23, dora=True, lora_alpha=128),
+        training=TrainingConfig(teacher_top_k=20, kl_reg_weight=1.0, alpha=0.7, max_grad_norm=100.0, steps_per_batch=8),
+        lengths=((6, 6, 6), (6, 6, 6)),
+        sampler="exact",
+        seed=23,
+    ),
+    Scenario(
+        name="far",
+        shows="learning rate 0.1: the policy of a step is far from that of the one before; teacher_top_k = 0, "
+        "which means 1; alpha = 1; four samples, lengths that coincide",
+        model=small("gpt2", 24),
+        training=TrainingConfig(
+            learning_rate=0.1,
+            alpha=1.0,
+            is_clip=5.0,
+            kl_reg_weight=0.02,
+            teacher_top_k=0,
+            max_grad_norm=10.0,
+            steps_per_batch=3,
+        ),
+        lengths=((4, 4, 4), (4, 4, 4), (2, 6, 4), (6, 2, 4)),
+        groups=(0, 0, 1, 2),
+        sampler="mismatched",
+        seed=24,
+    ),
+    Scenario(
+        name="softcap",
+        shows="logits that are capped; five samples; a second call on the same model",
+        model=small("gemma2", 25, tied=True),
+        training=TrainingConfig(
+            learning_rate=2e-2, kl_reg_weight=0.1, teacher_top_k=9, max_grad_norm=0.5, steps_per_batch=2
+        ),
+        lengths=((3, 5, 6), (3, 5, 4), (4, 7, 2), (5, 3, 6), (2, 6, 3)),
+        groups=(0, 0, 1, 2, 3),
+        sampler="mismatched",
+        seed=25,
+        history=("same",),
+    ),
+    Scenario(
+        name="called_again",
+        shows="logits that are scaled; a third call: this model, another and this model again, one batch for all",
+        model=small("cohere", 26, tied=True, eos=5, pad=0),
+        training=TrainingConfig(
+            learning_rate=2e-2, kl_reg_weight=0.1, teacher_top_k=43, max_grad_norm=1.0, steps_per_batch=2
+        ),
+        lengths=((5, 8, 7), (4, 6, 9)),
+        sampler="mismatched",
+        seed=26,
+        special=True,
+        history=("same", "another"),
+    ),
+    Scenario(
+        name="saved_head",
+        shows="a head with a bias and a trainable copy of it (modules_to_save); six samples",
+        model=small("phi", 27, head="saved", eos=3, pad=3),
+        training=TrainingConfig(learning_rate=1e-3, alpha=0.3, teacher_top_k=1, kl_reg_weight=0.1, steps_per_batch=2),
+        lengths=((3, 5, 4), (4, 4, 6), (3, 5, 4), (2, 8, 5), (7, 3, 3), (1, 1, 2)),
+        sampler="mismatched",
+        seed=27,
+        special=True,
+    ),
+    Scenario(
+        name="lora_head",
+        shows="LoRA on the head; no divergence at all (alpha = 0), the anchor alone",
+        model=small("qwen3", 28, head="lora"),
+        training=TrainingConfig(
+            learning_rate=5e-3, alpha=0.0, kl_reg_weight=2.0, teacher_top_k=10, max_grad_norm=0.1, steps_per_batch=2
+        ),
+        lengths=((3, 4, 5), (5, 4, 7)),
+        sampler="mismatched",
+        seed=28,
+    ),
+)
+"""What a trainer meets besides, on models of some thousand parameters: run where the others found nothing."""
 
 
 def within_claims(scenario: Scenario, claims: Claims) -> Scenario:
@@ -182,25 +331,54 @@ def reseeded(scenario: Scenario, offset: int) -> Scenario:
     return replace(scenario, model=model, seed=scenario.seed + 1000 * offset)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
+def twin_of(spec: ModelSpec) -> Any:
+    """The model in float64, built once; its adapter is overwritten at will, by ``start_of`` too."""
+    return float64_copy(build(spec))
+
+
+@lru_cache(maxsize=64)
+def start_of(spec: ModelSpec) -> Mapping[str, Tensor]:
+    """The adapter that the model comes with, float64, by name."""
+    return adapter_weights(twin_of(spec))
+
+
+@lru_cache(maxsize=64)
 def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
     """The batch. Responses are sampled from the starting policy after the sample's, or with
     ``same_response`` the first sample's, prompt."""
-    model = float64_copy(build(scenario.model))
+    model = twin_of(scenario.model)
+    with torch.no_grad():
+        for name, start in start_of(scenario.model).items():
+            model.get_parameter(name).copy_(start)
     generator = torch.Generator().manual_seed(scenario.seed)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(0, scenario.model.vocabulary, (count,), generator=generator).tolist()
 
     samples: list[Sample] = []
-    for index, (prompt_length, teacher_length, response_length) in enumerate(scenario.lengths, start=1):
+    original = {copy: first for first, copy in scenario.copies}
+    for index, (prompt_length, teacher_length, response_length) in enumerate(scenario.lengths):
+        if index in original:
+            samples.append(samples[original[index]])
+            continue
         prompt, teacher_prompt = tokens(prompt_length), tokens(teacher_length)
-        if samples and scenario.same_teacher_prompt and index == len(scenario.lengths):
+        if scenario.special:
+            prompt = with_special(prompt, scenario.model, index)
+            teacher_prompt = with_special(teacher_prompt, scenario.model, index + 1)
+        if scenario.groups and (first := scenario.groups.index(scenario.groups[index])) < index:
+            prompt, teacher_prompt = (
+                list(samples[first].prompt_token_ids),
+                list(samples[first].teacher_prompt_token_ids),
+            )
+        if samples and scenario.same_teacher_prompt and index + 1 == len(scenario.lengths):
             teacher_prompt = list(samples[0].teacher_prompt_token_ids)
         if samples and scenario.same_response:
             response = list(samples[0].response_token_ids)
         else:
             response = respond(model, prompt, response_length, generator, scenario.unlikely)
+            if scenario.special:
+                response = with_special(response, scenario.model, index + 2)
         sample = Sample(prompt, response, teacher_prompt, None)
         if scenario.sampler != "partial" or not samples:
             sample = replace(sample, response_logprobs=recording(model, sample, scenario, generator))
@@ -208,20 +386,46 @@ def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
+def with_special(ids: Sequence[int], spec: ModelSpec, index: int) -> list[int]:
+    """Special tokens at the first, a middle and the last positions, in another way for each of four indices."""
+    found, middle = list(ids), len(ids) // 2
+    bos, eos, pad = spec.bos or 0, spec.eos or 0, spec.pad or 0
+    if index % 4 == 0:
+        found[0], found[middle], found[-1] = bos, spec.vocabulary - 1, eos
+    elif index % 4 == 1:
+        found[-2:] = [pad, pad][: len(found)]
+        found[0] = pad
+    elif index % 4 == 2:
+        found[-1], found[0] = eos, eos
+    else:
+        found[middle], found[-1] = eos, 0
+    return found
+
+
 @torch.no_grad()
 def respond(
     model: Any, prompt: Sequence[int], length: int, generator: torch.Generator, unlikely: bool = False
 ) -> list[int]:
-    """Sample a response from the policy; ``unlikely``: but for its second token, the least likely one."""
+    """Sample a response from the policy; ``unlikely``: but for its second token, the least likely one. Past ``LONG``
+    tokens the rest is sampled all at once, each token after a draft of those before it."""
     response: list[int] = []
-    while len(response) < length:
-        # response_logits drops the last position, hence the placeholder token
-        logits = response_logits(model, [*prompt, *response], [0])[0, -1]
+    cache: Any = None
+    logits = torch.empty(0)
+    while len(response) < min(length, LONG):
+        ids = list(prompt) if cache is None else response[-1:]
+        read = model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        cache, logits = read.past_key_values, read.logits[0, -1]
         if unlikely and len(response) == 1:
             response.append(int(logits.argmin()))
         else:
             response.append(int(torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)))
-    return response
+    if length <= LONG:
+        return response
+    draft = torch.randint(0, logits.shape[-1], (length - LONG,), generator=generator).tolist()
+    for _ in range(2):
+        scores = response_logits(model, prompt, [*response, *draft])[0, LONG:]
+        draft = torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=generator)[:, 0].tolist()
+    return [*response, *draft]
 
 
 def recording(model: Any, sample: Sample, scenario: Scenario, generator: torch.Generator) -> list[float]:
@@ -234,7 +438,10 @@ def recording(model: Any, sample: Sample, scenario: Scenario, generator: torch.G
     log_ratio[0] = log_cap + 0.7  # one token of every sample is beyond the cap
     if scenario.unlikely:
         log_ratio[1] = torch.maximum(log_ratio[1], own[1] - UNLIKELY)
+    if scenario.certain:  # recorded as exactly 0
+        log_ratio[2::4] = own[2::4]
     near = (log_ratio - log_cap).abs() < CAP_MARGIN
     away = log_cap + torch.where(log_ratio > log_cap, 2, -2) * CAP_MARGIN
     log_ratio = torch.where(near, away, log_ratio)
-    return (own - log_ratio).clamp(max=LARGEST).float().tolist()
+    recorded = (own - log_ratio).float()
+    return recorded.clamp(max=0.0).tolist() if scenario.certain else recorded.clamp(max=LARGEST).tolist()

@@ -22,6 +22,7 @@ from sdpo_conformance.trainer.scenarios import (
     BFLOAT16,
     SCENARIOS,
     UNRECORDED,
+    WIDER,
     Scenario,
     in_dtype,
     reseeded,
@@ -47,15 +48,17 @@ def needs_steps(subject: Subject, steps: int) -> None:
         pytest.skip(f"claims max_steps_per_batch = {most}: usable with steps_per_batch up to {most} only")
 
 
-def scenarios(subject: Subject) -> Iterator[Scenario]:
-    """The scenarios within the dtypes and claims of the run; other seeds in deeper profiles."""
+def scenarios(subject: Subject, wider: bool = False) -> Iterator[Scenario]:
+    """The scenarios within the dtypes and claims of the run; other seeds in deeper profiles. ``wider``: those that
+    are run where the first ones found nothing."""
     chosen: tuple[Scenario, ...] = ()
     for name in ("float32", "float64"):
         if name in subject.dtypes and not chosen:
-            chosen = tuple(in_dtype(scenario, name) for scenario in (*SCENARIOS, UNRECORDED))
-    if "bfloat16" in subject.dtypes:
+            kept = WIDER if wider else (*SCENARIOS, UNRECORDED)
+            chosen = tuple(in_dtype(scenario, name) for scenario in kept)
+    if "bfloat16" in subject.dtypes and not wider:
         chosen = (*chosen, BFLOAT16)
-    if not chosen:
+    if not chosen and not wider:
         pytest.skip(f"no trainer is judged in {', '.join(subject.dtypes)}: only float32, float64 and bfloat16")
     rounds = max(1, subject.profile.examples // EXAMPLES_PER_ROUND)
     for index in range(rounds):
@@ -63,30 +66,40 @@ def scenarios(subject: Subject) -> Iterator[Scenario]:
             yield reseeded(within_claims(scenario, subject.claims), subject.seed * rounds + index)
 
 
-def observations(subject: Subject) -> Iterator[Observation]:
-    """A run of the trainer on each scenario; one without recorded log-probs may be refused instead."""
+def observations(subject: Subject, wider: bool = False) -> Iterator[Observation]:
+    """A run of the trainer on each scenario; one that may be refused is left out where it was, and the note says so."""
     require_packages()
-    for scenario in scenarios(subject):
-        unrecorded = any(sample.response_logprobs is None for sample in samples_of(scenario))
-        if unrecorded and refusal_of(subject, scenario, samples_of(scenario), scenario.training) is not None:
-            continue
+    refused: list[str] = []
+    for scenario in scenarios(subject, wider):
         subject.tally.examples += 1
-        yield observe(subject.function, scenario, subject.device, owner=subject.implementation)
+        observed = observe(subject.function, scenario, subject.device, owner=subject.implementation)
+        if isinstance(observed, Observation):
+            yield observed
+        elif scenario.model.unusual_head:
+            refused.append(scenario.model.unusual_head)
+    if refused and not subject.tally.note:
+        subject.tally.note = f"refuses heads with {', '.join(dict.fromkeys(refused))}: not judged on such models"
 
 
 def judge_runs(subject: Subject, requirement_id: str) -> None:
-    """Raise the first finding that this requirement names, or else one that it is broken by as well."""
-    found: Disagreement | None = None
-    for observation in observations(subject):
-        if not observation.observed:
-            subject.tally.note = UNOBSERVED
-        for finding in findings(observation):
-            if finding.requirements[0] == requirement_id:
-                raise reproducible(finding.disagreement, observation)
-            if found is None and requirement_id in finding.requirements:
-                found = reproducible(finding.disagreement, observation)
-    if found is not None:
-        raise found
+    """Raise the first finding that this requirement names, or else one that it is broken by as well. What a trainer
+    meets besides the ordinary is run where the ordinary found nothing."""
+    for wider in (False, True):
+        found: Disagreement | None = None
+        anything = False
+        for observation in observations(subject, wider):
+            if not observation.observed:
+                subject.tally.note = UNOBSERVED
+            for finding in findings(observation):
+                anything = True
+                if finding.requirements[0] == requirement_id:
+                    raise reproducible(finding.disagreement, observation)
+                if found is None and requirement_id in finding.requirements:
+                    found = reproducible(finding.disagreement, observation)
+        if found is not None:
+            raise found
+        if anything:
+            return
 
 
 def reproducible(disagreement: Disagreement, observation: Observation) -> Disagreement:
@@ -117,7 +130,7 @@ def refusal_of(
 
 def bad_inputs(subject: Subject, scenario: Scenario, level: Level) -> Iterator[BadInput]:
     """One good batch, spoilt in one way each; the last sample where possible, so that the first is done."""
-    training = scenario.training
+    training = replace(scenario.training, steps_per_batch=min(2, scenario.steps))
     *others, last = samples_of(scenario)
     recorded = list(last.response_logprobs or ())
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from sdpo_conformance.specs.claas.step_loop.finding import Finding, finding
 from sdpo_conformance.specs.claas.step_loop.gradients import gradient_finding, judged_steps
-from sdpo_conformance.specs.claas.step_loop.ground import ground_of
+from sdpo_conformance.specs.claas.step_loop.ground import ground_of, upcast
 from sdpo_conformance.specs.claas.step_loop.step_metrics import metric_findings, shape_findings
 from sdpo_conformance.specs.claas.step_loop.unobserved import unobserved_findings
 from sdpo_conformance.specs.claas.step_loop.updates import update_findings
@@ -30,6 +30,8 @@ def findings(observation: Observation) -> list[Finding]:
 
 def _findings(observation: Observation) -> Iterator[Finding]:
     ground = ground_of(observation.scenario)
+    if "same" in observation.scenario.history:
+        ground = ground.from_weights(upcast(observation.start))
     yield from state_findings(observation)
     yield from shape_findings(observation)
     if not observation.observed:

@@ -7,6 +7,7 @@ of those before.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -26,7 +27,6 @@ from sdpo_conformance.specs.claas.oracle.step_loop import (
     sample_loss,
     step_loop,
 )
-from sdpo_conformance.trainer.models import build, float64_copy
 from sdpo_conformance.trainer.policies import (
     PreparedSample,
     prepare,
@@ -34,7 +34,7 @@ from sdpo_conformance.trainer.policies import (
     response_logits,
     student_logprobs,
 )
-from sdpo_conformance.trainer.scenarios import Scenario, samples_of
+from sdpo_conformance.trainer.scenarios import Scenario, samples_of, start_of, twin_of
 
 Weights = Mapping[str, Tensor]
 
@@ -45,12 +45,21 @@ class Ground:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.model = float64_copy(build(scenario.model))
+        self.model = twin_of(scenario.model)
         self.samples: Sequence[Sample] = samples_of(scenario)
+        self.start: Weights = start_of(scenario.model)
         top_k = scenario.training.teacher_top_k
-        self.prepared: list[PreparedSample] = [prepare(self.model, sample, top_k) for sample in self.samples]
-        self.recorded: list[Tensor] = [recorded_logprobs(self.model, sample) for sample in self.samples]
-        self.start: Weights = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        model = self.at(self.start)
+        self.prepared: list[PreparedSample] = [prepare(model, sample, top_k) for sample in self.samples]
+        self.recorded: list[Tensor] = [recorded_logprobs(model, sample) for sample in self.samples]
+
+    def from_weights(self, weights: Weights) -> Ground:
+        """This ground for a run that began at other adapter weights, as a later call on one model does."""
+        other = copy(self)
+        other.__dict__.pop("run", None)
+        other.start = weights
+        other.recorded = [recorded_logprobs(other.at(weights), sample) for sample in other.samples]
+        return other
 
     def at(self, weights: Weights) -> Any:
         """The model with these adapter weights."""

@@ -73,7 +73,7 @@ def write_reproduction(
             samples=[literal(asdict(sample)) for sample in (samples_of(scenario) if samples is None else samples)],
             training=literal(asdict(scenario.training)),
             seed=scenario.seed,
-            another_first=scenario.another_first,
+            history=scenario.history,
             shows=extra.get("shows", "run"),
             step=extra.get("step") or 0,
             bounds=literal(extra.get("bounds", {})),
