@@ -123,7 +123,7 @@ def config_arguments(spec: ModelSpec) -> dict[str, Any]:
         "cohere": {"logit_scale": MULTIPLIER},
         "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0, "partial_rotary_factor": 1.0},
     }
-    return shared | more.get(spec.family, {})
+    return {**shared, **more.get(spec.family, {})}
 
 
 def lora_arguments(spec: ModelSpec) -> dict[str, Any]:

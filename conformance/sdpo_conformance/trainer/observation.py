@@ -148,8 +148,8 @@ HARMLESS_HOOK = "make_inputs_require_grads"
 def hooks_of(model: Any) -> set[str]:
     """Where hooks hang: a module's or parameter's name with the hook's."""
     found: set[str] = set()
-    owners = [*((name, module, HOOKS) for name, module in model.named_modules())]
-    owners += [*((name, parameter, OF_PARAMETERS) for name, parameter in model.named_parameters())]
+    owners: list[tuple[str, Any, tuple[str, ...]]] = [(name, module, HOOKS) for name, module in model.named_modules()]
+    owners += [(name, parameter, OF_PARAMETERS) for name, parameter in model.named_parameters()]
     for name, owner, kinds in owners:
         for kind in kinds:
             for key, hook in (getattr(owner, kind, None) or {}).items():
