@@ -314,8 +314,13 @@ def within_claims(scenario: Scenario, claims: Claims) -> Scenario:
         return scenario
     steps = min(scenario.steps, most)
     training = replace(scenario.training, steps_per_batch=steps)
-    on_policy_only = most == 1 and scenario.sampler in ("mismatched", "partial")
-    return replace(scenario, training=training, sampler="exact" if on_policy_only else scenario.sampler)
+    if most > 1:
+        return replace(scenario, training=training)
+    # no ratio is owed on-policy, but a cap below 1 would show; after a call on the same model its first log-probs are
+    # no longer its own
+    training = replace(training, is_clip=max(training.is_clip, 1.3))
+    history = tuple(call for call in scenario.history if call == "another")
+    return replace(scenario, training=training, sampler="exact", certain=False, history=history)
 
 
 def in_dtype(scenario: Scenario, dtype: str) -> Scenario:
