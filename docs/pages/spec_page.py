@@ -1,6 +1,6 @@
-"""docs/spec.md's table of requirements, generated from the registry.
+"""The tables of requirements of docs/spec.md and docs/spec-NAME.md, generated from the registry.
 
-``python -m docs.pages.spec_page docs/spec.md`` rewrites the part between the markers; ``--check``
+``python -m docs.pages.spec_page docs/spec.md docs/spec-trl.md`` rewrites the part between the markers; ``--check``
 exits 1 where it is out of date.
 """
 
@@ -14,10 +14,15 @@ from sdpo_conformance.specs import find_spec
 BEGIN, END = "<!-- requirements: generated -->", "<!-- end of requirements -->"
 
 
-def requirement_tables() -> str:
+def spec_of_page(path: Path) -> str:
+    """The spec that a page is about, by its name."""
+    return path.stem.removeprefix("spec").removeprefix("-") or "claas"
+
+
+def requirement_tables(name: str = "claas") -> str:
     """One Markdown table per family."""
     sections = []
-    spec = find_spec("claas")
+    spec = find_spec(name)
     known = spec.requirements()
     for family, words in spec.families.items():
         mine = [entry for entry in known.values() if entry.family == family]
@@ -31,13 +36,13 @@ def requirement_tables() -> str:
     return "\n\n".join(sections)
 
 
-def updated(page: str) -> str:
+def updated(page: str, name: str = "claas") -> str:
     """The page with its generated part renewed; raises ValueError where the markers are missing."""
     if BEGIN not in page or END not in page:
         raise ValueError(f"the page lacks the markers {BEGIN} and {END}")
     before, rest = page.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    return f"{before}{BEGIN}\n\n{requirement_tables()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{requirement_tables(name)}\n\n{END}{after}"
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +50,7 @@ def main(arguments: list[str]) -> int:
     paths = [Path(argument) for argument in arguments if not argument.startswith("--")]
     for path in paths:
         page = path.read_text(encoding="utf-8")
-        renewed = updated(page)
+        renewed = updated(page, spec_of_page(path))
         if "--check" in arguments:
             if renewed != page:
                 print(f"{path} is out of date: run python -m docs.pages.spec_page {path}", file=sys.stderr)
