@@ -46,7 +46,7 @@ def test_recordings(name: str) -> None:
     for one, loss_input in inputs(name):
         seen[one.group] += 1
         if one.group == "raises":
-            with pytest.raises(ValueError):  # noqa: PT011  (whatever its words)
+            with pytest.raises(ValueError):
                 oracle(loss_input, True)
             continue
         truth = oracle(loss_input, True)
