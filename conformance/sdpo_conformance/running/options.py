@@ -26,7 +26,8 @@ class RunOptions:
     """``spec`` and ``profile`` by name; ``seed`` reproduces a run; ``device`` cpu, cuda or cuda:N; ``dtypes``: only
     these (none: what the implementation claims or takes); ``only``: requirements or families (none: all); ``jobs``:
     worker processes, 0: one per core, at most 8, 4 on a GPU; ``call_timeout``: seconds one call of the implementation
-    may take; ``out``: folder for results, None: ``.sdpo-conformance/IMPL``.
+    may take; ``out``: folder for results, None: ``.sdpo-conformance/IMPL``; ``xfails``: a file of expected failures, a
+    requirement id and its reason a line; ``first_cause``: stop at the first failure that names a rule.
 
     Raises RunError for a value that no run can have.
     """
@@ -40,6 +41,8 @@ class RunOptions:
     jobs: int = 0
     call_timeout: float = 120.0
     out: Path | None = None
+    xfails: Path | None = None
+    first_cause: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -59,6 +62,22 @@ class RunOptions:
             raise RunError(f"--jobs must be 0 (one per core) or more, got {self.jobs}")
         if not self.call_timeout > 0:
             raise RunError(f"--call-timeout must be positive, got {self.call_timeout:g}")
+        self._ids_exist()
+        if self.xfails is not None:
+            try:
+                expected_failures(self.xfails, self.found_spec)
+            except ValueError as error:
+                raise RunError(str(error)) from None
+
+    def _ids_exist(self) -> None:
+        """An id that no rule has is noticed before anything is started."""
+        known = requirement_ids(self.found_spec)
+        for name in self.only:
+            wanted = name.strip().upper()
+            if known and "-" in wanted and wanted not in known:
+                near = difflib.get_close_matches(wanted, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise RunError(f"no requirement or family {name!r}{hint}; sdpo-conformance list requirements")
 
     def _one_of(self, what: str, name: str, known: Sequence[str] | Mapping[str, Any], shown: str = "") -> None:
         if name in known:
@@ -100,8 +119,11 @@ class RunOptions:
             "call-timeout": f"{self.call_timeout:g}",
             "out": self.folder(target),
         }
+        if self.xfails is not None:
+            plain["xfails"] = self.xfails
         lists = {"dtype": self.dtypes, "only": self.only}
         return [
+            *(["--first-cause"] if self.first_cause else []),
             *(f"--{name}={value}" for name, value in plain.items()),
             *(f"--{name}={value}" for name, values in lists.items() for value in values),
         ]
@@ -119,6 +141,8 @@ class RunOptions:
             jobs=option.jobs,
             call_timeout=option.call_timeout,
             out=Path(option.out) if option.out else None,
+            xfails=Path(option.xfails) if option.xfails else None,
+            first_cause=option.first_cause,
         )
 
 
@@ -140,3 +164,38 @@ def declare(group: Any) -> None:
         type=float,
         help="seconds one call of the implementation may take",
     )
+    group.addoption("--xfails", default="", help="file of expected failures: id and reason a line")
+    group.addoption("--first-cause", action="store_true", help="stop at the first failure that names a rule")
+
+
+def expected_failures(path: Path, spec: Spec) -> dict[str, str]:
+    """Requirement id -> reason, from a file with ``ID reason`` a line; ``#`` begins a comment. Raises ValueError for a
+    file that cannot be read, an id that no rule has, and a line without a reason."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"--xfails: cannot read {path}: {why}") from None
+    known = requirement_ids(spec)
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        text = re.sub(r"(^|\s)#.*", "", line).strip()
+        if not text:
+            continue
+        id, _, reason = text.partition(" ")
+        id = id.upper().rstrip(":")
+        if known and id not in known:
+            near = difflib.get_close_matches(id, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{path}:{number}: no requirement {id!r}{hint}")
+        if not reason.strip():
+            raise ValueError(f"{path}:{number}: {id} has no reason; expected a line such as '{id} padding is finite here'")
+        found[id] = reason.strip()
+    return found
+
+
+def requirement_ids(spec: Spec) -> list[str]:
+    """The ids of a spec's rules, read from their source without importing torch."""
+    from sdpo_conformance.specs.rule_index import rule_index
+
+    return [rule.id for rule in rule_index(spec)]

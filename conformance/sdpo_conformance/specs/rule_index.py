@@ -1,0 +1,217 @@
+"""The words of a spec's rules and of its catalogue, read from their source: ``list`` and ``explain`` need no torch.
+
+A rule is ``@requirement(ID, LEVEL, STATEMENT, source=..., why=..., capabilities=...)``, a defect is a call with
+``name``, ``sentence``, ``violates`` and ``fix``. What is not written out as text is left to the import.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs import find_spec
+from sdpo_conformance.specs.spec import Spec
+
+
+class NotWrittenOut(Exception):
+    """The value is computed, not written."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The words of one requirement; ``entries``: the attributes it is tested through."""
+
+    id: str
+    level: str
+    statement: str
+    source: str
+    why: str
+    entries: tuple[str, ...]
+
+    @property
+    def family(self) -> str:
+        return self.id.rsplit("-", 1)[0]
+
+
+@dataclass(frozen=True)
+class CataloguedDefect:
+    """The words of one catalogued defect; ``changes``: part -> the expression that takes its place."""
+
+    name: str
+    sentence: str
+    violates: tuple[str, ...]
+    fix: str
+    usable_for: str
+    module: str
+    changes: Mapping[str, str]
+
+
+def rule_index(spec: Spec) -> tuple[Rule, ...]:
+    """Every rule of ``spec``, in the order of its families; imports the rules where their words are computed."""
+    return _rules(spec.name)
+
+
+@lru_cache
+def _rules(name: str) -> tuple[Rule, ...]:
+    spec = find_spec(name)
+    try:
+        found = [rule for path in modules(spec.rules, "test_*.py") for rule in rules_of(path)]
+    except NotWrittenOut:
+        found = [
+            Rule(one.id, one.level.value, one.statement, one.source, one.why, tuple(c.value for c in one.capabilities))
+            for one in spec.requirements().values()
+        ]
+    order = list(spec.families)
+    return tuple(sorted(found, key=lambda rule: (order.index(rule.family), int(rule.id.rsplit("-", 1)[1]))))
+
+
+def defect_index(spec: Spec) -> tuple[CataloguedDefect, ...]:
+    """The catalogue of ``spec``, in the order of its modules."""
+    paths = modules(f"{spec.package}.defects", "*.py")
+    return tuple(defect for path in paths for defect in defects_of(path))
+
+
+def modules(package: str, pattern: str) -> list[Path]:
+    """The source files of a package, without importing it."""
+    root = Path(__file__).parents[1].joinpath(*package.split(".")[1:])
+    return sorted(root.glob(pattern))
+
+
+def rules_of(path: Path) -> Iterator[Rule]:
+    """The rules that one module states."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = constants(tree)
+    for function in tree.body:
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for call in function.decorator_list:
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "requirement":
+                named = {word.arg: word.value for word in call.keywords if word.arg}
+                given = dict(zip(("id", "level", "statement", "source", "why", "capabilities"), call.args, strict=False))
+                read = {key: value_of(node, names) for key, node in {**given, **named}.items()}
+                yield Rule(
+                    read["id"], str(read["level"]), read["statement"], read["source"], read["why"],
+                    tuple(str(entry) for entry in read["capabilities"]),
+                )  # fmt: skip
+
+
+def defects_of(path: Path) -> Iterator[CataloguedDefect]:
+    """The defects that one module writes out, by keyword or, as step loops are, by position."""
+    text = path.read_text(encoding="utf-8")
+    if "DEFECTS" not in text and "DIALECTS" not in text:
+        return
+    tree, lines = ast.parse(text), text.splitlines(keepends=True)
+    names = constants(tree)
+    functions = {one.name: segment(lines, one) for one in tree.body if isinstance(one, ast.FunctionDef)}
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call):
+            continue
+        named = {word.arg: word.value for word in call.keywords if word.arg}
+        positions = ("name", "sentence", "violates", "fix", "change", "seen", "usable_for")
+        given = {**dict(zip(positions, call.args, strict=False)), **named}
+        if not {"name", "sentence", "violates", "fix"} <= set(given):
+            continue
+        try:
+            name, sentence, violates, fix = (value_of(given[key], names) for key in positions[:4])
+            usable = value_of(given["usable_for"], names) if "usable_for" in given else ""
+        except NotWrittenOut:
+            continue
+        if isinstance(name, str) and isinstance(violates, tuple):
+            changes = changes_of(given["change"], lines, functions) if "change" in given else {}
+            yield CataloguedDefect(name, sentence, violates, fix, usable, path.stem, changes)
+
+
+def changes_of(node: ast.AST, lines: list[str], functions: Mapping[str, str]) -> dict[str, str]:
+    """``replacing(part=...)``, ``trainer(part=...)`` and ``around("part", ...)`` as part -> source, functions written
+    out."""
+    found: dict[str, str] = {}
+    for call in ast.walk(node):
+        if not isinstance(call, ast.Call):
+            continue
+        kind = ast.unparse(call.func)
+        pairs: list[tuple[str, ast.expr]] = []
+        if kind in ("replacing", "trainer"):
+            pairs = [(word.arg, word.value) for word in call.keywords if word.arg]
+        elif kind == "around" and len(call.args) == 2 and isinstance(call.args[0], ast.Constant):
+            pairs = [(str(call.args[0].value), call.args[1])]
+        for part, value in pairs:
+            source = segment(lines, value)
+            found[part] = functions.get(source, source)
+    return found
+
+
+def segment(lines: list[str], node: ast.expr | ast.FunctionDef) -> str:
+    """The source of a node."""
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
+    first, last = node.lineno - 1, node.end_lineno - 1
+    if first == last:
+        return lines[first].encode()[node.col_offset : node.end_col_offset].decode()
+    head = lines[first].encode()[node.col_offset :].decode()
+    return "".join([head, *lines[first + 1 : last], lines[last].encode()[: node.end_col_offset].decode()])
+
+
+def part_source(spec: Spec, part: str) -> str:
+    """How the right loss computes a part: the source of the function of that name, or an empty text."""
+    for path in modules(f"{spec.package}.defects", "*parts.py"):
+        text = path.read_text(encoding="utf-8")
+        for one in ast.parse(text).body:
+            if isinstance(one, ast.FunctionDef) and one.name == part:
+                return segment(text.splitlines(keepends=True), one)
+    return ""
+
+
+def constants(tree: ast.Module) -> dict[str, Any]:
+    """The module's names whose values are written out, those it imports from this package included."""
+    found: dict[str, Any] = {"Level.MUST": "MUST", "Level.SHOULD": "SHOULD"}
+    found |= {f"Capability.{entry.name}": entry.value for entry in Capability}
+    for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("sdpo_conformance"):
+            wanted = [alias for alias in statement.names if alias.name.isupper()]
+            if wanted:
+                there = constants(ast.parse(source_file(statement.module or "").read_text(encoding="utf-8")))
+                found |= {alias.asname or alias.name: there[alias.name] for alias in wanted if alias.name in there}
+        elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            try:
+                found[statement.targets[0].id] = value_of(statement.value, found)
+            except NotWrittenOut:
+                continue
+    return found
+
+
+@lru_cache
+def source_file(module: str) -> Path:
+    """The file of a module of this package."""
+    base = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+def value_of(node: ast.AST, names: Mapping[str, Any]) -> Any:
+    """A text or a tuple of texts; raises NotWrittenOut."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name | ast.Attribute):
+        key = ast.unparse(node)
+        if key not in names:
+            raise NotWrittenOut(key)
+        return names[key]
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            str(value_of(part.value if isinstance(part, ast.FormattedValue) else part, names)) for part in node.values
+        )
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return value_of(node.left, names) + value_of(node.right, names)
+    if isinstance(node, ast.Tuple | ast.List):
+        items: list[Any] = []
+        for one in node.elts:
+            if isinstance(one, ast.Starred):
+                items.extend(value_of(one.value, names))
+            else:
+                items.append(value_of(one, names))
+        return tuple(items)
+    raise NotWrittenOut(ast.unparse(node)[:80])
