@@ -11,32 +11,93 @@ import typer
 
 from sdpo_conformance.audit.command import audit
 from sdpo_conformance.bench.command import bench
-from sdpo_conformance.files import write_text
 from sdpo_conformance.matrix.command import matrix
+from sdpo_conformance.running.children import Interrupted, ending_on_signals
 from sdpo_conformance.running.options import RunError
 
 app = typer.Typer(
-    help="Judge implementations of the CLaaS SDPO loss and training step.",
+    help="Judge implementations of the SDPO loss and training step.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def names_of_implementations(incomplete: str) -> list[str]:
+    """For shell completion."""
+    from sdpo_conformance.report.listing import listing
+    from sdpo_conformance.specs import DEFAULT, find_spec
+
+    kinds = ["implementations", *(["defects"] if incomplete.startswith("d") else [])]
+    names = [name for kind in kinds for name, _ in listing(kind, find_spec(DEFAULT))]
+    here = [str(path) for path in Path(".").glob("*.py")]
+    return [name for name in [*names, *here] if name.startswith(incomplete)]
+
+
+def names_to_explain(incomplete: str) -> list[str]:
+    """For shell completion."""
+    from sdpo_conformance.report.listing import listing
+    from sdpo_conformance.specs import DEFAULT, find_spec
+
+    spec = find_spec(DEFAULT)
+    names = [name.removeprefix("defect:") for kind in ("requirements", "defects") for name, _ in listing(kind, spec)]
+    return [name for name in names if name.lower().startswith(incomplete.lower())]
+
+
 Implementation = Annotated[
     str,
-    typer.Argument(metavar="IMPL", help="module, module:object, path/to/file.py, reference, triton_fused, defect:NAME"),
+    typer.Argument(
+        metavar="IMPL",
+        help="module, module:object, path/to/file.py, reference, triton_fused, defect:NAME",
+        autocompletion=names_of_implementations,
+    ),
 ]
-SpecName = Annotated[str, typer.Option("--spec", help="the spec to judge by")]
+SpecName = Annotated[str, typer.Option("--spec", help="the spec to judge by: sdpo-conformance list specs")]
 Profile = Annotated[str, typer.Option(help="quick, default, thorough or fuzz")]
 Seed = Annotated[int, typer.Option(help="reproduces a run")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+DType = Annotated[list[str] | None, typer.Option(help="judge only in this dtype (repeatable)")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="a requirement or family, such as IS-2 or IS (repeatable)", autocompletion=names_to_explain),
+]
+Timeout = Annotated[float, typer.Option(help="seconds one call of the implementation may take")]
+Out = Annotated[Path | None, typer.Option(help="folder for results; default .sdpo-conformance/IMPL")]
+Json = Annotated[Path | None, typer.Option(help="also write results.json here")]
+Junit = Annotated[Path | None, typer.Option(help="also write JUnit XML here")]
+Sarif = Annotated[Path | None, typer.Option(help="also write SARIF here, for code scanning")]
+Html = Annotated[Path | None, typer.Option(help="also write the report as a page here")]
+Xfails = Annotated[Path | None, typer.Option(help="file of expected failures: an id and its reason a line")]
+Base = Annotated[Path | None, typer.Option(help="results.json of an earlier run: say what is newly failing")]
+Watch = Annotated[bool, typer.Option("--watch", help="judge again whenever the implementation changes")]
+LastFailed = Annotated[bool, typer.Option("--last-failed", help="judge what failed in the last run")]
+Annotate = Annotated[bool, typer.Option("--annotate", help="print GitHub annotations; on by itself in its actions")]
 
 
 def fail(error: Exception | str) -> typer.Exit:
     """One line on stderr and exit status 2."""
     print(f"sdpo-conformance: {error}", file=sys.stderr)
     return typer.Exit(2)
+
+
+def print_version(asked: bool) -> None:
+    """The package, and the specs it judges by."""
+    if asked:
+        from sdpo_conformance import __version__
+        from sdpo_conformance.specs import specs
+
+        print(f"sdpo-conformance {__version__} ({', '.join(spec.label for spec in specs())})")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Judge implementations of the SDPO loss and training step."""
 
 
 @app.command("run")
@@ -46,148 +107,133 @@ def run_command(
     profile: Profile = "default",
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: Annotated[list[str] | None, typer.Option(help="judge only in this dtype (repeatable)")] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="a requirement or family, such as IS-2 or IS (repeatable)")
-    ] = None,
+    dtype: DType = None,
+    only: Only = None,
     jobs: Annotated[int, typer.Option(help="worker processes; 0: one per core, at most 8")] = 0,
-    call_timeout: Annotated[float, typer.Option(help="seconds one call of the implementation may take")] = 120.0,
-    out: Annotated[Path | None, typer.Option(help="folder for results; default .sdpo-conformance/IMPL")] = None,
-    json: Annotated[Path | None, typer.Option(help="also write results.json here")] = None,
-    junit: Annotated[Path | None, typer.Option(help="also write JUnit XML here")] = None,
+    call_timeout: Timeout = 120.0,
+    out: Out = None,
+    json: Json = None,
+    junit: Junit = None,
+    sarif: Sarif = None,
+    html: Html = None,
+    xfails: Xfails = None,
+    base: Base = None,
+    last_failed: LastFailed = False,
+    watch: Watch = False,
+    annotate: Annotate = False,
     mesh: Annotated[str, typer.Option(help="judge on ranks cut along dp, cp, tp: tp=2, or tp=2,dp=2")] = "",
 ) -> None:
-    """Judge an implementation against the spec. Exit status: 0 conforming, 1 not, 2 could not run."""
-    if mesh or under_torchrun():
-        raise typer.Exit(
-            run_under_mesh(
-                implementation,
-                mesh,
-                profile,
-                seed,
-                device,
-                tuple(dtype or ()),
-                tuple(only or ()),
-                out,
-                call_timeout,
-                json,
-                junit,
-            )
-        )
-    from rich.console import Console
+    """Judge an implementation against the spec.
 
+    Exit status: 0 conforming or failing only as expected, 1 not (an unexpected pass included), 2 could not run.
+    """
+    from sdpo_conformance.running.judge import Outputs, judge_and_report
+    from sdpo_conformance.running.options import RunOptions
+
+    with one_line_errors():
+        options = RunOptions(
+            spec=spec, profile=profile, seed=seed, device=device, dtypes=tuple(dtype or ()), only=tuple(only or ()),
+            jobs=jobs, call_timeout=call_timeout, out=out, xfails=xfails,
+        )  # fmt: skip
+        outputs = Outputs(json=json, junit=junit, sarif=sarif, html=html, base=base, annotate=annotate)
+        status = judge_and_report(implementation, options, outputs, last_failed=last_failed, again=watch, mesh=mesh)
+    raise typer.Exit(status)
+
+
+@app.command()
+def check(
+    implementation: Implementation,
+    spec: SpecName = "claas",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = None,
+    only: Only = None,
+    call_timeout: Timeout = 120.0,
+    out: Out = None,
+    json: Json = None,
+    junit: Junit = None,
+    sarif: Sarif = None,
+    xfails: Xfails = None,
+    last_failed: LastFailed = False,
+    watch: Watch = False,
+    annotate: Annotate = False,
+) -> None:
+    """Seconds to the first answer: recorded cases and one visit per corner; stops at the first cause.
+
+    Exit status: 0 nothing found, 1 something is wrong, 2 could not run.
+    """
+    from dataclasses import replace
+
+    from sdpo_conformance.running.judge import Outputs, judge_and_report
+    from sdpo_conformance.running.options import RunOptions
+
+    with one_line_errors():
+        options = RunOptions(
+            spec=spec, profile="check", seed=seed, device=device, dtypes=tuple(dtype or ()), only=tuple(only or ()),
+            call_timeout=call_timeout, xfails=xfails, first_cause=True,
+        )  # fmt: skip
+        folder = options.folder(implementation)
+        options = replace(options, out=out or folder.with_name(f"{folder.name}.check"))
+        outputs = Outputs(json=json, junit=junit, sarif=sarif, annotate=annotate)
+        status = judge_and_report(implementation, options, outputs, last_failed=last_failed, again=watch)
+    raise typer.Exit(status)
+
+
+@app.command()
+def summary(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS.json", help="a stored report, or the folder of a run")],
+) -> None:
+    """Print a stored report again. Exit status: that of the run."""
+    from sdpo_conformance.report.base_comparison import read_results
+    from sdpo_conformance.report.console import show
     from sdpo_conformance.report.terminal import print_report
-    from sdpo_conformance.running.process import run
+    from sdpo_conformance.running.process import Report
 
-    try:
-        with progress_bar() as progress:
-            report = run(
-                implementation,
-                spec=spec,
-                profile=profile,
-                seed=seed,
-                device=device,
-                dtypes=dtype or (),
-                only=only or (),
-                jobs=jobs,
-                out=out,
-                call_timeout=call_timeout,
-                progress=progress,
-            )
-        if json is not None:
-            write_text(json, (report.folder / "results.json").read_text(encoding="utf-8"))
-        if junit is not None:
-            from sdpo_conformance.report.junit import junit_xml
-
-            write_text(junit, junit_xml(report.results))
-    except (RunError, OSError) as error:
-        raise fail(error) from None
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 110
-    print_report(report.results, report.folder, console)
+    with one_line_errors():
+        report = Report(read_results(results), results if results.is_dir() else results.parent)
+        show(lambda console: print_report(report.results, report.folder, console))
     raise typer.Exit(report.exit_status)
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+@app.command("list")
+def list_command(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="requirements, defects, implementations or specs")],
+    spec: SpecName = "claas",
+) -> None:
+    """List what there is to name: requirements, defects, implementations or specs."""
+    from sdpo_conformance.report.console import show
+    from sdpo_conformance.report.explaining import table_of
+    from sdpo_conformance.report.listing import KINDS, listing
+    from sdpo_conformance.specs import find_spec
 
-
-def run_under_mesh(
-    implementation: str,
-    mesh: str,
-    profile: str,
-    seed: int,
-    device: str,
-    dtypes: tuple[str, ...],
-    only: tuple[str, ...],
-    out: Path | None,
-    call_timeout: float,
-    json: Path | None,
-    junit: Path | None,
-) -> int:
-    """Judge on ranks and print the report; the exit status. Under torchrun the first process does, the others wait for
-    its end."""
-    from rich.console import Console
-
-    from sdpo_conformance.running.process import run
-
-    try:
-        if under_torchrun():
-            from sdpo_conformance.running.torchrun import checked_mesh, stand_by
-
-            checked_mesh(mesh)
-            if (status := stand_by()) is not None:
-                return status
-        with progress_bar() as progress:
-            report = run(
-                implementation, profile=profile, seed=seed, device=device, dtypes=dtypes, only=only, out=out,
-                call_timeout=call_timeout, progress=progress, mesh=mesh,
-            )  # fmt: skip
-        if json is not None:
-            write_text(json, (report.folder / "results.json").read_text(encoding="utf-8"))
-        if junit is not None:
-            from sdpo_conformance.report.junit import junit_xml
-
-            write_text(junit, junit_xml(report.results))
-    except (RunError, OSError) as error:
-        if under_torchrun():
-            from sdpo_conformance.running.torchrun import finished
-
-            finished(2)
-        raise fail(error) from None
-    from sdpo_conformance.report.mesh_report import print_sharded_report
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 110
-    print_sharded_report(report.results, report.folder, console)
-    if under_torchrun():
-        from sdpo_conformance.running.torchrun import finished
-
-        finished(report.exit_status)
-    return report.exit_status
+    with one_line_errors():
+        if kind not in KINDS:
+            raise RunError(f"nothing to list under {kind!r}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}")
+        found = list(listing(kind, find_spec(spec)))
+        width = max(len(name) for name, _ in found)
+        show(lambda console: console.print(table_of(found, width)))
 
 
 @app.command()
 def explain(
-    requirement: Annotated[str, typer.Argument(metavar="ID", help="IS-6, or a family such as IS")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="a requirement (IS-6), a family (IS), a defect, an entry or a status",
+            autocompletion=names_to_explain,
+        ),
+    ],
     spec: SpecName = "claas",
 ) -> None:
-    """Say what a requirement asks for, why, and where the rule comes from."""
-    from rich.console import Console
-
+    """Say what a name in a report means: the rule, why, its source; what is wrong, and the right lines beside it."""
+    from sdpo_conformance.report.console import show
     from sdpo_conformance.report.explaining import explanations
     from sdpo_conformance.specs import find_spec
 
-    try:
-        texts = explanations(requirement, find_spec(spec))
-    except ValueError as error:
-        raise fail(error) from None
-    console = Console(highlight=False)
-    for text in texts:
-        console.print(text)
+    with one_line_errors():
+        texts = explanations(name, find_spec(spec))
+        show(lambda console: console.print(*texts, sep="\n"))
 
 
 @app.command()
@@ -197,11 +243,9 @@ def init(
     """Write a ten-line adapter that makes your loss callable by the suite."""
     from sdpo_conformance.running.adapter_template import write_adapter
 
-    try:
+    with one_line_errors():
         write_adapter(path)
-    except OSError as error:
-        raise fail(error) from None
-    print(f"wrote {path}; fill in the call and run: sdpo-conformance run {path}")
+    print(f"wrote {path}; fill in the call and run: sdpo-conformance check {path}")
 
 
 app.command()(audit)
@@ -209,13 +253,36 @@ app.command()(matrix)
 app.command()(bench)
 
 
-def progress_bar() -> Any:
-    """A context manager giving a callback; silent where stderr is no terminal."""
-    from sdpo_conformance.report.progress import progress_on_terminal
+class one_line_errors:
+    """What a user did wrong is one line on stderr and exit status 2."""
 
-    return progress_on_terminal()
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RunError | ValueError | OSError) and not isinstance(error, BrokenPipeError):
+            raise fail(error) from None
+
+
+def nearest(name: str, known: Any) -> str:
+    """``; did you mean X?`` or nothing."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def main() -> None:
-    """Entry point of ``sdpo-conformance``."""
-    app()
+    """Entry point of ``sdpo-conformance``. A signal ends what was started and exits with 128 and its number."""
+    try:
+        with ending_on_signals():
+            app()
+    except Interrupted as signalled:
+        from sdpo_conformance.running.judge import print_interrupted
+
+        print_interrupted(signalled)
+        sys.stdout.flush()
+        os._exit(signalled.exit_status)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

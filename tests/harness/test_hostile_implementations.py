@@ -107,7 +107,7 @@ def test_expected_failures_are_strict(judge: Any) -> None:
     status = {record["requirement"]: record["status"] for record in report.results["records"]}
     assert status == {"IS-1": "unexpected pass", "IS-2": "expected failure", "GJS-1": "passed"}
     assert report.exit_status == 1
-    assert "IS-1 passed although SDPO_CLAIMS expects failure" in str(report)
+    assert "UNEXPECTED PASS: IS-1 passed although a failure is expected" in str(report)
 
 
 def test_only_claimed_failures_end_with_status_0_but_do_not_conform(judge: Any) -> None:

@@ -6,10 +6,13 @@ Whatever the implementation raises becomes ``ImplementationError``: a verdict, n
 from __future__ import annotations
 
 import faulthandler
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import torch
@@ -23,15 +26,17 @@ class ImplementationError(Exception):
     """The implementation did not deliver: it raised, or what it returned cannot be read.
 
     ``summary`` is one line; ``details`` the innermost frames of its traceback, or empty;
+    ``where``: file and line of the implementation's innermost frame;
     ``device_lost``: no further call can succeed in this process. ``case``: the input it happened on.
     """
 
-    def __init__(self, summary: str, details: str = "", device_lost: bool = False) -> None:
+    def __init__(self, summary: str, details: str = "", device_lost: bool = False, where: str = "") -> None:
         super().__init__(summary)
         self.case: Case | None = None
         self.summary = summary
         self.details = details
         self.device_lost = device_lost
+        self.where = where
 
 
 class NotReported(ImplementationError):
@@ -76,7 +81,19 @@ def implementation_errors(doing: str) -> Iterator[None]:
         kind = "called sys.exit" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
         frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-3:])
         lost = "CUDA error" in text or type(error).__name__ == "AcceleratorError"
-        raise ImplementationError(f"{doing} {kind}: {text[:300]}", "".join(frames), lost) from None
+        where = innermost_of_user(error.__traceback__)
+        raise ImplementationError(f"{doing} {kind}: {text[:300]}", "".join(frames), lost, where) from None
+
+
+def innermost_of_user(trace: TracebackType | None) -> str:
+    """``path/to/loss.py:12``: the innermost frame outside this package and the installed ones, or nothing."""
+    package = str(Path(__file__).parents[1])
+    for frame in reversed(traceback.extract_tb(trace)):
+        installed = "site-packages" in frame.filename or frame.filename.startswith(("<", sys.base_prefix))
+        if not installed and not frame.filename.startswith(package):
+            path = Path(frame.filename)
+            return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{frame.lineno}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,9 @@ class Subject:
         self._draw(strategy, check, share)
 
     def _draw(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float) -> None:
+        if not self.profile.examples:
+            return self._raise_smallest()
+
         def attempt(case: Any) -> None:
             self._attempt(check, case)
 

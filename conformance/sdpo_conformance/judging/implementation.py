@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -54,7 +55,9 @@ def load_implementation(target: str, spec: Spec) -> Implementation:
 
 def _find(target: str, spec: Spec) -> Any:
     if not target.strip():
-        raise LoadingError("--impl is empty: expected a module, module:object, a .py file or a bundled name")
+        raise LoadingError(
+            "no implementation was named: expected a module, module:object, a .py file or a bundled name"
+        )
     if target.startswith("defect:"):
         return _defect(target.removeprefix("defect:"), spec)
     name, _, attribute = _split(target)
@@ -84,6 +87,13 @@ def _defect(name: str, spec: Spec) -> Any:
         return spec.parts.defect(name)
     except KeyError as error:
         raise LoadingError(f"{error.args[0]}; 'sdpo-conformance list defects' lists the names") from None
+
+
+def near_bundled(name: str) -> str:
+    """``; did you mean X?`` for a bundled implementation or a file beside, or nothing."""
+    known = [*BUNDLED, *(str(path) for path in Path(".").glob("*.py")), *(path.stem for path in Path(".").glob("*.py"))]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _from_file(path: Path) -> Any:
@@ -116,8 +126,8 @@ def _import(name: str, target: str) -> Any:
                 raise
             searched = list(dict.fromkeys(entry or "." for entry in sys.path if "zip" not in entry))[:4]
             raise LoadingError(
-                f"no module {missing!r} for --impl={target}; searched {', '.join(searched)}, ...; install it, add "
-                "--with=PATH_OR_REQUIREMENT, or name a .py file"
+                f"no module {missing!r} for {target!r}{near_bundled(name)}; searched {', '.join(searched)}, ...; "
+                "install it, or name a .py file"
             ) from None
         except TypeError as error:
             if name.startswith("."):

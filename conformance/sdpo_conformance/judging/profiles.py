@@ -25,6 +25,7 @@ class Profile:
 PROFILES: Mapping[str, Profile] = {
     profile.name: profile
     for profile in (
+        Profile("check", 1, False, 2, 0, 1.0, 5.0),
         Profile("quick", 1, False, 2, 12, 2.0, 20.0),
         Profile("default", 2, True, 1, 50, 4.0, 90.0),
         Profile("thorough", 10, True, 1, 400, 20.0, 600.0),

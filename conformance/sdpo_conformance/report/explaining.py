@@ -1,28 +1,130 @@
-"""``explain``: a requirement in full."""
+"""``explain``: a requirement, a family, a catalogued defect, an entry or a status, in full."""
 
 from __future__ import annotations
 
+import difflib
+import textwrap
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
-from sdpo_conformance.specs.requirement import Requirement, selected
+from sdpo_conformance.protocol import ENTRIES
+from sdpo_conformance.specs.rule_index import CataloguedDefect, Rule, defect_index, part_source, rule_index
 from sdpo_conformance.specs.spec import Spec
 
+STATUSES = {
+    "passed": "Every example met the rule.",
+    "failed": "An example broke the rule; the report shows the smallest that was found.",
+    "expected failure": "It failed, and SDPO_CLAIMS or --xfails says that it does, with the reason.",
+    "unexpected pass": "It passed although SDPO_CLAIMS or --xfails expects a failure: exit status 1; remove the "
+    "expectation.",
+    "not judged": "It could not be judged here; the reason is beside it.",
+    "internal error": "The suite itself failed; nothing is said about the implementation. Please report it.",
+}
 
-def explanations(name: str, spec: Spec) -> list[Text]:
-    """The requirement of that id, or all of that family; raises ValueError for an unknown name."""
-    known = spec.requirements()
-    ids = selected(known, (name,))
-    return [explanation(entry, spec) for id, entry in known.items() if id in ids]
 
-
-def explanation(requirement: Requirement, spec: Spec) -> Text:
-    """Id, level, statement, reason, source, entries, and how to run it alone."""
-    entries = ", ".join(capability.value for capability in requirement.capabilities)
-    return Text.assemble(
-        (f"{requirement.id} ({requirement.level}, {spec.families[requirement.family]})", "bold"),
-        f"\n  rule     {requirement.statement}",
-        f"\n  why      {requirement.why}",
-        f"\n  source   {requirement.source}",
-        f"\n  tested   through {entries}",
-        f"\n  alone    sdpo-conformance run IMPL --only {requirement.id}",
+def explanations(name: str, spec: Spec) -> list[RenderableType]:
+    """What ``name`` means; raises ValueError for an unknown one, with what is near it."""
+    wanted = name.strip()
+    rules = [rule for rule in rule_index(spec) if wanted.upper() in (rule.id, rule.family)]
+    if not rules:
+        rules = [rule for rule in rule_index(spec) if spec.families[rule.family].lower() == wanted.lower()]
+    if rules:
+        return [explained_rule(rule, spec, alone=len(rules) == 1) for rule in rules]
+    defects = {defect.name: defect for defect in defect_index(spec)}
+    parts = wanted.removeprefix("defect:").split("+")
+    if all(part in defects for part in parts):
+        return [explained_defect(defects[part], spec) for part in parts]
+    for entry, row in ENTRIES.items():
+        if wanted in (entry.value, row.label, row.column):
+            return [
+                Text.assemble((f"{entry.value} ({row.label})", "bold"), f"\n  called   {entry.value}{row.signature}")
+            ]
+    if wanted.lower() in STATUSES:
+        return [Text.assemble((wanted.lower(), "bold"), f"\n  {STATUSES[wanted.lower()]}")]
+    if wanted.removeprefix("defect:") in late(spec):
+        return [late(spec)[wanted.removeprefix("defect:")]]
+    known = [rule.id for rule in rule_index(spec)] + list(defects) + [entry.value for entry in ENTRIES]
+    near = difflib.get_close_matches(wanted.upper(), known, n=2) or difflib.get_close_matches(wanted, known, n=3)
+    hint = f"; did you mean {' or '.join(near)}" if near else ""
+    raise ValueError(
+        f"nothing is called {name!r}{hint}. Requirements and defects: sdpo-conformance list requirements | defects"
     )
+
+
+def late(spec: Spec) -> dict[str, Text]:
+    """Defects whose words are computed: by importing the catalogue, and with it torch."""
+    import importlib
+
+    module = importlib.import_module(f"{spec.package}.defects")
+    return {
+        name: Text.assemble((name, "bold"), f"\n  wrong    {one.sentence}", f"\n  fix      {one.fix}")
+        for name, one in module.catalogue().items()
+    }
+
+
+def explained_rule(rule: Rule, spec: Spec, alone: bool) -> RenderableType:
+    """Id, level, statement, reason, source, entries, how to run it alone; alone also the defects that break it and the
+    wrong and right lines of the first."""
+    lines = [
+        ("rule", rule.statement),
+        ("why", rule.why),
+        ("source", rule.source),
+        ("tested", f"through {', '.join(rule.entries)}"),
+        ("alone", f"sdpo-conformance run IMPL --only {rule.id}"),
+    ]
+    broken = [defect for defect in defect_index(spec) if defect.violates and defect.violates[0] == rule.id]
+    if alone and broken:
+        names = [defect.name for defect in broken]
+        lines.append(("broken by", ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")))
+    head = Text(f"{rule.id} ({rule.level}, {spec.families[rule.family]})", style="bold")
+    shown = next((defect for defect in broken if lines_of(defect, spec)), None) if alone else None
+    return Group(head, Padding(table_of(lines), (0, 0, 0, 2)), *([side_by_side(shown, spec)] if shown else []))
+
+
+def explained_defect(defect: CataloguedDefect, spec: Spec) -> RenderableType:
+    """What is wrong, the fix, the rules it breaks, what it may still be used for, wrong and right lines."""
+    lines = [
+        ("wrong", defect.sentence),
+        ("fix", defect.fix),
+        ("breaks", ", ".join(defect.violates)),
+        ("usable for", defect.usable_for or "nothing"),
+        ("try it", f"sdpo-conformance check defect:{defect.name}"),
+    ]
+    return Group(Text(defect.name, style="bold"), Padding(table_of(lines), (0, 0, 0, 2)), side_by_side(defect, spec))
+
+
+def table_of(lines: list[tuple[str, str]], width: int = 10) -> Table:
+    """Words with a hanging indent, behind names of this width."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(width=width, overflow="fold")
+    table.add_column(overflow="fold")
+    for head, words in lines:
+        table.add_row(Text(head), Text(words))
+    return table
+
+
+def lines_of(defect: CataloguedDefect, spec: Spec) -> list[tuple[str, str, str]]:
+    """(part, wrong, right) for every part that the defect replaces and the right loss has."""
+    return [(part, wrong, right) for part, wrong in defect.changes.items() if (right := part_source(spec, part))]
+
+
+def side_by_side(defect: CataloguedDefect, spec: Spec) -> RenderableType:
+    """The wrong lines beside the right ones."""
+    pairs = lines_of(defect, spec)
+    if not pairs:
+        return Text("")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column(f"  wrong ({defect.name})", overflow="fold", ratio=1)
+    table.add_column("right", overflow="fold", ratio=1)
+    for _, wrong, right in pairs:
+        table.add_row(Text(textwrap.indent(without_docstring(wrong), "  ")), Text(without_docstring(right)))
+    return table
+
+
+def without_docstring(source: str) -> str:
+    """The source as it stands, dedented, less a one-line docstring."""
+    lines = textwrap.dedent(source).strip("\n").splitlines()
+    return "\n".join(line for line in lines if not line.strip().startswith('"""'))

@@ -1,4 +1,5 @@
-"""Results as JUnit XML, for CI systems."""
+"""Results as JUnit XML, for CI systems. By hand: one element per record; the libraries that write it (junit-xml,
+junitparser) are longer to call than this is, and pytest's own writer knows pytest's items alone."""
 
 from __future__ import annotations
 
@@ -27,6 +28,12 @@ def junit_xml(results: Mapping[str, Any]) -> str:
         skipped=str(len(skipped)),
         time=str(results["run"]["seconds"]),
     )
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in {
+        "spec": f"{results['spec']['name']} {results['spec']['version']}",
+        "verdict": results["verdict"]["text"],
+    }.items():
+        ElementTree.SubElement(properties, "property", name=name, value=value)
     for record in records:
         case = ElementTree.SubElement(
             suite,
@@ -38,8 +45,11 @@ def junit_xml(results: Mapping[str, Any]) -> str:
         if record in failed:
             failure = record["failure"]
             message = failure.get("summary", record["reason"])
+            if record["status"] == Status.UNEXPECTED_PASS:
+                message = f"UNEXPECTED PASS: {message}"
             child = ElementTree.SubElement(case, "failure", type=record["level"], message=message)
             child.text = "\n".join(filter(None, [message, failure.get("words", ""), f"source: {record['source']}"]))
         elif record in skipped:
-            ElementTree.SubElement(case, "skipped", message=record["reason"])
+            expected = "expected failure: " if record["status"] == Status.EXPECTED_FAILURE else ""
+            ElementTree.SubElement(case, "skipped", message=f"{expected}{record['reason']}")
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -21,7 +21,8 @@ def results_of(
 ) -> dict[str, Any]:
     """The whole document; runs the diagnosis on the failures kept in ``folder``."""
     failed = [record for record in records if record.status is Status.FAILED]
-    diagnosis = diagnosed(folder, failed, implementation, spec) if failed else None
+    valued = any(record.failure.get("kind") != "error" for record in failed)
+    diagnosis = diagnosed(folder, failed, implementation, spec) if valued else None
     return {
         "format": FORMAT,
         "implementation": implementation.target,
@@ -31,7 +32,7 @@ def results_of(
         "run": dict(run),
         "records": [described(record, spec) for record in records],
         "diagnosis": diagnosis,
-        "verdict": verdict(implementation, spec, records, diagnosis),
+        "verdict": verdict(implementation, spec, records, diagnosis, run),
     }
 
 
@@ -58,9 +59,15 @@ def described(record: Record, spec: Spec) -> dict[str, Any]:
 
 
 def verdict(
-    implementation: Implementation, spec: Spec, records: Sequence[Record], diagnosis: Mapping[str, Any] | None
+    implementation: Implementation,
+    spec: Spec,
+    records: Sequence[Record],
+    diagnosis: Mapping[str, Any] | None,
+    run: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``conforming``: no MUST fails, expected or not. ``passed``: nothing but what was claimed to fail fails.
+    """``scope``: what was judged where that is not all of a loss or a trainer, empty where it is.
+
+    ``conforming``: no MUST fails, expected or not. ``passed``: nothing but what was claimed to fail fails.
     ``text``: one line for people."""
     unjudged = (Status.NOT_JUDGED, Status.INTERNAL_ERROR)
     must = [record for record in records if record.level is Level.MUST and record.status not in unjudged]
@@ -73,8 +80,11 @@ def verdict(
     conforming = len(met) == len(must) and bool(must) and not internal
     passed = not broken and not surprising and bool(must) and not internal
 
+    scope = scope_of(implementation, run or {})
     if not must:
-        text = "NOTHING JUDGED: no MUST was selected for what this implementation offers."
+        text = f"NOTHING JUDGED: {why_nothing(records)}"
+    elif len(met) == len(must) and scope:
+        text = f"{scope[0].upper()}{scope[1:]} of {spec.label} holds: {tallies(must, met)}. Nothing else was judged."
     elif len(met) == len(must):
         text = f"CONFORMING to {spec.label}: {tallies(must, met)}."
     elif not broken:
@@ -84,7 +94,7 @@ def verdict(
         text = f"NOT CONFORMING to {spec.label}: {tallies(must, met)}."
     if surprising:
         names = ", ".join(sorted({record.requirement for record in surprising}))
-        text += f" {names} passed although SDPO_CLAIMS expects failure: remove the claim."
+        text += f" UNEXPECTED PASS: {names} passed although a failure is expected; remove the expectation."
     if should:
         text += f" SHOULD not met: {', '.join(dict.fromkeys(record.requirement for record in should))}."
     if internal:
@@ -97,8 +107,27 @@ def verdict(
         "must_met": len(met),
         "must_judged": len(must),
         "should_not_met": sorted({record.requirement for record in should}),
+        "scope": scope,
         "text": text,
     }
+
+
+def scope_of(implementation: Implementation, run: Mapping[str, Any]) -> str:
+    """What alone was judged; empty for all rules of an implementation with a loss or a trainer."""
+    if run.get("only"):
+        return f"only {', '.join(run['only'])}"
+    if run.get("first_cause") or run.get("profile") == "check":
+        return "the check, not the whole suite,"
+    whole = {Capability.LOSS, Capability.FUSED, Capability.DISTILL}
+    if not whole & set(implementation.offered):
+        return f"{' and '.join(ENTRIES[entry].label for entry in implementation.offered)} alone"
+    return ""
+
+
+def why_nothing(records: Sequence[Record]) -> str:
+    """Why no MUST was judged: the reasons of the records, or that there were none."""
+    reasons = dict.fromkeys(record.reason for record in records if record.status is Status.NOT_JUDGED and record.reason)
+    return "; ".join(reasons) or "no MUST was selected for what this implementation offers."
 
 
 def tallies(must: Sequence[Record], met: Sequence[Record]) -> str:

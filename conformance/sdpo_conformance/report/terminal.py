@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdpo_conformance.judging.records import Status
-from sdpo_conformance.protocol import ENTRIES
+from sdpo_conformance.protocol import ENTRIES, Capability, FusedSDPOLossInput, SDPOLossInput
 from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.spec import Spec
@@ -27,38 +29,99 @@ COLUMNS = {entry.value: row.column for entry, row in ENTRIES.items() if row.colu
 
 def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> None:
     """Everything a stranger needs to act: tally, failures, diagnosis, reproduction, verdict."""
+    spec = find_spec(results["spec"]["name"])
     console.print(header(results), highlight=False)
-    console.print(Padding(tally_table(results), (0, 0, 0, 2)))
+    if not results["run"].get("first_cause"):
+        console.print(Padding(tally_table(results), (0, 0, 0, 2)))
     for line in notes(results):
-        console.print(f"  {line}", highlight=False)
+        console.print(block("", [Text(line)], 2))
     failures = grouped([record for record in results["records"] if record["status"] == Status.FAILED])
-    primary, secondary = sorted_out(failures, find_spec(results["spec"]["name"]))
+    everywhere = raised_everywhere(failures)
+    if everywhere:
+        console.print(everywhere_text(everywhere, results))
+        failures = [group for group in failures if group not in everywhere]
+    primary, secondary = sorted_out(failures, spec)
     shown = primary[:SHOWN_FAILURES]
-    for group in shown:
-        console.print(failure_text(group), highlight=False)
+    for number, group in enumerate(shown):
+        console.print(failure_text(group, results if number == 0 else None))
     hidden = primary[SHOWN_FAILURES:]
     if hidden:
         ids = ", ".join(group[0]["requirement"] for group in hidden)
-        console.print(f"      and {len(hidden)} more: {ids}", highlight=False)
+        console.print(block("", [Text(f"and {len(hidden)} more: {ids}")], 6))
     if secondary:
         ids = ", ".join(dict.fromkeys(group[0]["requirement"] for group in secondary))
-        console.print(f"      wrong for a reason reported above: {ids}", highlight=False)
-    for text in diagnosis_lines(results.get("diagnosis")):
-        console.print(text, highlight=False)
-    if shown:
-        best = next((group[0] for group in shown if group[0]["failure"].get("reproduction")), None)
-        if best:
-            program = folder / best["failure"]["reproduction"]
-            console.print(
-                Text.assemble(
-                    ("reproduce  ", "bold"),
-                    f"python {program}",
-                    "   (plain PyTorch and a .safetensors, no harness)",
-                )
-            )
+        console.print(block("", [Text(f"wrong for a reason reported above: {ids}")], 6))
+    if not everywhere:
+        for index, text in enumerate(diagnosis_lines(results.get("diagnosis"))):
+            console.print(block("" if index else "diagnosis", [text], LABEL))
+    best = next((group[0] for group in [*everywhere, *shown] if group[0]["failure"].get("reproduction")), None)
+    if best:
+        program = folder / best["failure"]["reproduction"]
+        console.print(
+            Text.assemble(
+                ("reproduce  ", "bold"),
+                f"python {program}",
+                "   (exits 1 while the defect is there, 125 where it cannot run)",
+            ),
+            soft_wrap=True,
+        )
     verdict = results["verdict"]
     style = "bold green" if verdict["passed"] else "bold red"
-    console.print(Text.assemble(("verdict    ", "bold"), (verdict["text"], style)))
+    console.print(block("verdict", [Text(verdict["text"], style=style)], LABEL))
+
+
+LABEL = 11
+"""Width of diagnosis, reproduce, verdict and the space behind."""
+
+EVERYWHERE = 3
+"""So many requirements that end in the same error are one finding."""
+
+
+def block(label: str, lines: Sequence[Text], width: int, style: str = "bold") -> Table:
+    """A label, and behind it lines that are wrapped under themselves."""
+    table = Table.grid()
+    table.add_column(width=width)
+    table.add_column(overflow="fold")
+    for number, line in enumerate(lines):
+        table.add_row(Text(label if number == 0 else "", style=style), line)
+    return table
+
+
+def raised_everywhere(failures: Sequence[list[Mapping[str, Any]]]) -> list[list[Mapping[str, Any]]]:
+    """The failures that are one and the same error, where it is most of them."""
+    by_error: dict[str, list[list[Mapping[str, Any]]]] = {}
+    for group in failures:
+        failure = group[0]["failure"]
+        if failure.get("kind") == "error":
+            words = str(failure["summary"]).partition(" raised ")[2] or str(failure["summary"])
+            by_error.setdefault(re.sub(r"\d+", "N", words), []).append(group)
+    largest = max(by_error.values(), key=len, default=[])
+    return largest if len(largest) >= EVERYWHERE and 2 * len(largest) > len(failures) else []
+
+
+def everywhere_text(groups: Sequence[Sequence[Mapping[str, Any]]], results: Mapping[str, Any]) -> Table:
+    """One block for all of them: the error, the user's line, the fields that the input has."""
+    record = groups[0][0]
+    failure = record["failure"]
+    ids = ", ".join(group[0]["requirement"] for group in groups)
+    lines = [Text(f"{failure['summary']}")]
+    where = failure.get("where") or results.get("places", {}).get(record["entry"], "")
+    if where:
+        lines.append(Text(f"at {where}"))
+    if fields := fields_of(record["entry"]):
+        lines.append(Text(f"{record['entry']} gets {fields}", style="dim"))
+    lines.append(Text(f"the same in {len(groups)} requirements: {ids}", style="dim"))
+    return block("raises", lines, 8, "bold red")
+
+
+def fields_of(entry: str) -> str:
+    """What an entry is called with: the fields of its input, or its arguments."""
+    inputs: dict[str, Any] = {Capability.LOSS.value: SDPOLossInput, Capability.FUSED.value: FusedSDPOLossInput}
+    if entry not in inputs:
+        return f"{ENTRIES[Capability(entry)].signature}"
+    training = ", ".join(f"training.{one}" for one in ("alpha", "is_clip", "kl_reg_weight"))
+    names = [one.name for one in fields(inputs[entry]) if one.name != "training"]
+    return f"loss_input with {', '.join(names)}, {training}"
 
 
 def header(results: Mapping[str, Any]) -> Text:
@@ -71,7 +134,7 @@ def header(results: Mapping[str, Any]) -> Text:
         device,
         ", ".join(run["dtypes"]) or "no dtype",
         f"profile {run['profile']}, seed {run['seed']}",
-        f"{run['seconds']:.0f} s",
+        f"{run['seconds']:.1f} s",
     ]
     return Text(" · ".join(parts), style="bold")
 
@@ -119,7 +182,13 @@ def label(record: Mapping[str, Any]) -> str:
 
 
 def notes(results: Mapping[str, Any]) -> Iterator[str]:
-    """What limits the verdict."""
+    """What limits the verdict, and what is expected to fail, with the reasons."""
+    told: set[tuple[str, str]] = set()
+    for record in results["records"]:
+        key = (record["requirement"], record["reason"])
+        if record["status"] in (Status.EXPECTED_FAILURE, Status.UNEXPECTED_PASS, Status.NOT_JUDGED) and key not in told:
+            told.add(key)
+            yield f"{record['requirement']} {record['status']}: {record['reason']}"
     for dtype, why in results["run"]["refused_dtypes"].items():
         yield f"{dtype} not judged: {why}"
     slow = [record["requirement"] for record in results["records"] if record["out_of_time"]]
@@ -149,31 +218,29 @@ def sorted_out(
     return primary, [group for group in failures if group not in primary]
 
 
-def failure_text(group: Sequence[Mapping[str, Any]]) -> Text:
-    """The id, the rule, expected and got, and the input in words."""
+def failure_text(group: Sequence[Mapping[str, Any]], results: Mapping[str, Any] | None = None) -> Table:
+    """The id, the rule, expected and got, and the input in words; with ``results`` also the user's file and line."""
     record = group[0]
     failure = record["failure"]
-    indent = "\n" + " " * 8
-    text = Text.assemble((f"{record['requirement']:<7} ", "bold red"), record["statement"])
-    if record["level"] == Level.SHOULD:
-        text.append(" (SHOULD)", style="dim")
+    level = Text(" (SHOULD)", style="dim") if record["level"] == Level.SHOULD else Text("")
+    lines = [Text.assemble(record["statement"], level)]
     entries = ", ".join(COLUMNS.get(entry["entry"], "") for entry in group if entry["entry"] in COLUMNS)
     if failure.get("kind") == "error":
-        text.append(f"{indent}{failure['summary']}")
+        lines.append(Text(failure["summary"]))
     else:
-        text.append(f"{indent}{failure['aspect']}: expected {failure['expected']}, got {failure['got']}")
+        lines.append(Text(f"{failure['aspect']}: expected {failure['expected']}, got {failure['got']}"))
         if failure.get("detail"):
-            text.append(f"{indent}{failure['detail']}")
+            lines.append(Text(failure["detail"]))
+    where = failure.get("where") or (results or {}).get("places", {}).get(record["entry"], "")
+    if where:
+        lines.append(Text(f"at {where}"))
     if failure.get("words"):
-        text.append(f"{indent}on {failure['words']}", style="dim")
+        lines.append(Text(f"on {failure['words']}", style="dim"))
     if entries:
-        text.append(f"{indent}through: {entries}", style="dim")
-    return text
+        lines.append(Text(f"through: {entries}", style="dim"))
+    return block(record["requirement"], lines, 8, "bold red")
 
 
-def diagnosis_lines(diagnosis: Mapping[str, Any] | None) -> Iterator[Text]:
-    """The diagnosis's own lines, under one heading."""
-    if not diagnosis:
-        return
-    for index, line in enumerate(diagnosis["lines"]):
-        yield Text.assemble(("diagnosis  " if index == 0 else " " * 11, "bold"), line)
+def diagnosis_lines(diagnosis: Mapping[str, Any] | None) -> list[Text]:
+    """The diagnosis's own lines."""
+    return [Text(line) for line in diagnosis["lines"]] if diagnosis else []

@@ -50,12 +50,13 @@ def failure_of(
             "detail": error.details,
             "probe": "raises",
             "secondary": False,
+            "where": error.where,
         }
         outcome = None
     case = error.case
     if case is not None:
         key = record_key(requirement.id, entry.value)
-        found["words"] = spec.parts.describe(case)
+        found["words"] = "; ".join(filter(None, [spec.parts.describe(case), not_finite(case, outcome)]))
         found["observed"] = save_observed(folder, key, case, outcome)
         other = error.extra.get("other") if isinstance(error, Disagreement) else None
         found["reproduction"] = write_reproduction(
@@ -66,6 +67,26 @@ def failure_of(
         if isinstance(error, Disagreement) and "reproduction" in error.extra:
             found["reproduction"] = error.extra["reproduction"](folder, requirement, target, device)
     return found
+
+
+def not_finite(case: Case, outcome: Outcome | None) -> str:
+    """Which tensors hold NaN or infinities, and where first: inputs, then results and gradients."""
+    tensors: dict[str, Tensor] = dict(case.tensors())
+    if outcome is not None:
+        tensors |= {f"result {name}": value for name, value in outcome.result.items() if isinstance(value, Tensor)}
+        tensors |= {f"gradient to {name}": value for name, value in outcome.gradients.items() if value is not None}
+    found = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        kinds = {"NaN": tensor.isnan(), "-inf": tensor == -torch.inf, "inf": tensor == torch.inf}
+        for kind, mask in kinds.items():
+            if bool(mask.any()):
+                places = mask.nonzero()
+                first = f" at ({', '.join(map(str, places[0].tolist()))})" if tensor.dim() else ""
+                more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+                found.append(f"{kind} in {name}{first}{more}")
+    return ", ".join(found)
 
 
 def save_observed(folder: Path, key: str, case: Case, outcome: Outcome | None) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-ADAPTER = '''"""Makes my SDPO loss callable by sdpo-conformance: sdpo-conformance run {name}"""
+from sdpo_conformance.files import write_text
+
+ADAPTER = '''"""Makes my SDPO loss callable by sdpo-conformance: sdpo-conformance check {name}"""
 
 from mypkg.loss import my_loss  # your function
 
@@ -34,8 +36,9 @@ def compute_sdpo_loss(loss_input):
 
 
 def write_adapter(path: Path) -> None:
-    """Write the template; raises FileExistsError rather than overwrite."""
+    """Write the template; raises FileExistsError rather than overwrite, ValueError for a name that is no module's."""
+    if path.suffix != ".py":
+        raise ValueError(f"{path} does not end in .py, so `run` could not load it; name it {path}.py")
     if path.exists():
         raise FileExistsError(f"{path} exists; name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(ADAPTER.format(name=path), encoding="utf-8")
+    write_text(path, ADAPTER.format(name=path))

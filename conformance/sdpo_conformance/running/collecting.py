@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from sdpo_conformance.judging.records import Record, Status, read_records, recor
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.report.results import results_of
 from sdpo_conformance.reproduction.failure import failure_of
-from sdpo_conformance.running.folder import RESULTS
+from sdpo_conformance.running.folder import DIAGNOSING, RESULTS
 
 
 def collect(run: Any) -> None:
     """Write results.json for a finished session (``plugin.Session``)."""
     folder: Path = run.folder
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    if run.options.first_cause:
+        plan = [one for one in plan if (folder / "records" / f"{record_key(**one)}.json").exists()]
     for entry in plan:
         key = record_key(entry["requirement"], entry["entry"])
         if not (folder / "records" / f"{key}.json").exists():
@@ -31,6 +35,7 @@ def collect(run: Any) -> None:
     order = list(run.spec.requirements())
     ordered.sort(key=lambda record: (list(Capability).index(Capability(record.entry)), order.index(record.requirement)))
     dtypes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "dtypes").glob("*.json"))]
+    (folder / DIAGNOSING).touch()
     results = results_of(
         run.implementation,
         run.spec,
@@ -43,12 +48,37 @@ def collect(run: Any) -> None:
             "profile": run.profile.name,
             "seed": run.seed,
             "only": list(run.only),
+            "first_cause": run.options.first_cause,
             "seconds": round(time.time() - run.started, 2),
             "versions": versions(),
         },
         folder=folder,
     )
+    results["places"] = {
+        entry.value: place(getattr(run.implementation.object, entry.value)) for entry in entries_of(plan)
+    }
     write_json(folder / RESULTS, results)
+    (folder / DIAGNOSING).unlink()
+
+
+def entries_of(plan: list[dict[str, str]]) -> list[Capability]:
+    """The entries of a plan, each once."""
+    return [Capability(name) for name in dict.fromkeys(one["entry"] for one in plan)]
+
+
+def place(function: Any) -> str:
+    """``path/to/loss.py:12``, where the user wrote the function; empty where Python cannot tell."""
+    function = inspect.unwrap(function)
+    function = getattr(function, "func", function)
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if code is None:
+        code = getattr(getattr(type(function), "forward", None), "__code__", None)
+    if code is None:
+        return ""
+    path = Path(code.co_filename)
+    with suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    return f"{path}:{code.co_firstlineno}"
 
 
 def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> Record:

@@ -189,7 +189,9 @@ def expected_failures(path: Path, spec: Spec) -> dict[str, str]:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{path}:{number}: no requirement {id!r}{hint}")
         if not reason.strip():
-            raise ValueError(f"{path}:{number}: {id} has no reason; expected a line such as '{id} padding is finite here'")
+            raise ValueError(
+                f"{path}:{number}: {id} has no reason; expected a line such as '{id} padding is finite here'"
+            )
         found[id] = reason.strip()
     return found
 

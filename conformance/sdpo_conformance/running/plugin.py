@@ -11,7 +11,8 @@ import faulthandler
 import os
 import time
 from collections.abc import Iterator
-from typing import IO, Any
+from dataclasses import replace
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,7 +20,11 @@ from sdpo_conformance.files import write_json, write_text
 from sdpo_conformance.judging.records import Record, Status, record_key, write_record
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.running.folder import ERROR, start_afresh
-from sdpo_conformance.running.options import RunError, RunOptions, declare
+from sdpo_conformance.running.options import RunError, RunOptions, declare, expected_failures
+
+if TYPE_CHECKING:
+    from sdpo_conformance.judging.implementation import Implementation
+    from sdpo_conformance.specs.spec import Spec
 
 SESSION = pytest.StashKey["Session"]()
 
@@ -49,11 +54,18 @@ class Session:
                 raise pytest.UsageError(str(error)) from None
         try:
             self.check_device()
-            self.implementation = load_implementation(self.target, self.spec)
+            self.implementation = self.with_expected_failures(load_implementation(self.target, self.spec))
             self.check_claims()
         except LoadingError as error:
             write_text(self.folder / ERROR, f"{error}\n")
             raise pytest.UsageError(str(error)) from None
+
+    def with_expected_failures(self, found: Implementation) -> Implementation:
+        """The implementation with those of ``--xfails`` beside the expected failures that it claims itself."""
+        if self.options.xfails is None:
+            return found
+        expected = {**found.claims.expected_failures, **expected_failures(self.options.xfails, self.spec)}
+        return replace(found, claims=replace(found.claims, expected_failures=expected))
 
     def check_device(self) -> None:
         from sdpo_conformance.judging.implementation import LoadingError
@@ -117,7 +129,8 @@ def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
     """Ask xdist for workers before it looks at its options."""
     if config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
         if getattr(config.option, "numprocesses", None) is None:
-            config.option.numprocesses = read_options(config).workers
+            options = read_options(config)
+            config.option.numprocesses = 0 if options.first_cause else options.workers
         if getattr(config.option, "maxworkerrestart", None) is None:
             config.option.maxworkerrestart = "1000"
     return (yield)
@@ -155,6 +168,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         found = requirement_of(item)
         absent = item.name.endswith("[absent]")
         (kept if found is not None and found.id in wanted and not absent else dropped).append(item)
+    if session.options.first_cause:
+        sweeps, families = session.spec.sweeps, list(session.spec.families)
+        kept.sort(
+            key=lambda item: (
+                requirement_of(item).id in sweeps,
+                families.index(requirement_of(item).family),
+                requirement_of(item).number,
+            )
+        )
     items[:] = kept
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -239,6 +261,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         failure=failure,
     )
     write_record(session.folder, record)
+    if session.options.first_cause and names_a_rule(record, session.spec):
+        pyfuncitem.session.shouldstop = f"{found.id} failed"
     for suffix in (".json", ".safetensors"):
         (session.folder / "running" / f"{record.key}{suffix}").unlink(missing_ok=True)
     if isinstance(error, ImplementationError) and error.device_lost:
@@ -253,6 +277,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     if error is not None:
         pytest.fail(f"{found.id}: {found.statement}\n{failure['summary']}", pytrace=False)
     return result
+
+
+def names_a_rule(record: Record, spec: Spec) -> bool:
+    """Whether a failure says which rule is broken: not one that follows from another, nor one found by a sweep."""
+    bad = record.status in (Status.FAILED, Status.INTERNAL_ERROR) and record.level == "MUST"
+    return bad and not record.failure.get("secondary") and record.requirement not in spec.sweeps
 
 
 @pytest.hookimpl(trylast=True)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.running.folder import ERROR, MARKER, RESULTS
+from sdpo_conformance.files import write_json
+from sdpo_conformance.report.watcher import Watcher
+from sdpo_conformance.running.children import Interrupted, ending_on_signals, started
+from sdpo_conformance.running.folder import DIAGNOSING, ERROR, RESULTS, staged
 from sdpo_conformance.running.options import RunError, RunOptions
 from sdpo_conformance.specs import DEFAULT
 
@@ -56,8 +58,11 @@ class Report:
 
     @property
     def exit_status(self) -> int:
-        """0 conforming (or failing only as claimed), 1 not, 2 where the suite itself failed."""
+        """0 conforming (or failing only as claimed), 1 not (an unexpected pass included), 2 where the suite itself
+        failed or nothing could be judged."""
         if any(record["status"] == "internal error" for record in self.results["records"]):
+            return 2
+        if not any(record["status"] != "not judged" for record in self.results["records"]):
             return 2
         return 0 if self.passed else 1
 
@@ -81,6 +86,7 @@ def run(
     jobs: int = 0,
     out: str | Path | None = None,
     call_timeout: float = 120.0,
+    xfails: str | Path | None = None,
     progress: Progress | None = None,
     mesh: str = "",
 ) -> Report:
@@ -99,6 +105,7 @@ def run(
         jobs=jobs,
         call_timeout=call_timeout,
         out=Path(out) if out else None,
+        xfails=Path(xfails) if xfails else None,
     )
     if mesh:
         from sdpo_conformance.running.mesh_run import run_on_mesh
@@ -108,13 +115,23 @@ def run(
 
 
 def run_with(implementation: str, options: RunOptions, progress: Progress | None = None) -> Report:
-    """``run`` with its options made."""
-    folder = options.folder(implementation)
-    status, log = run_pytest(pytest_command(implementation, options), folder, progress)
-    results = folder / RESULTS
-    if not results.exists():
-        raise RunError(reason(folder, status, log))
-    return Report(json.loads(results.read_text(encoding="utf-8")), folder)
+    """``run`` with its options made. Earlier results stay until there are new ones."""
+    folder, since = options.folder(implementation), time.monotonic()
+    try:
+        with staged(folder) as stage:
+            command = pytest_command(implementation, replace(options, out=stage))
+            status, log = run_pytest(command, stage, progress)
+            if options.first_cause and not (stage / RESULTS).exists() and not (stage / ERROR).exists():
+                apart = replace(options, out=stage, first_cause=False, jobs=1)
+                status, log = run_pytest(pytest_command(implementation, apart), stage, progress)
+            if not (stage / RESULTS).exists():
+                raise RunError(reason(stage, status, log))
+            results = json.loads((stage / RESULTS).read_text(encoding="utf-8"))
+            results["run"]["seconds"] = round(time.monotonic() - since, 2)
+            write_json(stage / RESULTS, results)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    return Report(results, folder)
 
 
 def pytest_command(implementation: str, options: RunOptions) -> list[str]:
@@ -141,46 +158,64 @@ def pytest_command(implementation: str, options: RunOptions) -> list[str]:
 
 
 def run_pytest(command: Sequence[str], folder: Path, progress: Progress | None) -> tuple[int, str]:
-    """Run it, calling ``progress`` with (verdicts, planned); returns the exit status and the log's text."""
+    """Run it, telling ``progress`` how far it is; returns the exit status and the log's text. On a signal raises
+    ``Interrupted`` with what was judged so far as its ``records``."""
     environment = {"OMP_NUM_THREADS": "1", **child_environment()}
-    started = time.monotonic()
-    if (folder / RESULTS).exists() and (folder / MARKER).exists():
-        (folder / RESULTS).unlink()
-    log_path = folder.parent / f".{folder.name}.log"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("w+", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
+    since = time.monotonic()
+    seen = Seen(folder, progress)
+    log_path = folder.parent / f"{folder.name}.log"
+    try:
+        with (
+            log_path.open("w+", encoding="utf-8") as log,
+            ending_on_signals(),
+            started(command, log, environment) as process,
+        ):
             while process.poll() is None:
-                time.sleep(0.1)
-                planned = folder / "plan.json"
-                if planned.exists():
-                    if progress is not None:
-                        progress(len(list((folder / "records").glob("*.json"))), len(read_plan(planned)))
-                elif time.monotonic() - started > LOADING_SECONDS:
+                time.sleep(0.05)
+                if not seen.look() and time.monotonic() - since > LOADING_SECONDS:
                     raise RunError(f"importing the implementation took more than {LOADING_SECONDS:.0f} s")
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                try:
-                    process.wait(5)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        log.seek(0)
-        text = log.read()
-    if folder.is_dir():
-        os.replace(log_path, folder / "pytest.log")
-    else:
-        log_path.unlink()
+            seen.look()
+        text = log_path.read_text(encoding="utf-8", errors="replace")
+        (folder / "pytest.log").write_text(text, encoding="utf-8")
+    except Interrupted as signalled:
+        seen.look()
+        signalled.__dict__["records"], signalled.__dict__["planned"] = seen.records, seen.planned
+        raise
+    finally:
+        log_path.unlink(missing_ok=True)
     return process.returncode, text
+
+
+class Seen:
+    """What a run has left in its folder so far, told to a progress as it appears."""
+
+    def __init__(self, folder: Path, progress: Progress | None) -> None:
+        self.folder, self.progress = folder, progress
+        self.names: set[str] = set()
+        self.records: list[dict[str, Any]] = []
+        self.planned = 0
+        self.told = ""
+
+    def look(self) -> bool:
+        """Read what is new; whether the run has a plan yet."""
+        plan = self.folder / "plan.json"
+        if not plan.exists():
+            return False
+        self.planned = self.planned or len(read_plan(plan))
+        for path in sorted((self.folder / "records").glob("[!.]*.json")):
+            if path.name not in self.names:
+                self.names.add(path.name)
+                self.records.append(json.loads(path.read_text(encoding="utf-8")))
+                if isinstance(self.progress, Watcher):
+                    self.progress.verdict(self.records[-1])
+        if self.progress is not None:
+            self.progress(len(self.records), self.planned)
+        diagnosing = (self.folder / DIAGNOSING).exists() and not (self.folder / RESULTS).exists()
+        phase = "diagnosing" if diagnosing or self.told == "diagnosing" else "judging"
+        if isinstance(self.progress, Watcher) and phase != self.told:
+            self.told = phase
+            self.progress.phase(phase)
+        return True
 
 
 def read_plan(path: Path) -> list[Any]:
@@ -214,9 +249,14 @@ def reason(folder: Path, status: int, log: str) -> str:
         return error.read_text(encoding="utf-8").strip()
     if status < 0:
         name = signal.Signals(-status).name
-        return f"importing the implementation crashed the process ({name}); see {folder}/pytest.log"
+        return f"importing the implementation crashed the process ({name}){last_words(log)}"
     lines = [line.removeprefix("ERROR: ").strip() for line in log.splitlines() if line.startswith("ERROR: ")]
     if lines:
         return lines[0]
-    tail = [line for line in log.splitlines() if line.strip()]
-    return f"pytest ended with status {status}: {tail[-1] if tail else 'no output'}; see {folder}/pytest.log"
+    return f"pytest ended with status {status}{last_words(log) or ': no output'}"
+
+
+def last_words(log: str) -> str:
+    """The last line of a log that says something, or nothing."""
+    tail = [line.strip() for line in log.splitlines() if line.strip()]
+    return f": {tail[-1][:300]}" if tail else ""
