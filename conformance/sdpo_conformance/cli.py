@@ -127,7 +127,7 @@ def run_command(
 
     Exit status: 0 conforming or failing only as expected, 1 not (an unexpected pass included), 2 could not run.
     """
-    from sdpo_conformance.running.judge import Outputs, judge_and_report
+    from sdpo_conformance.judge_command import Outputs, judge_and_report
     from sdpo_conformance.running.options import RunOptions
 
     with one_line_errors():
@@ -164,7 +164,7 @@ def check(
     """
     from dataclasses import replace
 
-    from sdpo_conformance.running.judge import Outputs, judge_and_report
+    from sdpo_conformance.judge_command import Outputs, judge_and_report
     from sdpo_conformance.running.options import RunOptions
 
     with one_line_errors():
@@ -278,7 +278,7 @@ def main() -> None:
         with ending_on_signals():
             app()
     except Interrupted as signalled:
-        from sdpo_conformance.running.judge import print_interrupted
+        from sdpo_conformance.judge_command import print_interrupted
 
         print_interrupted(signalled)
         sys.stdout.flush()

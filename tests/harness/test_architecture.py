@@ -10,7 +10,7 @@ HARNESS = ROOT / "conformance" / "sdpo_conformance"
 IMPLEMENTATIONS = ROOT / "implementations" / "sdpo_implementations"
 
 LAYERS = (
-    ("cli", "__main__", "__init__"),
+    ("cli", "judge_command", "parametrize", "__main__", "__init__"),
     ("audit", "bench", "matrix"),
     ("running",),
     ("report",),

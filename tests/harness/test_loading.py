@@ -55,11 +55,11 @@ def test_what_is_wrong_with_a_file(tmp_path: Path, source: str, words: str) -> N
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("no_such_module.loss", "no module 'no_such_module'.*searched.*--with"),
+        ("no_such_module.loss", "no module 'no_such_module'.*searched"),
         ("json:nothing", "has no attribute 'nothing'"),
         ("nowhere/loss.py", r"nowhere/loss.py does not exist \(looked in"),
         ("defect:no-such-defect", "no defect is called .no-such-defect."),
-        ("", "--impl is empty"),
+        ("", "no implementation was named"),
         (".relative", "relative"),
     ],
 )
