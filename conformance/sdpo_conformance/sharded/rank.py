@@ -58,8 +58,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of ``entry`` on this rank's ``part``. ``backward``: 0, 1 or 2 backward passes on one graph.
-    ``k`` for the teacher's top-k; ``grad_mode``: "enabled", "no_grad" or "inference"."""
+    """One call of ``entry`` on this rank's ``part``. ``backward``: how many backward passes. ``before``: another part,
+    whose graph is made first, is alive through the call, and is differentiated last.
+    ``target``: another implementation than the pool's. ``k`` for the teacher's top-k;
+    ``grad_mode``: "enabled", "no_grad" or "inference"."""
 
     entry: str
     part: Part
@@ -67,6 +69,7 @@ class Request:
     k: int = 0
     grad_mode: str = "enabled"
     before: Part | None = None
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def serve(connection: Connection, setting: Setting, rank: int) -> None:
     send(connection, Ready(offered, implementation.claims))
     while True:
         request: Request = pickle.loads(connection.recv_bytes())
-        send(connection, answered(implementation.object, implementation.claims, mesh, device, request))
+        found = load_implementation(request.target) if request.target else implementation
+        send(connection, answered(found.object, found.claims, mesh, device, request))
 
 
 def takes_mesh(implementation: Any, entry: Capability) -> bool:
@@ -219,31 +223,35 @@ def answer(implementation: Any, claims: Claims, mesh: Any, device: torch.device,
     function = getattr(implementation, entry.value)
     tensors = placed(request.part, mesh, device, claims.dtensor, asks=request.grad_mode == "enabled")
     mode = {"enabled": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
-    kept = None
+    kept, earlier = None, {}
     with mode[request.grad_mode]():
         if request.before is not None:
             earlier = placed(request.before, mesh, device, claims.dtensor, asks=True)
-            kept = called(function, entry, request.before, earlier, mesh, request.k)
+            kept = read(entry, called(function, entry, request.before, earlier, mesh, request.k), True)[0]
         returned = called(function, entry, request.part, tensors, mesh, request.k)
     output, result, problems = read(entry, returned, request.grad_mode == "enabled" and request.backward > 0)
     passes = []
-    for number in range(request.backward):
-        leaves = [tensors[key] for key in request.part.differentiable]
-        if output is None or not output.requires_grad:
+    wanted = [(request.part, tensors, output)] * request.backward
+    if request.before is not None:
+        wanted.append((request.before, earlier, kept))
+    for number, (part, leaves, out) in enumerate(wanted):
+        if out is None or not out.requires_grad:
             problems = (*problems, "the output carries no graph although the student asks for a gradient")
             break
         found = torch.autograd.grad(
-            output, leaves, incoming(request.part, entry, output), retain_graph=number + 1 < request.backward,
+            out,
+            [leaves[key] for key in part.differentiable],
+            incoming(part, entry, out),
+            retain_graph=number + 1 < request.backward,
             allow_unused=True,
-        )  # fmt: skip
+        )
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        passes.append({key: local(gradient) for key, gradient in zip(request.part.differentiable, found, strict=True)})
+        passes.append({key: local(gradient) for key, gradient in zip(part.differentiable, found, strict=True)})
         for key, gradient in passes[-1].items():
-            if gradient is not None and gradient.shape != request.part.tensors[key].shape:
-                shape, wanted = tuple(gradient.shape), tuple(request.part.tensors[key].shape)
-                problems = (*problems, f"the gradient to {key} has shape {shape}, not {wanted}")
-    del kept
+            if gradient is not None and gradient.shape != part.tensors[key].shape:
+                shape, right = tuple(gradient.shape), tuple(part.tensors[key].shape)
+                problems = (*problems, f"the gradient to {key} has shape {shape}, not {right}")
     return Answer(result, tuple(passes), touched(request.part, tensors), problems)
 
 

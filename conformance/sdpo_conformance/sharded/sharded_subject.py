@@ -27,9 +27,10 @@ Change = Callable[[ShardedCase], ShardedCase | None]
 
 @dataclass
 class ShardedSubject(Subject):
-    """A ``Subject`` whose calls go to every rank of ``pool``."""
+    """A ``Subject`` whose calls go to every rank of ``pool``; ``target``: another implementation than the pool's."""
 
     pool: Pool = field(kw_only=True)
+    target: str = ""
 
     @property
     def mesh(self) -> MeshShape:
@@ -69,7 +70,7 @@ class ShardedSubject(Subject):
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """One request per rank."""
-        return self.pool.call(requests)
+        return self.pool.call([replace(request, target=self.target) for request in requests])
 
     def answers(self, case: ShardedCase, backward: int = 1, **options: Any) -> list[Answer]:
         """What every rank returns on its part of ``case``."""

@@ -20,6 +20,7 @@ from sdpo_implementations.triton_fused.trainer import distill
 SDPO_CLAIMS: dict[str, Any] = {
     "dtypes": ["float32", "bfloat16", "float16"],
     "devices": ["cpu", "cuda"] if INTERPRETED else ["cuda"],
+    "mesh": ["dp", "cp", "tp"],
 }
 
 __all__ = [

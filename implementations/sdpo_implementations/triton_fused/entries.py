@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo_implementations.triton_fused import sharded
 from sdpo_implementations.triton_fused.autograd import (
     FusedDivergence,
     FusedLoss,
@@ -43,6 +44,8 @@ def compute_fused_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
     it requires a gradient) and ``distill_loss``, ``kl_reg``, ``mean_is_ratio``, ``clip_fraction`` (0-dim
     float32 tensors without graph: reading one is what waits for the device). Raises ValueError.
     """
+    if getattr(loss_input, "mesh", None) is not None:
+        return sharded.compute_fused_sdpo_loss(loss_input)
     hidden, head = loss_input.student_hidden, loss_input.lm_head_weight
     check_features("student_hidden", hidden)
     check_head(head, "student_hidden", hidden)
@@ -56,6 +59,8 @@ def compute_fused_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
 
 def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
     """The same from ``student_logits`` (B, T, V): CLaaS's own entry, field for field."""
+    if getattr(loss_input, "mesh", None) is not None:
+        return sharded.compute_sdpo_loss(loss_input)
     logits = loss_input.student_logits
     check_features("student_logits", logits)
     tokens = read_tokens(loss_input, "student_logits", logits, logits.shape[-1])
@@ -65,13 +70,26 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
 
 
 def compute_divergence(
-    student_hidden: Tensor, lm_head_weight: Tensor, teacher_logprobs: Tensor, teacher_indices: Tensor, alpha: float
+    student_hidden: Tensor,
+    lm_head_weight: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_indices: Tensor,
+    alpha: float,
+    *,
+    mesh: Any = None,
+    vocab_start: int = 0,
+    vocab_size: int = 0,
 ) -> Tensor:
     """The generalised Jensen-Shannon divergence alone, (B, T) float32, differentiable. 0 <= alpha < 1.
 
     Without the importance ratio this is not SDPO: the caller owes it, and the refresh of the behaviour
     log-probs between steps. Raises ValueError, also for alpha >= 1, which needs the response tokens.
+    With ``mesh``, from this rank's rows of the head.
     """
+    if mesh is not None:
+        return sharded.compute_divergence(
+            student_hidden, lm_head_weight, teacher_logprobs, teacher_indices, alpha, mesh, vocab_start, vocab_size
+        )
     check_features("student_hidden", student_hidden)
     check_head(lm_head_weight, "student_hidden", student_hidden)
     check_support(teacher_logprobs, teacher_indices, student_hidden, lm_head_weight.shape[0], None)
@@ -99,12 +117,24 @@ def compute_divergence(
 
 
 @torch.no_grad()
-def compute_response_logprobs(student_hidden: Tensor, lm_head_weight: Tensor, response_ids: Tensor) -> Tensor:
+def compute_response_logprobs(
+    student_hidden: Tensor,
+    lm_head_weight: Tensor,
+    response_ids: Tensor,
+    *,
+    mesh: Any = None,
+    vocab_start: int = 0,
+    vocab_size: int = 0,
+) -> Tensor:
     """log_softmax(hidden @ head.T) at the response tokens, (B, T) float32, without graph.
 
     Position t of ``student_hidden`` (B, T, H) predicts ``response_ids`` (B, T) at t: slicing the model's
-    output to start-1 .. -2 is the caller's part. Raises ValueError.
+    output to start-1 .. -2 is the caller's part. Raises ValueError. With ``mesh``, from this rank's rows of the head.
     """
+    if mesh is not None:
+        return sharded.compute_response_logprobs(
+            student_hidden, lm_head_weight, response_ids, mesh, vocab_start, vocab_size
+        )
     check_features("student_hidden", student_hidden)
     check_head(lm_head_weight, "student_hidden", student_hidden)
     check_response_ids(response_ids, student_hidden, lm_head_weight.shape[0], None)
@@ -118,12 +148,22 @@ def compute_response_logprobs(student_hidden: Tensor, lm_head_weight: Tensor, re
 
 
 @torch.no_grad()
-def compute_teacher_topk(teacher_hidden: Tensor, lm_head_weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def compute_teacher_topk(
+    teacher_hidden: Tensor,
+    lm_head_weight: Tensor,
+    k: int,
+    *,
+    mesh: Any = None,
+    vocab_start: int = 0,
+    vocab_size: int = 0,
+) -> tuple[Tensor, Tensor]:
     """The teacher's support: the k largest log-probs of log_softmax(hidden @ head.T), largest first.
 
     Returns (log-probs float32, indices int64), each (B, T, min(max(1, k), V)), normalised over the whole
-    vocabulary, without graph. Raises ValueError.
+    vocabulary, without graph. Raises ValueError. With ``mesh``, from this rank's rows of the head.
     """
+    if mesh is not None:
+        return sharded.compute_teacher_topk(teacher_hidden, lm_head_weight, k, mesh, vocab_start, vocab_size)
     check_features("teacher_hidden", teacher_hidden)
     check_head(lm_head_weight, "teacher_hidden", teacher_hidden)
     k = min(max(1, int(k)), lm_head_weight.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdpo_conformance.specs.claas.defects.defect import Defect, Implementation, combine
 from sdpo_conformance.specs.claas.defects.sources import Citation
@@ -64,8 +64,13 @@ def find(name: str) -> Defect:
     return known[name]
 
 
-def load(name: str) -> Implementation:
-    """The executable form of a defect, as ``--impl=defect:NAME`` takes it; raises UnknownDefectError."""
+def load(name: str) -> Any:
+    """The executable form of a defect, as ``--impl=defect:NAME`` takes it, one of those on a mesh among them; raises
+    UnknownDefectError."""
+    from sdpo_conformance.specs.claas.sharded.defects import sharded_catalogue
+
+    if name in sharded_catalogue():
+        return sharded_catalogue()[name].implementation()
     return find(name).implementation()
 
 

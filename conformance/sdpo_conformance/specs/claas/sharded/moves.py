@@ -65,17 +65,26 @@ def ids_at_edges(case: ShardedCase) -> ShardedCase:
 
 
 def one_shard_far_below(case: ShardedCase, place: int, distance: float) -> ShardedCase | None:
-    """The logits of one shard lowered so far that its own maximum is of no use to the others, the rest left."""
+    """The logits of one shard lowered so far that its own maximum is of no use to the others, the rest left. Through
+    hidden states: one column more, 1 in each of them and -distance in the shard's rows of the head."""
     loss_input = case.loss_input
-    if not isinstance(loss_input, SDPOLossInput) or not len(owned(case, place)):
+    if not len(owned(case, place)):
         return None
-    logits = loss_input.student_logits.clone()
-    logits[..., owned(case, place)[0] : owned(case, place)[-1] + 1] -= distance
-    chosen = case.truth.chosen
-    moved = case.with_fields(student_logits=logits)
-    step = moved.truth.chosen - chosen
+    rows = slice(owned(case, place)[0], owned(case, place)[-1] + 1)
+    if isinstance(loss_input, SDPOLossInput):
+        logits = loss_input.student_logits.clone()
+        logits[..., rows] -= distance
+        moved = case.with_fields(student_logits=logits)
+    else:
+        hidden, head = loss_input.student_hidden, loss_input.lm_head_weight
+        column = torch.zeros_like(head[:, :1])
+        column[rows] = -distance
+        moved = case.with_fields(
+            student_hidden=torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1),
+            lm_head_weight=torch.cat([head, column], -1),
+        )
+    step = moved.truth.chosen - case.truth.chosen
     old, base = loss_input.old_student_logprobs, loss_input.base_logprobs
-    final = moved.with_fields(
+    return moved.with_fields(
         old_student_logprobs=(old.double() + step).to(old.dtype), base_logprobs=(base.double() + step).to(base.dtype)
     )
-    return final

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sdpo_conformance.judging.compare import Disagreement
-from sdpo_conformance.sharded.compare_ranks import compare_ranks, expected_of
+from sdpo_conformance.sharded.compare_ranks import compare_ranks, complaints, expected_of
 from sdpo_conformance.sharded.cut import ShardedCase, part_of, sharded
 from sdpo_conformance.sharded.draw import Cuts
 from sdpo_conformance.sharded.rank import Request
@@ -79,11 +81,20 @@ def mesh_3(subject: ShardedSubject) -> None:
         other = case.with_fields(
             response_mask=torch.ones_like(mask), response_ids=case.loss_input.response_ids.flip(-1)
         )
+        theirs = expected_of(other, subject.entry)
         requests = [
-            Request(subject.entry.value, part_of(case, rank), 1, before=part_of(other, rank))
+            Request(subject.entry.value, part_of(case, rank), 2, before=part_of(other, rank))
             for rank in range(subject.mesh.ranks)
         ]
-        found = compare_ranks(case, subject.entry, subject.ask(requests), ALL, expected)
+        answers = subject.ask(requests)
+        complaints(answers, "gradient")
+        found = compare_ranks(case, subject.entry, answers, ALL, expected)
+        for number, (one, truth) in ((1, (case, expected)), (2, (other, theirs))):
+            if found is None and truth.attainable:
+                passed = [replace(answer, gradients=answer.gradients[number:]) for answer in answers]
+                found = compare_ranks(one, subject.entry, passed, ("gradient",), truth)
+                if found is not None:
+                    found.detail = "in a second backward" if number == 1 else "once another graph was made and used"
         if found is not None:
             found.secondary = subject.wrong_on_ranks(case, ALL)
             raise found
