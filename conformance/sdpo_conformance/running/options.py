@@ -27,7 +27,8 @@ class RunOptions:
     these (none: what the implementation claims or takes); ``only``: requirements or families (none: all); ``jobs``:
     worker processes, 0: one per core, at most 8, 4 on a GPU; ``call_timeout``: seconds one call of the implementation
     may take; ``out``: folder for results, None: ``.sdpo-conformance/IMPL``; ``xfails``: a file of expected failures, a
-    requirement id and its reason a line; ``first_cause``: stop at the first failure that names a rule.
+    requirement id and its reason a line; ``first_cause``: stop at the first failure that names a rule; ``mesh``: judge
+    on ranks, "tp=2,dp=2", by the sharded requirements.
 
     Raises RunError for a value that no run can have.
     """
@@ -43,6 +44,7 @@ class RunOptions:
     out: Path | None = None
     xfails: Path | None = None
     first_cause: bool = False
+    mesh: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -52,7 +54,7 @@ class RunOptions:
         self._one_of("profile", self.profile, PROFILES)
         for name in self.dtypes:
             self._one_of("dtype", name, DTYPE_NAMES)
-        for name in self.only:
+        for name in () if self.mesh else self.only:
             wanted = name.strip().upper()
             family = wanted if wanted in families else wanted.rsplit("-", 1)[0]
             self._one_of("requirement or family", family, families, shown=name)

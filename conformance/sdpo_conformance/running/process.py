@@ -106,6 +106,7 @@ def run(
         call_timeout=call_timeout,
         out=Path(out) if out else None,
         xfails=Path(xfails) if xfails else None,
+        mesh=mesh,
     )
     if mesh:
         from sdpo_conformance.running.mesh_run import run_on_mesh

@@ -160,7 +160,7 @@ def serve(connection: Connection, setting: Setting, rank: int) -> None:
     send(connection, Ready(offered, implementation.claims))
     while True:
         request: Request = pickle.loads(connection.recv_bytes())
-        found = load_implementation(request.target) if request.target else implementation
+        found = load_implementation(request.target, find_spec(DEFAULT)) if request.target else implementation
         send(connection, answered(found.object, found.claims, mesh, device, request))
 
 

@@ -1,8 +1,8 @@
 """The fused loss on one rank of a DeviceMesh: no rank ever holds another's part of the logits.
 
-tp: each rank makes its own vocabulary's statistics; one all_reduce of K + 1 + 2 TP numbers a token (the logits at
-support and response, and a maximum and a sum for each rank) gives every rank the same token terms. The gradient to
-the hidden states is summed over tp once. dp, cp: one all_reduce of six numbers.
+tp: each rank makes its own vocabulary's statistics; one all_reduce of K + 2 + 2 TP numbers a token (the logits at
+support and response, how many ids there are, and a maximum and a sum for each rank) gives every rank the same token
+terms. The gradient to the hidden states is summed over tp once. dp, cp: one all_reduce of six numbers.
 
 Ids are local here: id - vocab_start. The kernels leave out ids outside the head they are given.
 """
@@ -45,8 +45,8 @@ from sdpo_implementations.triton_fused.runtime import Fork, on_device
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's stretch of the vocabulary: ``held`` ids from ``start`` on, place ``place`` of ``ranks`` in ``group``
-    (None where nothing is cut along tp)."""
+    """This rank's stretch of the vocabulary of ``size``: ``held`` ids from ``start`` on; place ``place`` of ``ranks``
+    in ``group`` (None where nothing is cut along tp)."""
 
     mesh: Any
     group: Any
@@ -54,22 +54,23 @@ class Shard:
     ranks: int
     start: int
     held: int
+    size: int
 
     @classmethod
     def of(cls, mesh: Any, start: int, size: int, rows: int, device: torch.device) -> Shard:
         """Raises ValueError where the ranks of tp do not hold the vocabulary once."""
         group = group_of(mesh, "tp")
         held = max(0, min(rows, size - start))
-        place, ranks = 0, 1
-        total = held
-        if group is not None:
+        if group is None:
+            place, ranks, total = 0, 1, held
+        else:
             place, ranks = mesh.get_local_rank("tp"), dist.get_world_size(group)
-            total = _held_by_all(group, held, start, size, device)
+            total = held_by_all(held, group) if device.type == "cpu" else size
         if total != size:
             raise ValueError(
-                f"the ranks of tp hold {total} ids of a vocabulary of {size}: each its own from vocab_start on"
+                f"the ranks of tp hold {total} ids of a vocabulary of {size}: each its own stretch from vocab_start on"
             )
-        return cls(mesh, group, place, ranks, start, held)
+        return cls(mesh, group, place, ranks, start, held, size)
 
     def local(self, ids: Tensor) -> Tensor:
         """Global ids as this rank counts them; those of other ranks lie outside [0, held)."""
@@ -79,19 +80,12 @@ class Shard:
         return (local >= 0) & (local < self.held)
 
 
-_CHECKED: dict[tuple[Any, int, int, int], int] = {}
-
-
-def _held_by_all(group: Any, held: int, start: int, size: int, device: torch.device) -> int:
-    """How many ids the group holds together. Asked once for each cut: on a GPU the answer stalls the queue. Whether
-    to ask is decided by all alike, or one would wait for ever."""
-    key = (group, held, start, size)
-    asks = torch.tensor([int(key not in _CHECKED), held], device=device)
-    if key in _CHECKED and device.type != "cpu":
-        return _CHECKED[key]
-    dist.all_reduce(asks, group=group)
-    _CHECKED[key] = int(asks[1])
-    return _CHECKED[key]
+def held_by_all(held: int, group: Any) -> int:
+    """How many ids the ranks hold together. On the CPU alone: on a GPU the answer would stall the queue, and
+    ``combined`` gives NaN instead."""
+    total = torch.tensor(held)
+    dist.all_reduce(total, group=group)
+    return int(total)
 
 
 @dataclass(frozen=True)
@@ -109,17 +103,20 @@ class Statistics:
 def combined(at_support: Tensor | None, chosen: Tensor, row_max: Tensor, log_sum: Tensor, shard: Shard) -> Statistics:
     """One all_reduce. Each rank puts its maximum and sum into places of its own, so that a sum brings them to all."""
     n_rows, wide = chosen.shape[0], 0 if at_support is None else at_support.shape[1]
-    packed = torch.zeros((n_rows, wide + 1 + 2 * shard.ranks), dtype=torch.float32, device=chosen.device)
+    packed = torch.zeros((n_rows, wide + 2 + 2 * shard.ranks), dtype=torch.float32, device=chosen.device)
     if at_support is not None:
         packed[:, :wide] = at_support
     packed[:, wide] = chosen
-    packed[:, wide + 1 + shard.place] = row_max
-    packed[:, wide + 1 + shard.ranks + shard.place] = log_sum.exp()
+    packed[:, wide + 1] = shard.held
+    packed[:, wide + 2 + shard.place] = row_max
+    packed[:, wide + 2 + shard.ranks + shard.place] = log_sum.exp()
     if shard.group is not None:
         dist.all_reduce(packed, group=shard.group)
-    maxima, sums = packed[:, wide + 1 : wide + 1 + shard.ranks], packed[:, wide + 1 + shard.ranks :]
+    maxima, sums = packed[:, wide + 2 :].split(shard.ranks, dim=1)
+    maxima = torch.where(sums > 0, maxima, float("-inf"))
     whole_max = maxima.amax(1)
     whole_sum = (sums.double() * (maxima - whole_max.unsqueeze(1)).double().exp()).sum(1).log()
+    whole_sum = torch.where(packed[:, wide + 1] == shard.size, whole_sum, float("nan"))
     share = ((row_max - whole_max).double() + log_sum.double() - whole_sum).exp()
     support = packed[:, :wide].contiguous() if at_support is not None else None
     return Statistics(support, packed[:, wide].contiguous(), whole_max, whole_sum.float(), share)
@@ -366,9 +363,9 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
     tokens = localised(read_tokens(loss_input, "student_logits", kept, loss_input.vocab_size), shard)
     if tokens.mask.numel() == 0:
         return empty_result(logits)
-    features = (
-        tokens.features if shard.held else torch.full_like(tokens.features, float("-inf")) + 0.0 * tokens.features
-    )
+    features = tokens.features
+    if not shard.held:
+        features = features.masked_fill(torch.ones_like(features, dtype=torch.bool), float("-inf"))
     return result(*ShardedLogitsLoss.apply(features, tokens, shard))
 
 
@@ -416,7 +413,7 @@ def compute_response_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, mesh: A
 def compute_teacher_topk(
     hidden: Tensor, head: Tensor, k: int, mesh: Any, start: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    """``triton_fused.compute_teacher_topk`` on one rank: the k largest of all ranks' candidates, alike on every rank."""
+    """``triton_fused.compute_teacher_topk`` on one rank: the k largest of all ranks, alike on every one."""
     check_features("teacher_hidden", hidden)
     check_head(head, "teacher_hidden", hidden)
     shard = Shard.of(mesh, start, size, head.shape[0], hidden.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdpo_implementations.sharded_step_loop import distill_on_ranks
 from sdpo_implementations.step_loop import Kernels
 from sdpo_implementations.step_loop import distill as step_loop
 from sdpo_implementations.triton_fused.entries import (
@@ -14,11 +15,16 @@ from sdpo_implementations.triton_fused.entries import (
 )
 
 
-def distill(model: Any, samples: Sequence[Any], training: Any, optimizer_cls: Any) -> Mapping[str, Any]:
+def distill(
+    model: Any, samples: Sequence[Any], training: Any, optimizer_cls: Any, *, mesh: Any = None
+) -> Mapping[str, Any]:
     """``sdpo_implementations.step_loop.distill`` from hidden states.
 
     For a ``PeftModel`` whose logits are its last hidden states times one weight matrix and a constant; a head
-    with a bias, a final softcap or an adapter of its own is refused with a ValueError.
+    with a bias, a final softcap or an adapter of its own is refused with a ValueError. With a 1-D ``mesh``, the
+    samples, the same on every rank, are cut over its ranks (``sharded_step_loop``).
     """
     kernels = Kernels.from_hidden_states(compute_fused_sdpo_loss, compute_response_logprobs, compute_teacher_topk)
+    if mesh is not None:
+        return distill_on_ranks(model, samples, training, optimizer_cls, kernels, mesh)
     return step_loop(model, samples, training, optimizer_cls, kernels)

@@ -77,9 +77,9 @@ def mesh_3(subject: ShardedSubject) -> None:
         expected = expected_of(case, subject.entry)
         if not expected.attainable:
             return
-        mask = case.loss_input.response_mask
+        features = "student_hidden" if case.fused else "student_logits"
         other = case.with_fields(
-            response_mask=torch.ones_like(mask), response_ids=case.loss_input.response_ids.flip(-1)
+            **{features: case.tensors()[features] * 0.5}, response_mask=torch.ones_like(case.loss_input.response_mask)
         )
         theirs = expected_of(other, subject.entry)
         requests = [
