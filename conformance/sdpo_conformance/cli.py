@@ -133,7 +133,7 @@ def run_command(
     with one_line_errors():
         options = RunOptions(
             spec=spec, profile=profile, seed=seed, device=device, dtypes=tuple(dtype or ()), only=tuple(only or ()),
-            jobs=jobs, call_timeout=call_timeout, out=out, xfails=xfails,
+            jobs=jobs, call_timeout=call_timeout, out=out, xfails=xfails, mesh=mesh,
         )  # fmt: skip
         outputs = Outputs(json=json, junit=junit, sarif=sarif, html=html, base=base, annotate=annotate)
         status = judge_and_report(implementation, options, outputs, last_failed=last_failed, again=watch, mesh=mesh)
