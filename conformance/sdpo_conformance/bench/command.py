@@ -10,6 +10,7 @@ import typer
 
 
 def bench(
+    context: typer.Context,
     implementations: Annotated[
         list[str] | None,
         typer.Argument(
@@ -20,6 +21,7 @@ def bench(
     ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="add the published packages that are installed")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="small shapes and few rounds: minutes on a laptop")] = False,
+    full: Annotated[bool, typer.Option("--full", help="the whole plan even on a CPU: hours")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     dtype: Annotated[str, typer.Option(help="default: bfloat16 on CUDA, float32 on the CPU")] = "",
     workload: Annotated[
@@ -48,6 +50,12 @@ def bench(
     from sdpo_conformance.bench.workloads import Selection
     from sdpo_conformance.running.options import RunError
 
+    if not implementations and not peers:
+        print(f"{context.get_help()}\n\nsdpo-conformance bench: name an implementation, or --peers", file=sys.stderr)
+        raise typer.Exit(2)
+    if device == "cpu" and not (quick or full or workload or tokens or direction):
+        print("sdpo-conformance bench: on the CPU with --quick; --full runs the whole plan", file=sys.stderr)
+        quick = True
     selection = Selection(
         workload or (), tokens or (), direction or (), alpha or (), anchor or (), dtype, device, quick
     )
@@ -82,12 +90,13 @@ def run_command(
     from sdpo_conformance.bench.running import run_bench
     from sdpo_conformance.bench.table import print_changes, print_run
     from sdpo_conformance.bench.workloads import NOTHING_LEFT, plan, problems
+    from sdpo_conformance.files import write_text
     from sdpo_conformance.report.progress import progress_on_terminal
-    from sdpo_conformance.running.folder import start_afresh
+    from sdpo_conformance.running.folder import staged
     from sdpo_conformance.running.options import RunError
 
     baseline = read_document(baseline_path) if baseline_path is not None else None
-    targets = list(dict.fromkeys([*(implementations or ["reference"]), *(PEERS if peers else ())]))
+    targets = list(dict.fromkeys([*implementations, *(PEERS if peers else ())]))
     selection, complaints = problems(selection)
     for line in filter(NOTHING_LEFT.__ne__, complaints):
         print(f"sdpo-conformance bench: {line}", file=sys.stderr)
@@ -95,17 +104,17 @@ def run_command(
     check_tools()
     if NOTHING_LEFT in complaints:
         raise RunError(NOTHING_LEFT)
-    start_afresh(out)
-    with progress_on_terminal() as progress:
-        document = run_bench(
-            plan(selection), targets, out, time_limit=time_limit, cell_timeout=row_timeout, progress=progress
-        )
     found = None
-    if baseline is not None:
-        comparable(baseline, document)
-        found = changes(baseline, document)
-    (out / "results.md").write_text(markdown(document, targets, found), encoding="utf-8")
-    plots = write_plots(document, targets, out)
+    with staged(out) as stage:
+        with progress_on_terminal() as progress:
+            document = run_bench(
+                plan(selection), targets, stage, time_limit=time_limit, cell_timeout=row_timeout, progress=progress
+            )
+        if baseline is not None:
+            comparable(baseline, document)
+            found = changes(baseline, document)
+        write_text(stage / "results.md", markdown(document, targets, found))
+        plots = write_plots(document, targets, stage)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140

@@ -6,7 +6,6 @@ A worker that crashes, hangs or loses its GPU costs the cell it was at; another 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from sdpo_conformance.bench.cells import (
     write_plan,
 )
 from sdpo_conformance.bench.workloads import Work
+from sdpo_conformance.running.children import end_group
 from sdpo_conformance.running.options import RunError
 from sdpo_conformance.running.process import child_environment
 
@@ -115,14 +115,7 @@ def worker_command(folder: Path) -> list[str]:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End the process and what it started."""
-    if process.poll() is not None:
-        return
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    end_group(process)
 
 
 def current_cell(folder: Path, left: Sequence[Cell]) -> Cell | None:

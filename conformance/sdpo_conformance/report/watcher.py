@@ -23,10 +23,16 @@ class Watcher:
 class Lines(Watcher):
     """A line on stderr for each requirement as it ends, for logs."""
 
+    done = 0
+    verdicts = False
+
     def __call__(self, done: int, planned: int) -> None:
-        self.done, self.planned = done, planned
+        if done != self.done and not self.verdicts:
+            print(f"{done} of {planned}", file=sys.stderr, flush=True)
+        self.done = done
 
     def verdict(self, record: Mapping[str, Any]) -> None:
+        self.verdicts = True
         through = record["entry"].removeprefix("compute_")
         why = f"  {record['reason']}" if record["reason"] and record["status"] != "passed" else ""
         seconds = f"{record['seconds']:.1f} s"

@@ -74,8 +74,12 @@ def _rules(name: str) -> tuple[Rule, ...]:
 
 def defect_index(spec: Spec) -> tuple[CataloguedDefect, ...]:
     """The catalogue of ``spec``, in the order of its modules."""
-    paths = modules(f"{spec.package}.defects", "*.py")
-    return tuple(defect for path in paths for defect in defects_of(path))
+    return _defects(spec.package)
+
+
+@lru_cache
+def _defects(package: str) -> tuple[CataloguedDefect, ...]:
+    return tuple(defect for path in modules(f"{package}.defects", "*.py") for defect in defects_of(path))
 
 
 def modules(package: str, pattern: str) -> list[Path]:
@@ -162,7 +166,12 @@ def segment(lines: list[str], node: ast.expr | ast.FunctionDef) -> str:
 
 def part_source(spec: Spec, part: str) -> str:
     """How the right loss computes a part: the source of the function of that name, or an empty text."""
-    for path in modules(f"{spec.package}.defects", "*parts.py"):
+    return _part(spec.package, part)
+
+
+@lru_cache
+def _part(package: str, part: str) -> str:
+    for path in modules(f"{package}.defects", "*parts.py"):
         text = path.read_text(encoding="utf-8")
         for one in ast.parse(text).body:
             if isinstance(one, ast.FunctionDef) and one.name == part:
