@@ -65,6 +65,11 @@ def _find(target: str, spec: Spec) -> Any:
         module = _from_file(Path(name))
     elif name in spec.bundled:
         module = _import(spec.bundled[name], target)
+    elif name in BUNDLED and spec.bundled:
+        raise LoadingError(
+            f"{name} computes CLaaS's loss, not {spec.title}'s; bundled for the spec {spec.name}: "
+            f"{', '.join(spec.bundled)}"
+        )
     elif name in BUNDLED or name.startswith("adapters."):
         module = _import(f"sdpo_implementations.{name}", target)
     else:
