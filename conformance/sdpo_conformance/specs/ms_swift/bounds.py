@@ -40,7 +40,8 @@ def ms_swift_errors(loss_input: MsSwiftLossInput, truth: SpecTruth, logits_error
     errors = divergence_errors(log_q, log_p, SideErrors(hq), SideErrors(hp), beta, eps)
     q, p = log_q.exp(), log_p.exp()
     moved_error = renormalised_errors(errors, slope(log_q, log_p, beta), q, hq, eps)
-    moved_error = moved_error + 2 * eps * q * slope(log_q, log_p, beta).abs().sum(-1, keepdim=True)
+    summing = 2 + pairs.support.shape[-1] ** 0.5  # the rounding of a sum over the vocabulary grows as its root
+    moved_error = moved_error + summing * eps * q * slope(log_q, log_p, beta).abs().sum(-1, keepdim=True)
     if pairs.borrowed < pairs.support.shape[-1]:
         through = teacher_slope(log_q, log_p, beta, False).abs()
         logs = torch.where(p > 0, log_p.abs(), 0.0) + torch.where(q > 0, log_q.abs(), 0.0) + 2

@@ -248,7 +248,8 @@ def best_of(observed: Sequence[Observed], entries: Sequence[SpecDefect]) -> list
         found = sorted([*found, *pairs(found, entries, observed)], key=lambda one: rank(one, observed))
     if not found or 2 * len(found[0].explained) < len(observed):
         return []
-    return [one for one in found if one.explained == found[0].explained and plain(one) == plain(found[0])]
+    alike = [one for one in found if one.explained == found[0].explained and plain(one) == plain(found[0])]
+    return alike if len(alike) <= 1 + MOST_EQUIVALENTS else []  # what fits that many names none
 
 
 def plain(candidate: Candidate) -> bool:
