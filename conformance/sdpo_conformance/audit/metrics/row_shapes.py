@@ -1,181 +1,63 @@
-"""Per-step metrics, whatever shape the run left them in.
-
-Field names are CLaaS's (claas/training/distillation.py at e2331f7, per_step_metrics): step, total_loss,
-distill_loss, kl_reg, mean_is_ratio, clip_fraction, grad_norm. `loss` is read as total_loss, and a prefix up
-to the last "/" is dropped, so `train/kl_reg` is kl_reg.
-"""
+"""Parsed rows and documents turned into batches of steps, in any of the shapes that tools write."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.files import parse_json, read_text
+from sdpo_conformance.audit.metrics.metric_names import (
+    FIELDS,
+    field_of,
+    is_bookkeeping,
+    is_summary,
+    preference,
+    tool_of,
+)
+from sdpo_conformance.audit.metrics.step_record import Batch, Batching, Step
 
-FIELDS = (
-    "total_loss", "distill_loss", "kl_reg", "mean_is_ratio", "clip_fraction", "grad_norm", "learning_rate",
-)  # fmt: skip
-#: Fields that move whenever the weights do: the ratio sits at 1 and the clip fraction at 0 in a sound run.
-CONTINUOUS_FIELDS = ("total_loss", "distill_loss", "kl_reg", "grad_norm")
-_ALIASES = {"loss": "total_loss", "lr": "learning_rate"}
 _SAMPLE_KEYS = ("sample", "sample_id", "sample_idx", "sample_index")
 _SAMPLE_LISTS = ("per_sample_metrics", "per_sample", "samples")
+_STEP_KEYS = (
+    "step", "step_idx", "global_step", "train/global_step", "trainer/global_step", "training/global_step",
+    "current_steps", "global_step/max_steps", "progress/batch", "iteration", "iter", "_step", "Step",
+)  # fmt: skip
 _LARGEST_STEP = 10**12
 
-Batching = Literal["explicit", "assumed", "unknown"]
 
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step: its metrics, and those of each sample where the run kept them apart."""
-
-    number: int
-    values: Mapping[str, float]
-    samples: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The optimizer steps taken on one batch of samples. Only its first step uses the sampler's log-probs."""
-
-    steps: tuple[Step, ...]
-    declared_steps: int | None = None
-    summary: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RunMetrics:
-    """All batches of a run, in order.
-
-    `batching` says how the batches' ends are known: "explicit" (the file or the settings say), "assumed"
-    (bare
-    rows, taken as one batch while their step grows) or "unknown" (a trainer_state.json counts global steps).
-    `problems` are faults of the record itself, in words.
-    """
-
-    path: Path
-    kind: str
-    batches: tuple[Batch, ...]
-    batching: Batching
-    problems: tuple[str, ...] = ()
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """Every step of every batch, in order."""
-        return tuple(step for batch in self.batches for step in batch.steps)
-
-    def has(self, name: str) -> bool:
-        """Whether any step reports the field."""
-        return any(name in step.values for step in self.steps)
-
-    def label(self, batch: int, step: Step) -> str:
-        """How a step is named in a sentence: "step 3", or "batch 2 step 3" where there are several."""
-        return f"step {step.number}" if len(self.batches) == 1 else f"batch {batch + 1} step {step.number}"
-
-    def split(self, steps_per_batch: int) -> RunMetrics:
-        """The same steps cut into batches of a known length, where the file itself did not say."""
-        if self.batching == "explicit" or len(self.batches) > 1:
-            return self
-        steps = self.steps
-        cuts = range(0, len(steps), steps_per_batch)
-        batches = tuple(Batch(steps[start : start + steps_per_batch]) for start in cuts)
-        return replace(self, batches=batches, batching="explicit")
-
-
-def read_metrics(path: Path) -> RunMetrics:
-    """Read metrics from a file, or from a folder of them.
-
-    A folder's `sample*` files are one series per sample; its other .json and .jsonl files are one batch each,
-    in natural order. Raises AuditError when nothing there holds per-step metrics.
-    """
-    return _read_folder(path) if path.is_dir() else _read_file(path)
-
-
-def _read_file(path: Path) -> RunMetrics:
-    where = shown(path)
-    text = read_text(path)
-    documents = _documents(text, where)
-    reader = _Reader(where)
-    if len(documents) == 1:
-        kind, batches, batching = reader.document(documents[0])
-    else:
-        kind, batches, batching = reader.rows_or_responses(documents, "JSON lines")
-    if not any(batch.steps for batch in batches):
-        raise AuditError(f"{where}: holds no per-step metrics; expected entries with {', '.join(FIELDS[:3])}, …")
-    if len(batches) > 1:  # a response to an empty batch says nothing
-        batches = [batch for batch in batches if batch.steps]
-    problems = (*reader.problems, *_record_problems(batches))
-    return RunMetrics(path, kind, tuple(batches), batching, problems)
-
-
-def _read_folder(path: Path) -> RunMetrics:
-    files = [entry for entry in path.iterdir() if entry.suffix in (".json", ".jsonl")]
-    if not files:
-        raise AuditError(f"{shown(path)}: is a folder without .json or .jsonl files; expected metrics")
-    files.sort(key=lambda entry: [int(c) if c.isdigit() else c for c in _split_digits(entry.name)])
-    per_sample = [entry for entry in files if entry.name.lower().startswith("sample")]
-    if not per_sample:
-        parts = [_read_file(entry) for entry in files]
-        batches = tuple(batch for part in parts for batch in part.batches)
-        batching = parts[0].batching if len(parts) == 1 else "explicit"
-        problems = tuple(f"{shown(p.path.name)}: {problem}" for p in parts for problem in p.problems)
-        return RunMetrics(path, f"{len(files)} files", batches, batching, problems)
-    series = {entry.stem: _read_file(entry).steps for entry in per_sample}
-    lengths = {name: len(steps) for name, steps in series.items()}
-    problems = ()
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{shown(name)} {length}" for name, length in lengths.items())
-        problems = (f"the samples have different numbers of steps: {told}",)
-    rows = [{**step.values, "step": step.number, "sample": name} for name, steps in series.items() for step in steps]
-    reader = _Reader(shown(path))
-    batches = tuple(reader.rows(sorted(rows, key=lambda row: row["step"])))
-    return RunMetrics(path, f"{len(per_sample)} samples' files", batches, "assumed", (*problems, *reader.problems))
-
-
-def _split_digits(name: str) -> list[str]:
-    parts: list[str] = [""]
-    for character in name:
-        if character.isdigit() != parts[-1].isdigit() and parts[-1]:
-            parts.append("")
-        elif not parts[-1] and character.isdigit():
-            parts.append("")  # text and numbers alternate, so that two names compare like with like
-        parts[-1] += character
-    return parts
-
-
-def _documents(text: str, where: str) -> list[Any]:
-    """One JSON document, or one per line."""
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        lines = text.splitlines()
-        if error.msg == "Extra data" and len(lines) > 1:
-            return [parse_json(line, f"{where}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    except (ValueError, RecursionError):
-        pass
-    return [parse_json(text, where)]
-
-
-class _Reader:
+class RowReader:
     """Turns parsed JSON into batches, collecting what is odd about the record on the way."""
 
     def __init__(self, where: str) -> None:
         self.where = where
         self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.seen: set[str] = set()
+
+    @property
+    def tool(self) -> str:
+        """Whose names the rows carry."""
+        return tool_of(frozenset(self.seen))
+
+    @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        """Names that no known tool uses."""
+        return tuple(sorted(key for key in self.seen if field_of(key) is None and not is_bookkeeping(key)))
+
+    def look(self, rows: Iterable[Any]) -> None:
+        """Note the names that the rows carry."""
+        for row in rows:
+            if isinstance(row, Mapping):
+                self.seen.update(str(key) for key in row)
 
     def document(self, document: Any) -> tuple[str, list[Batch], Batching]:
         if isinstance(document, Mapping):
             if isinstance(document.get("log_history"), list):
-                rows = [row for row in document["log_history"] if isinstance(row, Mapping) and _has_metrics(row)]
-                steps = tuple(step for batch in self.rows(rows) for step in batch.steps)
-                return "transformers trainer_state", [Batch(steps)], "unknown"
+                kept = [row for row in document["log_history"] if isinstance(row, Mapping)]
+                return "transformers trainer_state", self.log(kept), "unknown"
             response = self.response(document)
             if response is not None:
                 return "CLaaS distill response", [response], "explicit"
@@ -198,7 +80,37 @@ class _Reader:
         responses = [self.response(item) if isinstance(item, Mapping) else None for item in documents]
         if documents and all(response is not None for response in responses):
             return f"{kind} of distill responses", [r for r in responses if r is not None], "explicit"
-        return f"{kind} of steps", self.rows(documents), "assumed"
+        rows = [_unwrapped(row) for row in documents]
+        self.look(rows)
+        if self.tool != "CLaaS" or any(isinstance(row, Mapping) and "_step" in row for row in rows):
+            return f"{kind} of a {self.tool} log", self.log(rows), "unknown"
+        return f"{kind} of steps", self.rows([row for row in rows if not _is_evaluation(row)]), "assumed"
+
+    def log(self, rows: Sequence[Any]) -> list[Batch]:
+        """Rows of one log that counts global steps: evaluation and summary rows are no steps, rows of one step
+        that hold different fields are one, and a resumed run's second account of a step replaces the first.
+        """
+        self.look(rows)
+        by_number: dict[int, dict[str, Any]] = {}
+        last: int | None = None
+        repeated = 0
+        for index, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise AuditError(f"{self.where}: entry {index + 1} is {shown(repr(row))}, not an object of metrics")
+            if is_summary(row) or not _has_metrics(row):
+                continue
+            number = self.step_number(_step_of(row), index)
+            fields = {name for key in row if (name := field_of(key))}
+            if last is not None and number <= last:
+                older = [n for n in by_number if n >= number and (n > number or _fields(by_number[n]) & fields)]
+                repeated += bool(older)
+                for n in older:
+                    del by_number[n]
+            by_number.setdefault(number, {}).update(row)
+            last = number
+        if repeated:
+            self.notes.append(f"the log goes back {repeated} time(s), as a resumed run's does: the last account counts")
+        return [Batch(tuple(self.step(by_number[number], number) for number in sorted(by_number)))]
 
     def response(self, document: Mapping[str, Any]) -> Batch | None:
         """A DistillResponse, or the metadata of one. Older ones carry the last step's metrics alone."""
@@ -220,7 +132,7 @@ class _Reader:
 
     def columns(self, document: Mapping[str, Any]) -> list[Batch] | None:
         """{"total_loss": [...], "kl_reg": [...]}: a list per field."""
-        lists = {key: value for key, value in document.items() if _name(key) and isinstance(value, list)}
+        lists = {key: value for key, value in document.items() if field_of(key) and isinstance(value, list)}
         if not lists:
             return None
         lengths = {key: len(value) for key, value in lists.items()}
@@ -239,11 +151,13 @@ class _Reader:
 
     def rows(self, rows: Iterable[Any]) -> list[Batch]:
         """One row per step, or per sample and step. A step number that does not grow starts a new batch."""
+        rows = list(rows)
+        self.look(rows)
         read: list[tuple[int, str | None, Step]] = []
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 raise AuditError(f"{self.where}: entry {index + 1} is {shown(repr(row))}, not an object of metrics")
-            number = self.step_number(row.get("step", row.get("step_idx")), index)
+            number = self.step_number(_step_of(row), index)
             sample = next((str(row[key]) for key in _SAMPLE_KEYS if row.get(key) is not None), None)
             read.append((number, sample, self.step(row, number)))
         numbers = [number for number, _, _ in read]
@@ -262,7 +176,7 @@ class _Reader:
     def step_number(self, value: object, index: int) -> int:
         if value is None:
             return index + 1
-        number = _whole(value)
+        number = _whole(value.partition("/")[0] if isinstance(value, str) else value)
         if number is None or not 0 <= number <= _LARGEST_STEP:
             raise AuditError(f"{self.where}: entry {index + 1} has the step {shown(repr(value))}, not a step number")
         return number
@@ -270,7 +184,7 @@ class _Reader:
     def step(self, row: Mapping[str, Any], number: int) -> Step:
         place = f"step {number}"
         values = self.values(row, place)
-        lists = {name: key for key in row if (name := _name(key)) and isinstance(row[key], list)}
+        lists = {name: key for key in row if (name := field_of(key)) and isinstance(row[key], list)}
         samples: dict[str, dict[str, float]] = {}
         for name, key in lists.items():
             for index, value in enumerate(row[key], start=1):
@@ -291,10 +205,15 @@ class _Reader:
 
     def values(self, row: Mapping[str, Any], place: str) -> dict[str, float]:
         found: dict[str, float] = {}
+        chosen: dict[str, str] = {}
         for key, value in row.items():
-            name = _name(key)
-            if name is not None and not isinstance(value, list):
-                found[name] = self.number(value, f"{place}: {name}")
+            name = field_of(key)
+            if name is None or isinstance(value, list):
+                continue
+            if name in chosen and preference(chosen[name]) <= preference(key):
+                continue
+            found[name] = self.number(value, f"{place}: {name}")
+            chosen[name] = key
         return found
 
     def number(self, value: object, place: str) -> float:
@@ -333,7 +252,8 @@ def _merge_samples(read: list[tuple[int, str | None, Step]]) -> list[Batch]:
     return [Batch(tuple(steps))]
 
 
-def _record_problems(batches: Sequence[Batch]) -> list[str]:
+def record_problems(batches: Sequence[Batch]) -> list[str]:
+    """Gaps and contradictions of a record of the algorithm's own."""
     problems = []
     steps = [step for batch in batches for step in batch.steps]
     for name in FIELDS[:-1]:
@@ -352,16 +272,28 @@ def _record_problems(batches: Sequence[Batch]) -> list[str]:
     return problems
 
 
-def _name(key: object) -> str | None:
-    if not isinstance(key, str):
-        return None
-    bare = key.rsplit("/", 1)[-1]
-    bare = _ALIASES.get(bare, bare)
-    return bare if bare in FIELDS else None
-
-
 def _has_metrics(row: Mapping[str, Any]) -> bool:
-    return any(_name(key) not in (None, "learning_rate") for key in row)
+    return any(field_of(key) not in (None, "learning_rate") for key in row)
+
+
+def _fields(row: Mapping[str, Any]) -> set[str]:
+    return {name for key in row if (name := field_of(key))}
+
+
+def _step_of(row: Mapping[str, Any]) -> Any:
+    return next((row[key] for key in _STEP_KEYS if row.get(key) is not None), None)
+
+
+def _unwrapped(row: Any) -> Any:
+    """verl's file logger keeps a step's metrics under "data"."""
+    if isinstance(row, Mapping) and isinstance(row.get("data"), Mapping):
+        return {**{key: value for key, value in row.items() if key != "data"}, **row["data"]}
+    return row
+
+
+def _is_evaluation(row: Any) -> bool:
+    """A row without any metric of a step, among rows that have some."""
+    return isinstance(row, Mapping) and bool(row) and (is_summary(row) or not _has_metrics(row))
 
 
 def _whole(value: object) -> int | None:

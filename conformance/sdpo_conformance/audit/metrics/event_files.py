@@ -1,0 +1,39 @@
+"""TensorBoard's event files, read with TensorBoard's own reader where it is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.audit.errors import AuditError, shown
+
+
+def is_event_file(path: Path) -> bool:
+    """Whether the name is one that TensorBoard's writers give."""
+    return ".tfevents." in path.name and path.is_file()
+
+
+def read_event_file(path: Path) -> list[dict[str, Any]]:
+    """One row per step with every scalar of that step. Raises AuditError without the tensorboard package."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from tensorboard.util.tensor_util import make_ndarray
+    except ImportError:
+        raise AuditError(
+            f"{shown(path)}: is a TensorBoard event file, and tensorboard, which reads it, is not installed:"
+            " pip install tensorboard, or export the scalars as CSV"
+        ) from None
+    try:
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+        rows: dict[int, dict[str, Any]] = {}
+        for tag in events.Tags()["scalars"]:
+            for event in events.Scalars(tag):
+                rows.setdefault(event.step, {"step": event.step})[tag] = event.value
+        for tag in events.Tags()["tensors"]:
+            for event in events.Tensors(tag):
+                array = make_ndarray(event.tensor_proto)
+                if array.size == 1 and array.dtype.kind in "fiu":
+                    rows.setdefault(event.step, {"step": event.step})[tag] = float(array.reshape(()))
+    except Exception as error:
+        raise AuditError(f"{shown(path)}: TensorBoard cannot read it: {shown(error)}") from None
+    return [rows[step] for step in sorted(rows)]

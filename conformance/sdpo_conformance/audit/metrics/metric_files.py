@@ -1,0 +1,200 @@
+"""Metrics on disk: one file or a folder of them; JSON, JSON lines, CSV or TensorBoard's event files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from sdpo_conformance.audit.errors import AuditError, shown
+from sdpo_conformance.audit.files import parse_json, read_text
+from sdpo_conformance.audit.metrics.event_files import is_event_file, read_event_file
+from sdpo_conformance.audit.metrics.metric_names import FIELDS, field_of
+from sdpo_conformance.audit.metrics.row_shapes import RowReader, record_problems
+from sdpo_conformance.audit.metrics.step_record import Batch, Batching, RunMetrics
+
+_SHOWN_NAMES = 8
+
+
+def read_metrics(path: Path) -> RunMetrics:
+    """Read metrics from a file, or from a folder of them.
+
+    A folder's `sample*` files are one series per sample; its other .json and .jsonl files are one batch each,
+    in natural order. Raises AuditError when nothing there holds per-step metrics.
+    """
+    return _read_folder(path) if path.is_dir() else _read_file(path)
+
+
+def _read_file(path: Path) -> RunMetrics:
+    where = shown(path)
+    reader = RowReader(where)
+    logging_steps = 1
+    kind: str
+    batching: Batching
+    if path.suffix == ".wandb":
+        raise AuditError(
+            f"{where}: is wandb's own binary log; export it as JSON lines (wandb.Api().run(...).scan_history(),"
+            " one row a line) and audit that file"
+        )
+    if is_event_file(path):
+        kind, batches, batching = "TensorBoard event file", reader.log(read_event_file(path)), "unknown"
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        kind, batches, batching = reader.rows_or_responses(_table(path), "CSV")
+    else:
+        documents = _documents(read_text(path), where, reader)
+        if len(documents) == 1 and not (isinstance(documents[0], dict) and isinstance(documents[0].get("data"), dict)):
+            if isinstance(documents[0], dict) and isinstance(documents[0].get("logging_steps"), int):
+                logging_steps = documents[0]["logging_steps"]
+            kind, batches, batching = reader.document(documents[0])
+        else:
+            kind, batches, batching = reader.rows_or_responses(documents, "JSON lines")
+    if not any(step.values or step.samples for batch in batches for step in batch.steps):
+        raise AuditError(_nothing_understood(where, reader))
+    if len(batches) > 1:  # a response to an empty batch says nothing
+        batches = [batch for batch in batches if batch.steps]
+    native = reader.tool == "CLaaS" and batching != "unknown"
+    problems = (*reader.problems, *(record_problems(batches) if native else ()))
+    return RunMetrics(
+        path,
+        kind,
+        tuple(batches),
+        batching,
+        problems,
+        tool=reader.tool,
+        averaged_over=_averaged_over(batches, logging_steps) if batching == "unknown" else 1,
+        unknown_fields=reader.unknown_fields,
+        notes=tuple(reader.notes),
+    )
+
+
+def _nothing_understood(where: str, reader: RowReader) -> str:
+    names = sorted(reader.seen)
+    if not names:
+        return f"{where}: holds no per-step metrics; expected entries with {', '.join(FIELDS[:3])}, …"
+    told = ", ".join(shown(name) for name in names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+    known = [name for name in names if field_of(name)]
+    count = f"{len(names)} field{'s' if len(names) > 1 else ''}"
+    if known:
+        return f"{where}: {count}, but no row is a training step: {told}"
+    return (
+        f"{where}: {count}, none known: {told}; holds no per-step metrics that are understood"
+        f" (expected {', '.join(FIELDS[:3])}, or the names of a known tool: docs/audit.md)"
+    )
+
+
+def _averaged_over(batches: list[Batch], logging_steps: int) -> int:
+    """How many steps one row stands for: the log's own word, or the distance between its rows."""
+    numbers = [step.number for batch in batches for step in batch.steps]
+    distances = [b - a for a, b in pairwise(numbers) if b > a]
+    return max(logging_steps, min(distances, default=1))
+
+
+def _read_folder(path: Path) -> RunMetrics:
+    events = sorted(entry for entry in path.iterdir() if is_event_file(entry))
+    files = [entry for entry in path.iterdir() if entry.suffix in (".json", ".jsonl")]
+    if events and not files:
+        return _read_file(events[-1])
+    if not files:
+        raise AuditError(f"{shown(path)}: is a folder without .json or .jsonl files; expected metrics")
+    files.sort(key=lambda entry: [int(c) if c.isdigit() else c for c in _split_digits(entry.name)])
+    per_sample = [entry for entry in files if entry.name.lower().startswith("sample")]
+    if not per_sample:
+        parts = [_read_file(entry) for entry in files]
+        batches = tuple(batch for part in parts for batch in part.batches)
+        batching = parts[0].batching if len(parts) == 1 else "explicit"
+        problems = tuple(f"{shown(p.path.name)}: {problem}" for p in parts for problem in p.problems)
+        return RunMetrics(path, f"{len(files)} files", batches, batching, problems, tool=parts[0].tool)
+    series = {entry.stem: _read_file(entry).steps for entry in per_sample}
+    lengths = {name: len(steps) for name, steps in series.items()}
+    problems = ()
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{shown(name)} {length}" for name, length in lengths.items())
+        problems = (f"the samples have different numbers of steps: {told}",)
+    rows = [{**step.values, "step": step.number, "sample": name} for name, steps in series.items() for step in steps]
+    reader = RowReader(shown(path))
+    batches = tuple(reader.rows(sorted(rows, key=lambda row: row["step"])))
+    return RunMetrics(path, f"{len(per_sample)} samples' files", batches, "assumed", (*problems, *reader.problems))
+
+
+def _split_digits(name: str) -> list[str]:
+    parts: list[str] = [""]
+    for character in name:
+        if character.isdigit() != parts[-1].isdigit() and parts[-1]:
+            parts.append("")
+        elif not parts[-1] and character.isdigit():
+            parts.append("")  # text and numbers alternate, so that two names compare like with like
+        parts[-1] += character
+    return parts
+
+
+def _documents(text: str, where: str, reader: RowReader) -> list[Any]:
+    """One JSON document, or one per line. A run that was killed leaves its last line cut: the rest is kept."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        if len(lines) > 1 and (error.msg == "Extra data" or _is_whole(lines[0][1])):
+            found = [parse_json(line, f"{where}: line {number}") for number, line in lines[:-1]]
+            number, last = lines[-1]
+            try:
+                found.append(parse_json(last, f"{where}: line {number}"))
+            except AuditError:
+                if text.endswith("\n") or last.rstrip().endswith("}"):
+                    raise
+                reader.notes.append(f"line {number}, the last, is cut off and was left out")
+            return found
+    except (ValueError, RecursionError):
+        pass
+    return [parse_json(text, where)]
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV, without its blank cells. wandb's export names columns "run - metric" and adds __MIN, __MAX."""
+    text = read_text(path)
+    separator = "\t" if path.suffix.lower() == ".tsv" or "\t" in text.splitlines()[0] else ","
+    try:
+        parsed = list(csv.DictReader(io.StringIO(text), delimiter=separator))
+    except csv.Error as error:
+        raise AuditError(f"{shown(path)}: is not a table that can be read: {shown(error)}") from None
+    rows = []
+    tag = re.search(r"tag-(.+)$", path.stem)
+    for record in parsed:
+        row: dict[str, Any] = {}
+        for key, value in record.items():
+            if not isinstance(key, str) or not isinstance(value, str) or not value.strip():
+                continue
+            name = key.strip().rsplit(" - ", 1)[-1]
+            if name.endswith(("__MIN", "__MAX")):
+                continue
+            if name == "Value" and tag:  # TensorBoard exports one tag per file and names it in the file's name
+                name = tag[1].replace("_", "/", 1) if tag[1].startswith(("train_", "eval_")) else tag[1]
+            row[name] = value
+        if row:
+            rows.append(_numbered(row))
+    return rows
+
+
+def _numbered(row: dict[str, Any]) -> dict[str, Any]:
+    """Step numbers of a table are text, some as "3.0"."""
+    for key in ("step", "Step", "_step", "global_step", "train/global_step", "iteration", "iter"):
+        value = row.get(key)
+        if isinstance(value, str):
+            try:
+                number = float(value)
+            except ValueError:
+                continue
+            if number.is_integer():
+                row[key] = int(number)
+    return row
