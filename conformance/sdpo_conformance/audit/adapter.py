@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.files import parse_json, read_text
 from sdpo_conformance.audit.header import TensorEntry, read_header
-from sdpo_conformance.audit.names import canonical_key
+from sdpo_conformance.audit.names import canonical_key, unwrapped
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+INDEX_FILE = "adapter_model.safetensors.index.json"
+#: Sub-folders of frozen adapters beside the trained one.
+_NOT_TRAINED = ("reference", "ref", "teacher")
 _PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: Elements read at once: 32 MiB in float64, whatever the tensor's size.
@@ -34,6 +38,13 @@ class Adapter:
     weights: Path | None
     tensors: Mapping[str, TensorEntry]
     config: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    wrappers: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """Tensors without elements, as ZeRO-3 leaves parameters that were not gathered."""
+        return tuple(key for key, entry in self.tensors.items() if entry.numel == 0)
 
     @property
     def fresh(self) -> bool:
@@ -60,6 +71,10 @@ class Adapter:
 def open_adapter(path: Path) -> Adapter:
     """A PEFT folder or a bare .safetensors file. Pickled weights are refused; nothing is ever unpickled."""
     if path.is_dir():
+        path = _named_folder(path)
+        index = path / INDEX_FILE
+        if index.exists() and not (path / WEIGHTS_FILE).exists():
+            return _from_files(path, index, _shards(index), _read_config_of(path))
         weights, config_path = path / WEIGHTS_FILE, path / CONFIG_FILE
         config = _read_config(config_path) if config_path.exists() else {}
         if not weights.exists():
@@ -78,15 +93,59 @@ def open_adapter(path: Path) -> Adapter:
             raise AuditError(_refusal(path))
         weights, config_path = path, path.with_name(CONFIG_FILE)
         config = _read_config(config_path) if config_path.exists() else {}
+    return _from_files(path, weights, (weights,), config)
+
+
+def _from_files(path: Path, weights: Path, files: Sequence[Path], config: Mapping[str, Any]) -> Adapter:
     tensors: dict[str, TensorEntry] = {}
-    for name, entry in read_header(weights).items():
-        key = canonical_key(name)
-        if key in tensors:
-            raise AuditError(f"{shown(weights)}: holds {shown(key)} for two adapters; save the one to audit on its own")
-        tensors[key] = entry
+    places: dict[str, Path] = {}
+    wrappers: Counter[str] = Counter()
+    for file in files:
+        for name, entry in read_header(file).items():
+            bare, found = unwrapped(name)
+            wrappers.update(set(found))
+            key = canonical_key(bare)
+            if key in tensors:
+                raise AuditError(
+                    f"{shown(file)}: holds {shown(key)} for two adapters; save the one to audit on its own"
+                )
+            tensors[key], places[key] = entry, file
     if not tensors:
         raise AuditError(f"{shown(weights)}: holds no tensors")
-    return Adapter(path, weights, tensors, config)
+    return Adapter(path, weights, tensors, config, places, dict(wrappers))
+
+
+def _named_folder(path: Path) -> Path:
+    """The folder itself, or the one sub-folder that holds an adapter: PEFT saves each named adapter in its own."""
+    names = (WEIGHTS_FILE, CONFIG_FILE, INDEX_FILE, *_PICKLED)
+    if any((path / name).exists() for name in names) or any(path.glob("*.safetensors")):
+        return path
+    inner = sorted(entry for entry in path.iterdir() if entry.is_dir() and any((entry / n).exists() for n in names))
+    trained = [entry for entry in inner if entry.name.lower() not in _NOT_TRAINED]
+    if len(trained) == 1:
+        return trained[0]
+    if len(inner) > 1:
+        told = ", ".join(shown(entry.name) for entry in inner[:5])
+        raise AuditError(f"{shown(path)}: holds several adapters ({told}); name the trained one's folder")
+    return path
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    document = parse_json(read_text(index), shown(index))
+    places = document.get("weight_map") if isinstance(document, Mapping) else None
+    if not isinstance(places, Mapping) or not places:
+        raise AuditError(f"{shown(index)}: expected an index with a weight_map of tensor names to files")
+    names = sorted({str(name) for name in places.values()})
+    if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise AuditError(f"{shown(index)}: names a file that is no .safetensors beside it")
+    missing = [name for name in names if not (index.parent / name).exists()]
+    if missing:
+        raise AuditError(f"{shown(index)}: names {shown(missing[0])}, which is not there; copy every shard")
+    return tuple(index.parent / name for name in names)
+
+
+def _read_config_of(folder: Path) -> Mapping[str, Any]:
+    return _read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
 
 
 def _refusal(path: Path) -> str:
@@ -115,21 +174,25 @@ class TensorReader:
             raise ValueError("a fresh adapter has no tensors to read")
         self._adapter = adapter
         self._errors = (SafetensorError, OSError, RuntimeError, ValueError)
-        try:
-            self._file = safe_open(str(adapter.weights), framework="pt", device="cpu")
-            self._file.__enter__()
-        except self._errors as error:
-            raise AuditError(f"{shown(adapter.weights)}: safetensors refuses it: {shown(error)}") from None
+        self._open: dict[Path, Any] = {}
+        for path in dict.fromkeys(adapter.files.values()):
+            try:
+                self._open[path] = safe_open(str(path), framework="pt", device="cpu")
+                self._open[path].__enter__()
+            except self._errors as error:
+                raise AuditError(f"{shown(path)}: safetensors refuses it: {shown(error)}") from None
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._file.__exit__(None, None, None)
+        """Let go of the files."""
+        for file in self._open.values():
+            file.__exit__(None, None, None)
 
     def block(self, key: str, where: tuple[slice, ...]) -> torch.Tensor:
         """One block of a tensor, in its own dtype."""
         name = self._adapter.tensors[key].name
+        file = self._open[self._adapter.files[key]]
         try:
-            tensor: torch.Tensor = self._file.get_slice(name)[where] if where else self._file.get_tensor(name)
+            tensor: torch.Tensor = file.get_slice(name)[where] if where else file.get_tensor(name)
         except self._errors as error:
             raise AuditError(f"{shown(self._adapter.weights)}: {shown(name)}: {shown(error)}") from None
         return tensor

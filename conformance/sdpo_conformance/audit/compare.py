@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sdpo_conformance.audit.adapter import Adapter, TensorReader, blocks
@@ -64,6 +64,11 @@ class ModuleChange:
         return any(tensor.moved for tensor in self.tensors)
 
     @property
+    def dead(self) -> bool:
+        """Whether a part that an untrained adapter has at zero is zero after the run: the module does nothing."""
+        return any(t.place.starts_at_zero and t.numel and t.zero_after for t in self.tensors)
+
+    @property
     def max_abs_delta(self) -> float | None:
         """The largest change of any element."""
         deltas = [tensor.max_abs_delta for tensor in self.tensors if tensor.max_abs_delta is not None]
@@ -82,6 +87,7 @@ class AdapterChange:
     shape_mismatch: tuple[str, ...]
     dtype_changes: Mapping[str, int]
     scale: float | None
+    renamed: str = ""
 
     @property
     def tensors(self) -> tuple[TensorChange, ...]:
@@ -109,11 +115,7 @@ class AdapterChange:
 
         AdamW's weight decay alone moves lora_A, so that its moving is no sign of training.
         """
-        for module in self.modules:
-            b = [t for t in module.tensors if t.place.part.endswith("B")]
-            if module.moved and not (b and all(t.zero_after and not t.moved for t in b)):
-                return True
-        return False
+        return any(module.moved and not module.dead for module in self.modules)
 
 
 def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
@@ -122,6 +124,7 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
     Memory is bounded by a few blocks of 2^22 elements and by one module's LoRA matrices. Against a fresh
     `before` (a config without weights) lora_B is compared with zeros and lora_A is not compared.
     """
+    before, renamed = _rekeyed(before, after)
     compared = before if before is not None and not before.fresh else None
     shared = [k for k in after.tensors if compared and k in compared.tensors]
     mismatch = tuple(k for k in shared if compared and compared.tensors[k].shape != after.tensors[k].shape)
@@ -155,7 +158,35 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
         shape_mismatch=mismatch,
         dtype_changes=dtype_changes,
         scale=scale,
+        renamed=renamed,
     )
+
+
+def _rekeyed(before: Adapter | None, after: Adapter) -> tuple[Adapter | None, str]:
+    """`before` under the names of `after`, where the two differ in nothing but a prefix; and that prefix."""
+    if before is None or before.fresh or set(before.tensors) & set(after.tensors):
+        return before, ""
+    for first, second in ((before, after), (after, before)):
+        prefix = _prefix(next(iter(first.tensors)), second.tensors)
+        if prefix and all(key.removeprefix(prefix) in second.tensors for key in first.tensors):
+            if first is before:
+                names = {key: key.removeprefix(prefix) for key in before.tensors}
+            else:
+                names = {key.removeprefix(prefix): key for key in after.tensors}
+                names = {key: names[key] for key in before.tensors if key in names}
+            if len(names) == len(before.tensors):
+                tensors = {names[key]: entry for key, entry in before.tensors.items()}
+                files = {names[key]: place for key, place in before.files.items()}
+                return replace(before, tensors=tensors, files=files), prefix
+    return before, ""
+
+
+def _prefix(key: str, others: Mapping[str, object]) -> str:
+    parts = key.split(".")
+    for count in range(1, min(4, len(parts))):
+        if ".".join(parts[count:]) in others:
+            return ".".join(parts[:count]) + "."
+    return ""
 
 
 def _module(
@@ -171,7 +202,7 @@ def _module(
     for key in keys:
         place = place_of(key)
         compare_with = None
-        from_zero = before is not None and before.fresh and place.part.endswith("B")
+        from_zero = before is not None and before.fresh and place.starts_at_zero
         if old is not None and before is not None and key in before.tensors and key not in mismatch:
             compare_with = old
         tensors.append(_tensor(key, place, after, compare_with, new, from_zero))

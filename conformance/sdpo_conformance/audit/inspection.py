@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdpo_conformance.audit.adapter import Adapter, open_adapter
+from sdpo_conformance.audit.checkpoints import identical_neighbours
 from sdpo_conformance.audit.compare import compare_adapters
 from sdpo_conformance.audit.config import NO_REQUEST, Sample, read_request
 from sdpo_conformance.audit.discovery import RunFiles, discover
@@ -14,7 +15,7 @@ from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.findings import Evidence, Finding, NotJudged, Severity, judge
 from sdpo_conformance.audit.findings.model import SamplerKnowledge
 from sdpo_conformance.audit.generation import GenerationResult, generate
-from sdpo_conformance.audit.metrics import read_metrics
+from sdpo_conformance.audit.metrics import RunMetrics, read_metrics
 from sdpo_conformance.audit.models import load_adapted_model
 from sdpo_conformance.audit.optimizer import OptimizerState, find_optimizer_state, read_optimizer_state
 from sdpo_conformance.audit.prompts import Prompt, read_prompts
@@ -70,7 +71,7 @@ def audit_run(
     """Audit a run's folder, or the parts named. Reads only; raises AuditError when it cannot look."""
     files = discover(run, metrics=metrics, before=before, after=after, request=config, prompts=prompts)
     request = read_request(files.request) if files.request else NO_REQUEST
-    run_metrics = read_metrics(files.metrics) if files.metrics else None
+    run_metrics, refused = _metrics(files)
     if run_metrics is not None and request.training.steps_per_batch is not None:
         run_metrics = run_metrics.split(request.training.steps_per_batch)
     old = open_adapter(files.before) if files.before else None
@@ -97,9 +98,25 @@ def audit_run(
         optimizer_after=_optimizer(new),
         generation=generation,
         replay=replay,
+        identical_checkpoints=identical_neighbours(files.checkpoints),
+        metrics_refused=refused,
     )
     findings, not_judged = judge(evidence)
+    if refused and not any(f.severity is not Severity.NOTE for f in findings):
+        raise AuditError(refused)  # a log of which nothing was understood is not a run in which nothing was found
     return AuditReport(files, evidence, findings, not_judged)
+
+
+def _metrics(files: RunFiles) -> tuple[RunMetrics | None, str]:
+    """The run's metrics, or why they could not be understood where there is an adapter to judge all the same."""
+    if files.metrics is None:
+        return None, ""
+    try:
+        return read_metrics(files.metrics), ""
+    except AuditError as error:
+        if files.after is None or files.run is None:
+            raise
+        return None, str(error)
 
 
 def _with_model(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.audit.adapter import Adapter
+from sdpo_conformance.audit.adapter import Adapter, TensorReader
 from sdpo_conformance.audit.errors import AuditError, shown
 
 BEFORE, AFTER = "before", "after"
@@ -119,12 +119,14 @@ def _attach(base: Any, model: Any, name: str, adapter: Adapter, settings: Mappin
 
 def _fill(model: Any, name: str, adapter: Adapter) -> None:
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     if adapter.weights is None:
         return  # a fresh adapter: PEFT has just initialised lora_B to zero
-    state = load_file(adapter.weights)
-    renamed = {key: state[entry.name] for key, entry in adapter.tensors.items()}
+    reader = TensorReader(adapter)
+    try:
+        renamed = {key: reader.whole(key) for key in adapter.tensors}
+    finally:
+        reader.close()
     result: Any = set_peft_model_state_dict(model, renamed, adapter_name=name)
     if result.unexpected_keys:
         raise AuditError(

@@ -5,7 +5,36 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_LORA_PART = re.compile(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))(?:\.(?P<adapter>[^.]+))?")
+_LORA_PART = re.compile(r"\.(lora_(?:A|B|a|b|embedding_A|embedding_B|magnitude_vector|up|down))(?=\.|$)")
+#: Experts' tensors held together, (experts, in, rank) and (experts, rank, out): `experts.lora_gate_and_up_A`.
+_GROUPED = re.compile(r"\.lora_(?P<kind>\w+)_(?P<part>[AB])(?:\.weight)?$")
+_MEGATRON = re.compile(r"\.(?:adapter\.)?linear_(?P<way>in|out)(?:\.weight)?$")
+_PARTS = {
+    "lora_A": "A", "lora_a": "A", "lora_down": "A", "lora_B": "B", "lora_b": "B", "lora_up": "B",
+    "lora_embedding_A": "embedding A", "lora_embedding_B": "embedding B",
+}  # fmt: skip
+#: Parts that PEFT starts at zero besides lora_B, so that zeros in them mean "never trained": LoHa, LoKr, VeRA,
+#: AdaLoRA, OFT, SHiRA (peft/tuners/*/layer.py at 0.21).
+_ZERO_AT_START = frozenset(
+    (
+        "hada_w2_a",
+        "lokr_w1",
+        "lokr_w1_a",
+        "vera_lambda_b",
+        "lora_E",
+        "oft_R",
+        "oft_r",
+        "shira_weight",
+    )
+)
+#: What a wrapper leaves in a name when the wrapped module is saved in place of its inside.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPED_BY = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "module": "DistributedDataParallel",
+}
 _NUMBERED = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 #: Modules that a sound run need not reach: experts no token was routed to, towers the batch had no input for.
 _OPTIONAL = re.compile(r"(?:^|[._])(experts?|vision|visual|image|audio|speech)(?:[._]|$)")
@@ -24,6 +53,17 @@ class TensorPlace:
     layer: int | None
     kind: str
     part: str
+    grouped: bool = False
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether an untrained adapter has only zeros here, and so does nothing."""
+        return self.part in ("B", "embedding A") or self.part in _ZERO_AT_START
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the part is never trained: the random projections that VeRA's modules share."""
+        return self.part in ("vera_A", "vera_B", "randlora_A", "randlora_B")
 
     @property
     def optional(self) -> bool:
@@ -36,23 +76,34 @@ def canonical_key(key: str) -> str:
     return re.sub(r"\.(lora_\w+)\.(?!weight$|bias$)[^.]+(?=\.weight$|$)", r".\1", key)
 
 
+def unwrapped(key: str) -> tuple[str, tuple[str, ...]]:
+    """The name without the wrappers' parts, and those parts."""
+    parts = key.split(".")
+    found = [part for part in parts if part in _WRAPPERS]
+    kept = [part for part in parts if part not in _WRAPPERS]
+    if kept and kept[0] == "module":  # DistributedDataParallel's, always outermost
+        found.append("module")
+        kept = kept[1:]
+    return ".".join(kept), tuple(found)
+
+
 def place_of(key: str) -> TensorPlace:
     """Parse a (canonical) tensor name."""
-    match = _LORA_PART.search(key)
+    match, grouped, megatron = _LORA_PART.search(key), _GROUPED.search(key), _MEGATRON.search(key)
     if match:
         module = key[: match.start()]
-        part = {
-            "lora_A": "A",
-            "lora_B": "B",
-            "lora_embedding_A": "embedding A",
-            "lora_embedding_B": "embedding B",
-        }.get(match.group(1), "magnitude")
+        part = "bias" if key.endswith(".bias") else _PARTS.get(match.group(1), "magnitude")
+    elif grouped:
+        module, part = f"{key[: grouped.start()]}.{grouped['kind']}", grouped["part"]
+    elif megatron:
+        module, part = key[: megatron.start()], "A" if megatron["way"] == "in" else "B"
     else:
         module, _, part = key.rpartition(".")
         module = module or key
     module = module.removeprefix("base_model.model.")
     numbered = _NUMBERED.match(module)
+    together = bool(grouped) and not match
     if numbered is None:
-        return TensorPlace(module, "", None, module, part)
+        return TensorPlace(module, "", None, module, part, together)
     kind = re.sub(r"\.\d+(?=\.|$)", ".*", numbered["rest"])
-    return TensorPlace(module, numbered["stack"], int(numbered["layer"]), kind, part)
+    return TensorPlace(module, numbered["stack"], int(numbered["layer"]), kind, part, together)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from sdpo_conformance.audit.findings import behaviour, losses, optimizer, ratio, staleness, weights
+from sdpo_conformance.audit.findings import (
+    adapter_form,
+    behaviour,
+    liveness,
+    losses,
+    optimizer,
+    ratio,
+    staleness,
+    weights,
+)
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity
 
 CHECKS: tuple[Check, ...] = (
     *staleness.CHECKS,
     *ratio.CHECKS,
     *losses.CHECKS,
+    *liveness.CHECKS,
     *weights.CHECKS,
+    *adapter_form.CHECKS,
     *optimizer.CHECKS,
     *behaviour.CHECKS,
 )

@@ -63,7 +63,7 @@ def metrics_incomplete(evidence: Evidence) -> Verdicts:
         return
     problems = list(dict.fromkeys(metrics.problems))
     declared = evidence.request.training.steps_per_batch
-    if declared is not None and metrics.batching != "unknown":
+    if declared is not None and metrics.batching != "unknown" and metrics.native:
         odd = [len(batch.steps) for batch in metrics.batches if len(batch.steps) not in (1, declared)]
         if odd:
             problems.append(f"the settings say {declared} steps per batch and the metrics have {odd[0]}")
@@ -115,7 +115,7 @@ def loss_not_sum(evidence: Evidence) -> Verdicts:
     flipped = stated is not None and stated > 0 and math.isclose(fitted, -stated, rel_tol=1e-2)
     dropped = stated is not None and stated > 0 and abs(fitted) < 1e-3 * stated
     # A transformers log averages its loss since the last entry; the parts beside it may not be averaged.
-    averaged = metrics.batching == "unknown"
+    averaged = metrics.batching == "unknown" or not metrics.native
     yield Finding(
         id="loss-not-sum",
         severity=Severity.NOTE if averaged else Severity.ERROR,
@@ -158,9 +158,10 @@ def kl_negative(evidence: Evidence) -> Verdicts:
     negative.sort()
     least = negative[0][0]
     rounding = least >= -_HALF_KL_ROUNDING
+    another = not metrics.native  # other tools' kl may be k1, which is negative as often as not
     yield Finding(
         id="kl-negative",
-        severity=Severity.NOTE if rounding else Severity.ERROR,
+        severity=Severity.NOTE if rounding or another else Severity.ERROR,
         statement=f"kl_reg is negative ({least:.3g} at {negative[0][1]}); k3 = exp(d) - 1 - d never is",
         evidence=tuple(f"{label}: kl_reg {value:.6g}" for value, label in negative[:_SHOWN]),
         cause=(
@@ -195,7 +196,7 @@ def kl_growing(evidence: Evidence) -> Verdicts:
         return
     yield Finding(
         id="kl-growing",
-        severity=Severity.WARNING,
+        severity=Severity.WARNING if metrics.native else Severity.NOTE,
         statement=f"kl_reg grows from {start:.3g} to {last:.3g}: the adapter leaves the base policy",
         evidence=(
             f"kl_reg from {series[0][0]} to {series[-1][0]}: " + ", ".join(f"{value:.4g}" for value in values[:12]),

@@ -64,6 +64,8 @@ class Evidence:
     optimizer_after: OptimizerState | None = None
     generation: GenerationResult | None = None
     replay: ReplayResult | None = None
+    identical_checkpoints: tuple[tuple[str, str], ...] = ()
+    metrics_refused: str = ""
 
     @property
     def weights_moved(self) -> bool | None:

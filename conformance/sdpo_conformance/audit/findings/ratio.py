@@ -144,6 +144,8 @@ def ratio_not_reported(evidence: Evidence) -> Verdicts:
     metrics = evidence.metrics
     if metrics is None or metrics.has("mean_is_ratio"):
         return
+    if not metrics.native:
+        return  # this tool reports its ratio under its own name, or has none to report
     several = any(len(batch.steps) > 1 for batch in metrics.batches)
     if not several and evidence.sampler != "differs":
         return
@@ -201,13 +203,15 @@ def _why_not_judged(metrics: RunMetrics | None) -> str:
         return "no metrics"
     if all(len(batch.steps) < 2 for batch in metrics.batches):
         return "one step per batch: there is nothing to refresh"
+    if not metrics.has("mean_is_ratio"):
+        return "mean_is_ratio is not reported"
+    if metrics.averaged_over > 1:
+        return f"rows average over batches: each stands for {metrics.averaged_over} steps (logging_steps)"
     if metrics.batching == "unknown":
         return (
             f"a {metrics.kind} does not say where a batch ends; put steps_per_batch into training.json, "
             "or name a file that has it with --config"
         )
-    if not metrics.has("mean_is_ratio"):
-        return "mean_is_ratio is not reported"
     return ""
 
 

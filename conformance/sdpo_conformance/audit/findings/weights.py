@@ -10,6 +10,7 @@ from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.header import ITEM_BYTES
 from sdpo_conformance.audit.metrics import CONTINUOUS_FIELDS, RunMetrics
+from sdpo_conformance.audit.names import place_of
 
 _SHOWN = 5
 #: Adam moves no element by more than lr (1 - beta1) / sqrt(1 - beta2) in a step (Kingma & Ba 2015, section
@@ -26,6 +27,9 @@ def weights_unchanged(evidence: Evidence) -> Verdicts:
     change, metrics = evidence.change, evidence.metrics
     if change is None or not change.compared:
         yield NotJudged("weights-unchanged", _lacking(change))
+        return
+    if len(change.after.empty) == len(change.after.tensors):
+        yield NotJudged("weights-unchanged", "the finished adapter has no elements")
         return
     if change.moved:
         return
@@ -72,27 +76,66 @@ def tensor_nonfinite(evidence: Evidence) -> Verdicts:
 def tensor_mismatch(evidence: Evidence) -> Verdicts:
     """Keys or shapes that differ between before and after."""
     change = evidence.change
-    if change is None:
+    if change is None or change.after.empty or (change.before is not None and change.before.empty):
         return
     told = [
         *_some("only before", change.only_before),
         *_some("only after", change.only_after),
         *_some("another shape", change.shape_mismatch),
     ]
-    if told:
-        yield Finding(
-            id="tensor-mismatch",
-            severity=Severity.ERROR,
-            statement="the adapters before and after do not hold the same tensors",
-            evidence=tuple(told),
-            cause="another rank or other target modules: these are not two states of one adapter",
-            next_step="name the adapter that the run started from with --before",
-            data={
-                "only_before": len(change.only_before),
-                "only_after": len(change.only_after),
-                "shape": len(change.shape_mismatch),
-            },
+    if not told:
+        return
+    parts = _shard_of(change)
+    if parts:
+        told.append(
+            f"each is 1/{parts} of its tensor before: {shown(change.shape_mismatch[0])}"
+            f" {list(change.after.tensors[change.shape_mismatch[0]].shape)}"
         )
+    yield Finding(
+        id="tensor-mismatch",
+        severity=Severity.ERROR,
+        statement=(
+            f"the adapter after the run is one rank's shard: {len(change.shape_mismatch)} tensors have 1/{parts} of"
+            " their rows or columns"
+            if parts
+            else "the adapters before and after do not hold the same tensors"
+        ),
+        evidence=tuple(told),
+        cause=(
+            "tensor or fully sharded parallelism, saved from one rank without gathering"
+            if parts
+            else "another rank or other target modules: these are not two states of one adapter"
+        ),
+        next_step=(
+            "gather the shards before saving; the other ranks' parts are not in this file"
+            if parts
+            else "name the adapter that the run started from with --before"
+        ),
+        data={
+            "only_before": len(change.only_before),
+            "only_after": len(change.only_after),
+            "shape": len(change.shape_mismatch),
+        },
+    )
+
+
+def _shard_of(change: AdapterChange) -> int:
+    """How many ranks the tensors were cut over, where every other shape is a tensor's before, cut along one axis."""
+    if change.before is None or not change.shape_mismatch or change.only_before or change.only_after:
+        return 0
+    found = set()
+    for key in change.shape_mismatch:
+        old, new = change.before.tensors[key].shape, change.after.tensors[key].shape
+        if len(old) != len(new):
+            return 0
+        cut = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
+        if len(cut) != 1 or not cut[0][1] or cut[0][0] <= cut[0][1] or cut[0][0] % cut[0][1]:
+            return 0
+        found.add(cut[0][0] // cut[0][1])
+    # A smaller rank changes both lora_A and lora_B of a module; a shard leaves one of the two whole.
+    both = {place_of(key).module for key in change.shape_mismatch if place_of(key).part == "A"}
+    both &= {place_of(key).module for key in change.shape_mismatch if place_of(key).part == "B"}
+    return found.pop() if len(found) == 1 and not both else 0
 
 
 def dtype_changed(evidence: Evidence) -> Verdicts:
@@ -119,22 +162,56 @@ def dtype_changed(evidence: Evidence) -> Verdicts:
 
 
 def lora_b_zero(evidence: Evidence) -> Verdicts:
-    """Every lora_B is still zero: the adapter does nothing."""
+    """What an untrained adapter has at zero is still zero: everywhere, or in all experts held together."""
     change = evidence.change
-    if change is None:
+    if change is None or change.after.empty:
         return
-    matrices = [t for t in change.tensors if t.place.part.endswith("B")]
-    if matrices and all(t.zero_after for t in matrices):
+    able = [m for m in change.modules if any(t.place.starts_at_zero for t in m.tensors)]
+    dead = [m for m in able if m.dead]
+    parts = sorted({t.place.part for m in dead for t in m.tensors if t.place.starts_at_zero and t.zero_after})
+    name = "lora_B" if parts == ["B"] else " and ".join("lora_B" if part == "B" else part for part in parts)
+    if dead and len(dead) == len(able):
         yield Finding(
             id="lora-b-zero",
             severity=Severity.ERROR,
-            statement=f"all {len(matrices)} lora_B are still zero: the adapter changes nothing",
-            evidence=(f"{change.moved} of {len(change.compared)} tensors changed, no lora_B among them",),
-            cause="no gradient reached lora_B; moving lora_A can be weight decay alone",
+            statement=f"all {len(dead)} {shown(name)} are still zero: the adapter changes nothing",
+            evidence=(f"{change.moved} of {len(change.compared)} tensors changed, no {shown(name)} among them",),
+            cause=f"no gradient reached {shown(name)}; moving lora_A can be weight decay alone",
             next_step=(
                 "check that the loss has a gradient (GJS-9) and that the step runs with the adapter enabled (STEP-9)"
             ),
         )
+        return
+    experts = [m for m in dead if _all_experts_at_once(m)]
+    if not experts:
+        return
+    kinds = _count(m.place.kind for m in experts)
+    yield Finding(
+        id="lora-b-zero",
+        severity=Severity.ERROR,
+        statement=f"the lora_B of the experts is still zero in {len(experts)} module(s): expert LoRA was never trained",
+        evidence=tuple(f"{shown(kind)}: {n} of {_total(change, kind)} modules" for kind, n in kinds[:_SHOWN]),
+        cause=(
+            "the grouped experts' tensors get no gradient: every token goes to some expert, so that zeros for all of"
+            " them at once are no matter of routing"
+        ),
+        next_step="check that the experts' kernel is differentiated with respect to its LoRA tensors, and train again",
+        data={"modules": len(experts)},
+    )
+
+
+def _all_experts_at_once(module: ModuleChange) -> bool:
+    """One tensor for every expert of a layer: "no token was routed" cannot explain zeros in the whole of it."""
+    if module.place.grouped:
+        return "expert" in module.place.module
+    path = module.place.module.split(".")
+    held = any(part in ("experts", "expert") for part in path) and not any(part.isdigit() for part in _tail(path))
+    return held
+
+
+def _tail(path: Sequence[str]) -> Sequence[str]:
+    start = next((i for i, part in enumerate(path) if part in ("experts", "expert")), len(path))
+    return path[start + 1 :]
 
 
 def modules_untouched(evidence: Evidence) -> Verdicts:
@@ -142,10 +219,12 @@ def modules_untouched(evidence: Evidence) -> Verdicts:
     change = evidence.change
     if change is None or not change.modules:
         return
-    idle = [m for m in change.modules if _idle(m)]
-    if not idle or len(idle) == len(change.modules):
+    # Untouched experts held in one tensor are lora-b-zero's where they are zeros; VeRA's frozen A and B are no module.
+    idle = [m for m in change.modules if _idle(m) and not (m.dead and _all_experts_at_once(m))]
+    idle = [m for m in idle if not all(t.place.frozen for t in m.tensors)]
+    if change.after.empty or not idle or len(idle) == len(change.modules):
         return  # none, or all: weights-unchanged and lora-b-zero say so
-    required = [m for m in idle if not m.place.optional]
+    required = [m for m in idle if not m.place.optional or _all_experts_at_once(m)]
     concerned = required or idle
     kinds = _count(m.place.kind for m in concerned)
     still = [
@@ -242,7 +321,7 @@ def _exploded(tensor: TensorChange) -> bool:
     if tensor.norm_before is None or not tensor.numel:
         return False
     rms = tensor.norm_after / math.sqrt(tensor.numel)
-    if tensor.place.part.endswith("B"):
+    if tensor.place.starts_at_zero:
         return rms > _LARGE_RMS and tensor.norm_after > 10 * tensor.norm_before
     return tensor.norm_before > 0 and tensor.norm_after > _FACTOR_GROWTH * tensor.norm_before
 
@@ -253,7 +332,7 @@ def _growth(tensor: TensorChange) -> float:
 
 def _idle(module: ModuleChange) -> bool:
     """Unchanged where that can be seen; a lora_B of zeros does nothing whatever its lora_A did."""
-    if any(t.place.part.endswith("B") and t.zero_after and not t.moved for t in module.tensors):
+    if any(t.place.starts_at_zero and t.zero_after and not t.moved for t in module.tensors):
         return True
     compared = [t for t in module.tensors if t.changed is not None]
     return bool(compared) and len(compared) == len(module.tensors) and not module.moved

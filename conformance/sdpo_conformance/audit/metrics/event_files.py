@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ def is_event_file(path: Path) -> bool:
 def read_event_file(path: Path) -> list[dict[str, Any]]:
     """One row per step with every scalar of that step. Raises AuditError without the tensorboard package."""
     try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-        from tensorboard.util.tensor_util import make_ndarray
+        accumulators = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+        make_ndarray = importlib.import_module("tensorboard.util.tensor_util").make_ndarray
     except ImportError:
         raise AuditError(
             f"{shown(path)}: is a TensorBoard event file, and tensorboard, which reads it, is not installed:"
             " pip install tensorboard, or export the scalars as CSV"
         ) from None
     try:
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+        events = accumulators.EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
         rows: dict[int, dict[str, Any]] = {}
         for tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):

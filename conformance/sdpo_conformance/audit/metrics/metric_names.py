@@ -102,7 +102,9 @@ def preference(key: str) -> int:
 
 def is_bookkeeping(key: str) -> bool:
     """Whether a known tool writes the name, for something that the audit has no use for."""
-    return bool(_BOOKKEEPING.match(key.lower()))
+    name = key.lower()
+    bare = next((name[len(place) :] for place in _PLACES if name.startswith(place)), name)
+    return bool(_BOOKKEEPING.match(name) or _BOOKKEEPING.match(bare)) or key == "global_step/max_steps"
 
 
 def names_ratio(keys: Iterable[str]) -> bool:

@@ -1,0 +1,111 @@
+"""Whether the run trained at all, and what of its log could not be read."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from sdpo_conformance.audit.errors import shown
+from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
+
+_FEWEST_ROWS = 2
+_SHOWN_NAMES = 8
+#: A sampler in half precision keeps the mean ratio of a batch within a few percent of 1.
+_RATIO_OFF = 0.05
+_RATIO_SPREAD = 0.2
+
+
+def dead_run(evidence: Evidence) -> Verdicts:
+    """From some step to the end: a gradient norm that is no number, and a loss of exactly 0 or none."""
+    metrics = evidence.metrics
+    if metrics is None:
+        return
+    steps = [step for step in metrics.steps if "total_loss" in step.values or "grad_norm" in step.values]
+    dead = 0
+    for step in reversed(steps):
+        loss, norm = step.values.get("total_loss", 0.0), step.values.get("grad_norm")
+        if norm is None or math.isfinite(norm) or (math.isfinite(loss) and loss != 0):
+            break
+        dead += 1
+    if dead < _FEWEST_ROWS:
+        return
+    first = steps[len(steps) - dead]
+    zero = first.values.get("total_loss") == 0
+    yield Finding(
+        id="dead-run",
+        severity=Severity.ERROR,
+        statement=(
+            f"the run is dead from step {first.number} on: grad_norm is not a number"
+            + (" and the loss is exactly 0" if zero else "")
+        ),
+        evidence=(f"{dead} of {len(steps)} rows, to the last",),
+        cause=(
+            "a loss of NaN: transformers' logging_nan_inf_filter (on by default) hides it and logs 0 in its place;"
+            " every parameter that was updated with it is NaN"
+            if zero
+            else "a NaN in the forward or the gradient that every later step inherits"
+        ),
+        next_step=(
+            "throw the weights away from that step on; set logging_nan_inf_filter=False and look for the first NaN"
+            " (NUM-3 to NUM-5)"
+        ),
+        data={"first_step": first.number, "rows": dead},
+    )
+
+
+def sampler_ratio(evidence: Evidence) -> Verdicts:
+    """The ratio of trainer to sampler away from 1 by the same factor in every batch."""
+    metrics = evidence.metrics
+    if metrics is None:
+        return
+    if metrics.has("sampler_ratio"):
+        name = "sampler_ratio"
+        values = [step.values[name] for step in metrics.steps if name in step.values]
+    elif metrics.native and metrics.batching == "explicit":
+        firsts = [batch.steps[0].values.get("mean_is_ratio", math.nan) for batch in metrics.batches if batch.steps]
+        name, values = "mean_is_ratio", firsts
+        if len(values) < 3:
+            return  # one batch's mean says little about a factor
+    else:
+        return
+    values = [value for value in values if math.isfinite(value)]
+    if len(values) < 3:
+        return
+    middle = statistics.median(values)
+    spread = max(abs(value - middle) for value in values)
+    if abs(middle - 1) <= _RATIO_OFF or spread > _RATIO_SPREAD * abs(middle - 1):
+        return
+    yield Finding(
+        id="sampler-ratio",
+        severity=Severity.WARNING,
+        statement=f"the ratio of trainer to sampler is {middle:.4g} in every batch, not 1: off by a constant",
+        evidence=(f"{name} of {len(values)} batches lies within {spread:.2g} of {middle:.4g}",),
+        cause=(
+            "the recorded log-probs are not of the distribution that the trainer scores: taken before or after the"
+            " temperature or top-p, from another adapter, or from the base model"
+        ),
+        next_step="give --model and the samples: the audit then says which of these fits the recorded log-probs",
+        data={"ratio": middle, "spread": spread},
+    )
+
+
+def fields_not_understood(evidence: Evidence) -> Verdicts:
+    """What the log holds and the audit cannot read."""
+    metrics = evidence.metrics
+    if evidence.metrics_refused:
+        yield NotJudged("metrics-fields", evidence.metrics_refused)
+    if metrics is None:
+        return
+    for note in metrics.notes:
+        yield NotJudged("metrics-fields", note)
+    if metrics.unknown_fields:
+        names = metrics.unknown_fields
+        told = ", ".join(shown(n) for n in names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+        yield NotJudged("metrics-fields", f"{len(names)} field(s) not understood: {told}")
+
+
+CHECKS = (
+    Check("dead-run", "no number for a gradient from some step to the end", dead_run),
+    Check("sampler-ratio", "trainer and sampler apart by the same factor in every batch", sampler_ratio),
+    Check("metrics-fields", "fields that no known tool writes", fields_not_understood),
+)
