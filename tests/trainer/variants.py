@@ -33,11 +33,11 @@ def refresh_one_late(run: Run) -> None:
 
 def remember_own(run: Run) -> None:
     for one in run.batch:
-        one.upcoming = logprobs(run.model, one.ids, one.response)  # type: ignore[attr-defined]
+        one.upcoming = logprobs(run, one.ids, one.response)  # type: ignore[attr-defined]
 
 
 def own_at_start(run: Run, one: Prepared) -> Tensor:
-    return logprobs(run.model, one.ids, one.response)
+    return logprobs(run, one.ids, one.response)
 
 
 def fit(values: Tensor, length: int) -> Tensor:
@@ -67,7 +67,7 @@ def recorded_swapped(run: Run) -> None:
 
 
 def teacher_adapter_on(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
-    return topk(run.model, one.teacher_ids, one.response, run.training.teacher_top_k)
+    return topk(run, one.teacher_ids, one.response, run.training.teacher_top_k)
 
 
 def teacher_moves(run: Run) -> None:
@@ -77,12 +77,12 @@ def teacher_moves(run: Run) -> None:
 
 def teacher_without_feedback(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
     with run.model.disable_adapter():
-        return topk(run.model, one.ids, one.response, run.training.teacher_top_k)
+        return topk(run, one.ids, one.response, run.training.teacher_top_k)
 
 
 def anchor_moves(run: Run) -> None:
     for one in run.batch:
-        one.base = logprobs(run.model, one.ids, one.response)
+        one.base = logprobs(run, one.ids, one.response)
 
 
 def anchor_to_behaviour(run: Run, one: Prepared) -> Tensor:

@@ -38,7 +38,7 @@ class Prepared:
 @dataclass
 class Run:
     """What the parts share during one call. ``step`` counts from 1; ``losses`` and ``results`` are the present
-    step's, per sample; ``metrics`` those reported so far."""
+    step's, per sample; ``metrics`` those reported so far; ``kept``: what a part leaves for later."""
 
     model: Any
     training: Any
@@ -49,27 +49,35 @@ class Run:
     losses: list[Tensor] = field(default_factory=list)
     results: list[Mapping[str, Any]] = field(default_factory=list)
     metrics: list[Metrics] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
+    forward: Callable[[Run, Tensor, Tensor], Tensor] | None = None
 
 
 # --- one forward ---
 
 
-def logits_at_response(model: Any, ids: Tensor, response: Tensor) -> Tensor:
-    """The logits that predict the response, (1, T, V)."""
-    return model(input_ids=ids, use_cache=False).logits[:, -response.shape[1] - 1 : -1]
+def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The logits that predict the response, (1, T, V), of one sample by itself."""
+    return run.model(input_ids=ids, use_cache=False).logits[:, -response.shape[1] - 1 : -1]
+
+
+def logits_at_response(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The logits that predict the response, (1, T, V), in float32 or, of a float64 model, in float64."""
+    logits = (run.forward or forward)(run, ids, response)
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @torch.no_grad()
-def logprobs(model: Any, ids: Tensor, response: Tensor) -> Tensor:
-    """The response's log-probs under the model as it stands, (1, T) float32."""
-    scores = logits_at_response(model, ids, response).float().log_softmax(-1)
+def logprobs(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The response's log-probs under the model as it stands, (1, T)."""
+    scores = logits_at_response(run, ids, response).log_softmax(-1)
     return scores.gather(-1, response.unsqueeze(-1)).squeeze(-1)
 
 
 @torch.no_grad()
-def topk(model: Any, ids: Tensor, response: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk(run: Run, ids: Tensor, response: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Log-probs and indices of the K most likely tokens, (1, T, K)."""
-    scores = logits_at_response(model, ids, response).float().log_softmax(-1)
+    scores = logits_at_response(run, ids, response).log_softmax(-1)
     values, indices = scores.topk(min(max(1, k), scores.shape[-1]), dim=-1)
     return values, indices
 
@@ -80,31 +88,35 @@ def topk(model: Any, ids: Tensor, response: Tensor, k: int) -> tuple[Tensor, Ten
 def base(run: Run, one: Prepared) -> Tensor:
     """Base log-probs of the response."""
     with run.model.disable_adapter():
-        return logprobs(run.model, one.ids, one.response)
+        return logprobs(run, one.ids, one.response)
 
 
 def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
     """The teacher's support."""
     with run.model.disable_adapter():
-        return topk(run.model, one.teacher_ids, one.response, run.training.teacher_top_k)
+        return topk(run, one.teacher_ids, one.response, run.training.teacher_top_k)
 
 
 def first_behaviour(run: Run, one: Prepared) -> Tensor:
     """Behaviour log-probs of step 1."""
-    return logprobs(run.model, one.ids, one.response) if one.recorded is None else one.recorded
+    return logprobs(run, one.ids, one.response) if one.recorded is None else one.recorded
 
 
 def refresh(run: Run) -> None:
     """After a step that is not the last."""
     for one in run.batch:
-        one.behaviour = logprobs(run.model, one.ids, one.response)
+        one.behaviour = logprobs(run, one.ids, one.response)
 
 
-def sample_loss(run: Run, one: Prepared, loss: Callable[[Any], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """One sample's loss with its graph, and its metrics."""
+def sample_loss(
+    run: Run, one: Prepared, loss: Callable[[Any], Mapping[str, Any]], logits: Tensor | None = None
+) -> Mapping[str, Any]:
+    """One sample's loss with its graph, and its metrics; ``logits`` where they are known."""
+    if logits is None:
+        logits = (run.forward or forward)(run, one.ids, one.response)
     return loss(
         SDPOLossInput(
-            student_logits=logits_at_response(run.model, one.ids, one.response),
+            student_logits=logits,
             teacher_logprobs=one.support[0],
             teacher_indices=one.support[1],
             base_logprobs=one.base,
@@ -172,6 +184,7 @@ class TrainerParts:
     """The parts in the order of their use; the defaults are right."""
 
     accept: Callable[[Sequence[Any], Any], None] = accept
+    forward: Callable[[Run, Tensor, Tensor], Tensor] = forward
     base: Callable[[Run, Prepared], Tensor] = base
     teacher: Callable[[Run, Prepared], tuple[Tensor, Tensor]] = teacher
     first_behaviour: Callable[[Run, Prepared], Tensor] = first_behaviour
@@ -194,7 +207,7 @@ def distill(
     device = next(model.parameters()).device
     batch = [prepared(sample, device) for sample in samples]
     model.train()
-    run = Run(model, training, [p for p in model.parameters() if p.requires_grad], batch)
+    run = Run(model, training, [p for p in model.parameters() if p.requires_grad], batch, forward=parts.forward)
     for one in batch:
         one.base = parts.base(run, one)
         one.support = parts.teacher(run, one)

@@ -62,24 +62,19 @@ def never(run: Run) -> None:
 
 def from_start(run: Run) -> None:
     """The starting policy's log-probs, kept."""
-    for one, kept in zip(run.batch, run.model._kept_behaviour, strict=True):
+    for one, kept in zip(run.batch, run.kept["behaviour"], strict=True):
         one.behaviour = kept
 
 
 def keep_own(run: Run) -> None:
     """Before each step: the log-probs under its weights."""
     if run.step == 1:
-        run.model._kept_behaviour = [logprobs(run.model, one.ids, one.response) for one in run.batch]
+        run.kept["behaviour"] = [logprobs(run, one.ids, one.response) for one in run.batch]
 
 
 def keep_latest(run: Run) -> None:
     """Before each step: the log-probs under its weights, overwriting the last."""
-    run.model._kept_behaviour = [logprobs(run.model, one.ids, one.response) for one in run.batch]
-
-
-def forget(run: Run) -> None:
-    """Remove what was kept."""
-    del run.model._kept_behaviour
+    run.kept["behaviour"] = [logprobs(run, one.ids, one.response) for one in run.batch]
 
 
 def with_adapter_disabled(run: Run) -> None:
@@ -91,12 +86,12 @@ def with_adapter_disabled(run: Run) -> None:
 def first_sample_only(run: Run) -> None:
     """The others keep what they had."""
     one = run.batch[0]
-    one.behaviour = logprobs(run.model, one.ids, one.response)
+    one.behaviour = logprobs(run, one.ids, one.response)
 
 
 def of_neighbour(run: Run) -> None:
     """Each sample gets the log-probs of the one before it."""
-    fresh = [logprobs(run.model, one.ids, one.response) for one in run.batch]
+    fresh = [logprobs(run, one.ids, one.response) for one in run.batch]
     for one, other in zip(run.batch, [fresh[-1], *fresh[:-1]], strict=True):
         one.behaviour = fitted(other, one.response)
 
@@ -104,7 +99,7 @@ def of_neighbour(run: Run) -> None:
 def of_last_for_all(run: Run) -> None:
     """A cache whose key is the same for every sample."""
     last = run.batch[-1]
-    fresh = logprobs(run.model, last.ids, last.response)
+    fresh = logprobs(run, last.ids, last.response)
     for one in run.batch:
         one.behaviour = fitted(fresh, one.response)
 
@@ -131,14 +126,14 @@ def one_token_late(run: Run) -> None:
 def on_teacher_prompt(run: Run) -> None:
     """Read behind the teacher's prompt."""
     for one in run.batch:
-        one.behaviour = logprobs(run.model, one.teacher_ids, one.response)
+        one.behaviour = logprobs(run, one.teacher_ids, one.response)
 
 
 def at_temperature(run: Run) -> None:
     """At the sampler's temperature of 0.7."""
     for one in run.batch:
         with torch.no_grad():
-            scores = trainer_variants.logits_at_response(run.model, one.ids, one.response).float() / 0.7
+            scores = trainer_variants.logits_at_response(run, one.ids, one.response) / 0.7
             one.behaviour = scores.log_softmax(-1).gather(-1, one.response.unsqueeze(-1)).squeeze(-1)
 
 
@@ -146,14 +141,14 @@ def over_support(run: Run) -> None:
     """Normalised over the teacher's top-k."""
     for one in run.batch:
         with torch.no_grad():
-            scores = trainer_variants.logits_at_response(run.model, one.ids, one.response).float()
+            scores = trainer_variants.logits_at_response(run, one.ids, one.response)
             mass = scores.gather(-1, one.support[1]).logsumexp(-1)
             one.behaviour = scores.gather(-1, one.response.unsqueeze(-1)).squeeze(-1) - mass
 
 
 def recomputed(run: Run, one: Prepared) -> Tensor:
     """The trainer's own log-probs in place of the sampler's."""
-    return logprobs(run.model, one.ids, one.response)
+    return logprobs(run, one.ids, one.response)
 
 
 def recorded_or_zero(run: Run, one: Prepared) -> Tensor:
@@ -169,7 +164,7 @@ def recorded_late(run: Run, one: Prepared) -> Tensor:
 def averaged_with_recorded(run: Run) -> None:
     """Halfway between what was recorded and the current policy."""
     for one in run.batch:
-        one.behaviour = (one.behaviour + logprobs(run.model, one.ids, one.response)) / 2
+        one.behaviour = (one.behaviour + logprobs(run, one.ids, one.response)) / 2
 
 
 # --- base and teacher ---
@@ -177,7 +172,7 @@ def averaged_with_recorded(run: Run) -> None:
 
 def base_with_adapter(run: Run, one: Prepared) -> Tensor:
     """Base log-probs with the adapter on."""
-    return logprobs(run.model, one.ids, one.response)
+    return logprobs(run, one.ids, one.response)
 
 
 def base_late(run: Run, one: Prepared) -> Tensor:
@@ -188,24 +183,24 @@ def base_late(run: Run, one: Prepared) -> Tensor:
 def base_on_teacher_prompt(run: Run, one: Prepared) -> Tensor:
     """Base log-probs behind the teacher's prompt."""
     with run.model.disable_adapter():
-        return logprobs(run.model, one.teacher_ids, one.response)
+        return logprobs(run, one.teacher_ids, one.response)
 
 
 def base_follows(run: Run) -> None:
     """The anchor moves to the current policy before each step."""
     for one in run.batch:
-        one.base = logprobs(run.model, one.ids, one.response)
+        one.base = logprobs(run, one.ids, one.response)
 
 
 def teacher_with_adapter(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
     """The teacher's support with the adapter on."""
-    return topk(run.model, one.teacher_ids, one.response, run.training.teacher_top_k)
+    return topk(run, one.teacher_ids, one.response, run.training.teacher_top_k)
 
 
 def teacher_on_student_prompt(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
     """The teacher without the feedback."""
     with run.model.disable_adapter():
-        return topk(run.model, one.ids, one.response, run.training.teacher_top_k)
+        return topk(run, one.ids, one.response, run.training.teacher_top_k)
 
 
 def teacher_late(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
@@ -217,7 +212,7 @@ def teacher_late(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
 def teacher_of_five(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
     """A support of five tokens, whatever the config says."""
     with run.model.disable_adapter():
-        return topk(run.model, one.teacher_ids, one.response, 5)
+        return topk(run, one.teacher_ids, one.response, 5)
 
 
 def teacher_follows(run: Run) -> None:
@@ -309,10 +304,8 @@ def first_metrics(run: Run, total: Tensor, grad_norm: float) -> Metrics:
 def previous_metrics(run: Run, total: Tensor, grad_norm: float) -> Metrics:
     """The metrics of the step before."""
     fresh = trainer_variants.report(run, total, grad_norm)
-    run.model._last_metrics, last = (
-        fresh,
-        getattr(run.model, "_last_metrics", fresh) if run.step > 1 else fresh,
-    )
+    last = run.kept.get("metrics", fresh)
+    run.kept["metrics"] = fresh
     return {**last, "step": run.step}
 
 
@@ -361,14 +354,14 @@ def of_half_the_parameters(run: Run, optimizer_cls: Any) -> Any:
 
 def remembering_class(run: Run, optimizer_cls: Any) -> Any:
     """The optimizer, its class kept for the steps to come."""
-    run.model._optimizer_cls = optimizer_cls
+    run.kept["optimizer"] = optimizer_cls
     return trainer_variants.make_optimizer(run, optimizer_cls)
 
 
 def rebuilt(run: Run) -> None:
     """A new optimizer for every step: its moments start from nothing."""
     if run.step > 1:
-        run.optimizer = trainer_variants.make_optimizer(run, run.model._optimizer_cls)
+        run.optimizer = trainer_variants.make_optimizer(run, run.kept["optimizer"])
 
 
 def decayed(run: Run) -> None:
@@ -404,15 +397,14 @@ def base_nudged(run: Run) -> None:
 @torch.no_grad()
 def restored(run: Run) -> None:
     """The adapter is put back to where it started."""
-    for parameter, before in zip(run.parameters, run.model._adapter_before, strict=True):
+    for parameter, before in zip(run.parameters, run.kept["adapter"], strict=True):
         parameter.copy_(before)
-    del run.model._adapter_before
 
 
 def remember_adapter(run: Run) -> None:
     """Keep the adapter as it is before the last step."""
     if run.step == run.training.steps_per_batch:
-        run.model._adapter_before = [parameter.detach().clone() for parameter in run.parameters]
+        run.kept["adapter"] = [parameter.detach().clone() for parameter in run.parameters]
 
 
 def anything(samples: Sequence[Any], training: Any) -> None:
@@ -491,7 +483,7 @@ DEFECTS = (
         "The refresh gives every later step the starting policy's log-probs.",
         ("STEP-3", "STEP-2"),
         REFRESH,
-        trainer(before_step=keep_own, refresh=from_start, finish=forget),
+        trainer(before_step=keep_own, refresh=from_start),
         ("huggingface/trl#5413",),
         STEP_ONE,
     ),
@@ -500,7 +492,7 @@ DEFECTS = (
         "The refresh is taken before the optimizer's step: always one step late.",
         ("STEP-2", "STEP-3"),
         REFRESH,
-        trainer(before_step=keep_latest, refresh=from_start, finish=forget),
+        trainer(before_step=keep_latest, refresh=from_start),
         ("nishide-dev/unturtle#40",),
         STEP_ONE,
     ),
@@ -1010,7 +1002,7 @@ DEFECTS = (
     loop(
         "bad-input-asserted",
         "Bad input raises AssertionError, which python -O removes.",
-        ("STEP-11",),
+        ("STEP-12",),
         "Raise ValueError.",
         trainer(accept=by_assertion),
         (),

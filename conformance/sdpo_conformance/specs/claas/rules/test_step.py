@@ -146,7 +146,7 @@ def test_step_10(subject: Subject) -> None:
     "STEP-11",
     Level.MUST,
     "a batch without samples, log-probs of another length than the response, and more steps than claimed are "
-    "refused with a ValueError, nothing changed; log-probs of None are refused so, or stood in for",
+    "refused with an error, nothing changed; log-probs of None are refused so, or stood in for",
     source=f"{SOURCE}: raises ValueError",
     why="a batch that is half applied cannot be taken back",
     capabilities=DISTILL,
@@ -159,7 +159,7 @@ def test_step_11(subject: Subject) -> None:
     "STEP-12",
     Level.SHOULD,
     "an empty prompt or response, a token outside the vocabulary, a NaN log-prob and fewer than one step are "
-    "refused with a ValueError, nothing changed",
+    "refused with a ValueError, nothing changed; so is what STEP-11 asks to refuse",
     source="this project: upstream trains on some of these and fails late on others",
     why="a NaN log-prob makes the whole adapter NaN at the first step",
     capabilities=DISTILL,

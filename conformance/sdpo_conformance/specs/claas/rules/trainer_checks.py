@@ -137,14 +137,14 @@ def bad_inputs(subject: Subject, scenario: Scenario, level: Level) -> Iterator[B
     def spoilt(words: str, may_accept: bool = False, **changes: Any) -> BadInput:
         return BadInput(words, (*others, replace(last, **changes)), training, may_accept)
 
+    yield BadInput("no samples", (), training)
+    yield spoilt("response_logprobs one shorter than the response", response_logprobs=recorded[:-1])
+    yield spoilt("response_logprobs one longer than the response", response_logprobs=[*recorded, -1.0])
+    yield spoilt("response_logprobs of None", may_accept=True, response_logprobs=None)
+    if (most := subject.claims.max_steps_per_batch) is not None:
+        longer = replace(training, steps_per_batch=most + 1)
+        yield BadInput(f"steps_per_batch = {most + 1}, claimed at most {most}", (*others, last), longer)
     if level is Level.MUST:
-        yield BadInput("no samples", (), training)
-        yield spoilt("response_logprobs one shorter than the response", response_logprobs=recorded[:-1])
-        yield spoilt("response_logprobs one longer than the response", response_logprobs=[*recorded, -1.0])
-        yield spoilt("response_logprobs of None", may_accept=True, response_logprobs=None)
-        if (most := subject.claims.max_steps_per_batch) is not None:
-            longer = replace(training, steps_per_batch=most + 1)
-            yield BadInput(f"steps_per_batch = {most + 1}, claimed at most {most}", (*others, last), longer)
         return
     yield spoilt("an empty response", response_token_ids=[], response_logprobs=[])
     yield spoilt("an empty prompt", prompt_token_ids=[])
@@ -157,19 +157,19 @@ def bad_inputs(subject: Subject, scenario: Scenario, level: Level) -> Iterator[B
 
 
 def judge_refusals(subject: Subject, level: Level) -> None:
-    """Each bad input is refused with a ValueError and leaves the model as it was."""
+    """Each bad input is refused and leaves the model as it was; as a SHOULD, with a ValueError."""
     require_packages()
     scenario = within_claims(SCENARIOS[1], subject.claims)
     for bad in bad_inputs(subject, scenario, level):
         subject.tally.examples += 1
         refusal = refusal_of(subject, scenario, bad.samples, bad.training)
-        got = complaint(refusal)
+        got = complaint(refusal, level)
         if not got or (refusal is None and bad.may_accept):
             continue
         words = f"{scenario.words}, with {bad.words}"
         disagreement = Disagreement(
             aspect=bad.words,
-            expected="a ValueError, nothing changed",
+            expected="an error, nothing changed" if level is Level.MUST else "a ValueError, nothing changed",
             got=got,
             probe="distill",
             extra={"shows": "refusal", "scenario": scenario.name, "words": words},
@@ -179,13 +179,14 @@ def judge_refusals(subject: Subject, level: Level) -> None:
         raise disagreement
 
 
-def complaint(refusal: Refusal | None) -> str:
-    """What is not as it should be about a refusal, or an empty string."""
+def complaint(refusal: Refusal | None, level: Level) -> str:
+    """What is not as it should be about a refusal, or an empty string. That it is a ValueError is a SHOULD:
+    a trainer that trips over the input before anything changed has refused it."""
     if refusal is None:
         return "no error"
-    if not isinstance(refusal.error, ValueError):
-        text = " ".join(str(refusal.error).split())[:200]
-        return f"{type(refusal.error).__name__}: {text}"
+    kind, text = type(refusal.error).__name__, " ".join(str(refusal.error).split())[:200]
     if refusal.changed:
-        return f"a ValueError, but {refusal.changed[0]}"
+        return f"{kind}, but {refusal.changed[0]}"
+    if level is Level.SHOULD and not isinstance(refusal.error, ValueError):
+        return f"{kind}: {text}"
     return ""
