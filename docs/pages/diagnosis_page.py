@@ -20,8 +20,10 @@ TITLES: Mapping[str, str] = {
     "plumbing": "Autograd, buffers and memory layout",
     "numerics": "Precision and special values",
     "fused": "Kernels: tiles, projection, head",
+    "factors": "Factors, clips, roundings and lost gradients",
     "hidden_states": "Response log-probs and teacher top-k from hidden states",
     "trainer": "The step loop",
+    "samples": "The step loop: samples, tokens, prompts and forwards",
 }
 
 INTRODUCTION = """\
@@ -49,8 +51,12 @@ requirement's own check fails in the same way on the defect.
 - Other algorithms of the same name are recognised as [dialects](#dialects).
 - Otherwise it says that nothing in the catalogue matches. That is an answer too: the defect is new.
 
-Failures of the step loop are matched by the requirements that fail alone; the failure itself says which known
-mistake the gradient equals.
+Step loops are matched by values too. A catalogued loop is replayed in float64 with its weights forced, before each
+step, to those that the trainer had, and its gradient is compared with the one handed to the optimizer. Where no loop
+fits, the right loop is tried around every wrong loss.
+
+Some defects have a number in them: a cap, a temperature, a floor. It is fitted to what was observed, and is part of
+the answer.
 """
 
 

@@ -1,4 +1,4 @@
-"""Every example of docs/adapters.md is judged by the suite, as a reader would run it, and comes out as the page says."""
+"""Every example of docs/adapters.md is judged as a reader would run it, and comes out as the page says."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 FILE = re.compile(r"^```python\n(# file: (\S+)\.py\n.*?)^```$", re.MULTILINE | re.DOTALL)
 
 EXAMPLES = {
-    "my_adapter": (("LP-1", "LP-3"), ()),
-    "topk_gjs": (("GJS-1", "GJS-9"), ()),
+    "my_adapter": (("LP-1",), ()),
+    "topk_gjs": (("GJS-1",), ()),
     "incident": (("IS-2",), ("IS-2",)),
-    "mended": (("IS-2", "IS-10", "GRAD-2", "RED-4"), ()),
-    "trainer": (("STEP-1", "STEP-3"), ()),
+    "mended": (("IS-10", "GRAD-2"), ()),
+    "trainer": (("STEP-3",), ()),
 }
 """File -> the requirements it is judged by here, and those it fails."""
 

@@ -126,7 +126,7 @@ def test_what_does_not_deliver_is_an_error_not_a_crash(distill: Callable[..., An
         ("STEP-6", "metrics of the last sample"),
         ("STEP-9", "base weight trained"),
         ("STEP-10", "adapter restored at the end"),
-        ("STEP-11", "accepts anything"),
+        ("STEP-12", "accepts anything"),
     ],
 )
 def test_reproduction_shows_the_defect_without_the_harness(requirement_id: str, name: str, tmp_path: Path) -> None:

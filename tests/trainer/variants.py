@@ -237,7 +237,7 @@ DEFECTIVE: Mapping[str, tuple[str, Callable[..., Any]]] = {
     "only lora_B trained": ("STEP-10", trainer(make_optimizer=only_lora_b)),
     "moments forgotten": ("STEP-10", trainer(before_step=new_optimizer_each_step)),
     "adapter restored at the end": ("STEP-10", trainer(before_step=remembers_start, finish=restores_start)),
-    "accepts anything": ("STEP-11", trainer(accept=accept_anything)),
+    "accepts anything": ("STEP-12", trainer(accept=accept_anything)),
 }
 """Name -> the requirement that must name it, and the trainer."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,16 +23,23 @@ FAMILIES = (
     "plumbing",
     "numerics",
     "fused",
+    "factors",
     "hidden_states",
     "trainer",
+    "samples",
 )
 """The catalogue's modules, in the order of the spec."""
 
 
 @cache
 def catalogue() -> Mapping[str, Defect]:
-    """Every defect by name, in the order of the families. Needs no transformers or peft."""
-    return MappingProxyType({defect.name: defect for family in FAMILIES for defect in of_family(family)})
+    """Every defect by name, in the order of the families, with the number it has. Needs no transformers or peft."""
+    from sdpo_conformance.specs.claas.defects.numbers import NUMBERS
+
+    known = {defect.name: defect for family in FAMILIES for defect in of_family(family)}
+    for name, parameter in NUMBERS.items():
+        known[name] = replace(known[name], parameter=parameter)
+    return MappingProxyType(known)
 
 
 def of_family(family: str) -> tuple[Defect, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.defects.loss_parts import Parts, Work, enter_divergence
+from sdpo_conformance.specs.claas.defects.parameter import Parameter
 from sdpo_conformance.specs.claas.defects.sources import Citation
 
 Change = Callable[[Parts], Parts]
@@ -54,7 +55,8 @@ class Defect:
     entry that it applies to. ``seen``: public issues or pull requests, empty where none was found.
     ``usable_for``: what an implementation with this defect may still be used for, empty for nothing.
     Exactly one of ``change`` (a loss, divergence, log-probs or top-k defect) and ``distill`` (a defective
-    step loop) is set.
+    step loop) is set. ``parameter``: the number in it, where that may be another; ``value``: the number it has,
+    None for the one that the sentence names.
     """
 
     name: str
@@ -66,6 +68,25 @@ class Defect:
     seen: tuple[Citation, ...] = ()
     usable_for: str = ""
     capabilities: tuple[Capability, ...] = LOSSES
+    parameter: Parameter | None = field(default=None, repr=False)
+    value: float | None = None
+
+    def at(self, value: float) -> Defect:
+        """The same defect with another number in it."""
+        assert self.parameter is not None
+        made = self.parameter.make(value)
+        if self.change is None:
+            from sdpo_conformance.specs.claas.defects.step_loop_variants import distill
+
+            return replace(self, distill=partial(distill, made), value=value)
+        return replace(self, change=made, value=value)
+
+    @property
+    def shown(self) -> str:
+        """The name, with the number where it was fitted."""
+        if self.parameter is None or self.value is None:
+            return self.name
+        return f"{self.name} ({self.parameter.words} {self.value:.5g})"
 
     @property
     def touched(self) -> frozenset[str]:

@@ -15,6 +15,7 @@ from sdpo_conformance.specs.claas.defects import step_loop_variants as trainer_v
 from sdpo_conformance.specs.claas.defects import wrong_importance as importance
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.loss_parts import Parts
+from sdpo_conformance.specs.claas.defects.parameter import Parameter, logarithmic, whole_numbers
 from sdpo_conformance.specs.claas.defects.sources import cite
 from sdpo_conformance.specs.claas.defects.step_loop_variants import (
     Metrics,
@@ -31,6 +32,9 @@ Loss = Callable[[Any], Mapping[str, Any]]
 STEP_ONE = "steps_per_batch = 1."
 NO_ANCHOR = "kl_reg_weight = 0, the default."
 ONE_SAMPLE = "Batches of one sample."
+SIZES = (1, 2, 3, 4, 5, 8, 10, 16, 20, 25, 32, 40, 50, 64, 67, 80, 96, 100, 120, 128, 140, 149, 160)
+"""Supports that are tried; the scenarios' vocabularies have 67 and 160 tokens."""
+
 TRAINING = "Training: the adapter is right, the metrics are not."
 
 
@@ -129,12 +133,16 @@ def on_teacher_prompt(run: Run) -> None:
         one.behaviour = logprobs(run, one.teacher_ids, one.response)
 
 
-def at_temperature(run: Run) -> None:
-    """At the sampler's temperature of 0.7."""
-    for one in run.batch:
-        with torch.no_grad():
-            scores = trainer_variants.logits_at_response(run, one.ids, one.response) / 0.7
-            one.behaviour = scores.log_softmax(-1).gather(-1, one.response.unsqueeze(-1)).squeeze(-1)
+def at_temperature(temperature: float) -> Callable[[Run], None]:
+    """The refresh at the sampler's temperature."""
+
+    def refresh(run: Run) -> None:
+        for one in run.batch:
+            with torch.no_grad():
+                scores = trainer_variants.logits_at_response(run, one.ids, one.response) / temperature
+                one.behaviour = scores.log_softmax(-1).gather(-1, one.response.unsqueeze(-1)).squeeze(-1)
+
+    return refresh
 
 
 def over_support(run: Run) -> None:
@@ -209,10 +217,14 @@ def teacher_late(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
     return values.roll(1, dims=1), indices.roll(1, dims=1)
 
 
-def teacher_of_five(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
-    """A support of five tokens, whatever the config says."""
-    with run.model.disable_adapter():
-        return topk(run, one.teacher_ids, one.response, 5)
+def teacher_of(size: float) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
+    """A support of so many tokens, whatever the config says."""
+
+    def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+        with run.model.disable_adapter():
+            return topk(run, one.teacher_ids, one.response, int(size))
+
+    return teacher
 
 
 def teacher_follows(run: Run) -> None:
@@ -250,9 +262,9 @@ def unclipped(run: Run) -> float:
     return float(torch.nn.utils.clip_grad_norm_(run.parameters, float("inf")))
 
 
-def clipped_to_one(run: Run) -> float:
-    """Clipped to 1, whatever max_grad_norm."""
-    return float(torch.nn.utils.clip_grad_norm_(run.parameters, 1.0))
+def clipped_to(limit: float) -> Callable[[Run], float]:
+    """Clipped to a norm, whatever max_grad_norm."""
+    return lambda run: float(torch.nn.utils.clip_grad_norm_(run.parameters, limit))
 
 
 def clipped_each(run: Run) -> float:
@@ -450,6 +462,7 @@ def loop(
     distill: Callable[..., Any],
     seen: tuple[str, ...] = (),
     usable_for: str = "",
+    parameter: Parameter | None = None,
 ) -> Defect:
     """A defect of the step loop."""
     return Defect(
@@ -461,6 +474,7 @@ def loop(
         seen=cite(*seen),
         usable_for=usable_for,
         capabilities=(Capability.DISTILL,),
+        parameter=parameter,
     )
 
 
@@ -573,9 +587,10 @@ DEFECTS = (
         "The refresh is taken at the sampler's temperature 0.7, the loss at 1.",
         ("STEP-2",),
         "Temperature 1 on both sides of the ratio.",
-        trainer(refresh=at_temperature),
+        trainer(refresh=at_temperature(0.7)),
         ("huggingface/trl#4159", "huggingface/trl#3029"),
         STEP_ONE,
+        Parameter("temperature", lambda t: TrainerParts(refresh=at_temperature(t)), logarithmic(0.3, 3.3, 12)),
     ),
     loop(
         "refresh-over-support",
@@ -712,9 +727,10 @@ DEFECTS = (
         "The teacher's support is five tokens, whatever teacher_top_k.",
         ("STEP-5",),
         "k = min(max(1, teacher_top_k), V).",
-        trainer(teacher=teacher_of_five),
+        trainer(teacher=teacher_of(5)),
         (),
         "teacher_top_k = 5.",
+        Parameter("K =", lambda k: TrainerParts(teacher=teacher_of(k)), whole_numbers(SIZES), whole=True),
     ),
     loop(
         "student-one-token-early",
@@ -855,9 +871,10 @@ DEFECTS = (
         "Gradients are clipped to norm 1, whatever max_grad_norm.",
         ("STEP-8",),
         "Read training.max_grad_norm.",
-        trainer(clip=clipped_to_one),
+        trainer(clip=clipped_to(1.0)),
         (),
         "max_grad_norm = 1, the default.",
+        Parameter("norm", lambda c: TrainerParts(clip=clipped_to(c)), logarithmic(1e-3, 10.0, 17)),
     ),
     loop(
         "clip-each-parameter",
@@ -993,7 +1010,7 @@ DEFECTS = (
     loop(
         "bad-input-accepted",
         "Nothing is checked before training.",
-        ("STEP-11",),
+        ("STEP-12",),
         "Raise ValueError before anything changes.",
         trainer(accept=anything),
         ("strands-labs/robots#2028",),

@@ -37,10 +37,10 @@ def _findings(observation: Observation) -> Iterator[Finding]:
     if not observation.observed:
         yield from unobserved_findings(observation, ground)
         return
-    judgements = list(judged_steps(observation, ground))
+    judgements = judged_steps(observation, ground)
     for judgement in judgements:
         if judgement.wrong:
-            yield gradient_finding(judgement, observation)
+            yield gradient_finding(judgement, observation, judgements)
     yield from metric_findings(observation, judgements)
     yield from update_findings(observation)
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from sdpo_conformance.judging.compare import number
 from sdpo_conformance.specs.claas.oracle.step_loop import norm
-from sdpo_conformance.specs.claas.step_loop.explanations import MISTAKES, Mistake, Outcome
+from sdpo_conformance.specs.claas.step_loop.explanations import (
+    LOSS_SEARCHES,
+    Candidate,
+    WrongStep,
+    as_reported,
+    explain,
+    furthest,
+    requirements_of,
+    words_of,
+)
 from sdpo_conformance.specs.claas.step_loop.finding import Finding, finding
+from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced, Outcome
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, Moment, Weights, upcast
 from sdpo_conformance.specs.claas.step_loop.step_bounds import Bounds, bounds_of
 from sdpo_conformance.trainer.observation import Observation
@@ -19,38 +30,60 @@ from sdpo_conformance.trainer.observation import Observation
 @dataclass
 class StepJudgement:
     """A step: how far its gradient is beyond the bound (above 1 is wrong), in which tensor, and the mistake
-    it equals, if any."""
+    it equals, if any, with what cannot be told from it."""
 
     moment: Moment
     bounds: Bounds
     excess: float
     tensor: str
-    mistake: Mistake | None = None
+    got: Weights
+    mistake: Candidate | None = None
     outcome: Outcome | None = None
+    alike: list[str] = field(default_factory=list)
 
     @property
     def wrong(self) -> bool:
         return self.excess > 1
 
 
-def judged_steps(observation: Observation, ground: Ground) -> Iterator[StepJudgement]:
-    """Each observed step against the truth at its own weights."""
+_SEARCHED: list[str] = []
+"""Scenarios of this process for which wrong losses were tried."""
+
+
+def judged_steps(observation: Observation, ground: Ground) -> list[StepJudgement]:
+    """Each observed step against the truth at its own weights, and what the wrong ones equal."""
     history: list[Weights] = []
     left_over: Weights | None = None
-    suspected: Mistake | None = None
+    judged: list[StepJudgement] = []
     for step in observation.steps[: observation.scenario.steps]:
         # a parameter the optimizer never got stays where it started
         history.append({**upcast(observation.start), **(history[-1] if history else {}), **upcast(step.before)})
         moment = Moment(ground, list(history), left_over)
         bounds = bounds_of(moment)
-        got = moment.handed = complete(upcast(step.gradient), moment)
+        got = complete(upcast(step.gradient), moment)
         excess, tensor = furthest(got, moment.gradient, bounds.gradient)
-        judgement = StepJudgement(moment, bounds, excess, tensor)
-        if judgement.wrong:
-            judgement.mistake, judgement.outcome = explanation(moment, got, bounds, suspected)
-            suspected = judgement.mistake
-        yield judgement
+        judged.append(StepJudgement(moment, bounds, excess, tensor, got))
         left_over = got
+    wrong = {one.moment.step: WrongStep(one.moment, one.bounds, one.got) for one in judged if one.wrong}
+    if not wrong:
+        return judged
+
+    def budget() -> bool:
+        _SEARCHED.append(observation.scenario.name)
+        return len(_SEARCHED) <= LOSS_SEARCHES
+
+    found = explain(forced_along(observation, ground, history), wrong, budget)
+    for one in judged:
+        if one.moment.step in found.best:
+            one.mistake, one.outcome = found.best[one.moment.step]
+            one.alike = found.alike[one.moment.step]
+    return judged
+
+
+def forced_along(observation: Observation, ground: Ground, history: Sequence[Weights]) -> Forced:
+    """The run's weights, for step loops to be replayed along."""
+    last = observation.steps[len(history) - 1]
+    return Forced(ground, history, {**history[-1], **upcast(last.after)})
 
 
 def complete(gradient: Weights, moment: Moment) -> dict[str, Tensor]:
@@ -58,53 +91,46 @@ def complete(gradient: Weights, moment: Moment) -> dict[str, Tensor]:
     return {name: gradient.get(name, 0 * g) for name, g in moment.gradient.items()}
 
 
-def furthest(got: Weights, truth: Weights, bound: Mapping[str, float]) -> tuple[float, str]:
-    """The largest ratio of distance to bound over all tensors, and where; NaN counts as infinite."""
-    excess = {}
-    for name in truth:
-        distance = float((got[name] - truth[name]).norm())
-        excess[name] = distance / bound[name] if distance == distance else float("inf")
-    worst = max(excess, key=lambda name: excess[name])
-    return excess[worst], worst
+def located(judgements: Sequence[StepJudgement]) -> str:
+    """Which steps are wrong, and which are right, in words."""
+    wrong = [one.moment.step for one in judgements if one.wrong]
+    right = [one.moment.step for one in judgements if not one.wrong]
+    if not wrong:
+        return ""
+    if len(wrong) == len(judgements):
+        return "the gradient is wrong at every step" if len(wrong) > 1 else "the gradient is wrong"
+    if right == list(range(1, wrong[0])) and wrong == list(range(wrong[0], len(judgements) + 1)):
+        return f"the gradient is right up to step {right[-1]} and wrong from step {wrong[0]} on"
+    steps = ", ".join(map(str, wrong))
+    return f"the gradient is wrong at step {steps} and right at step {', '.join(map(str, right))}"
 
 
-def explanation(
-    moment: Moment, got: Weights, bounds: Bounds, suspected: Mistake | None
-) -> tuple[Mistake | None, Outcome | None]:
-    """The known mistake whose gradient this one equals within the bound; the ``suspected`` one if it fits, or
-    else the closest."""
-    best: tuple[float, Mistake | None, Outcome | None] = (1.0, None, None)
-    for mistake in sorted(MISTAKES, key=lambda one: one is not suspected):
-        outcome = mistake.take(moment)
-        if outcome is None:
-            continue
-        scale = max(1.0, float(norm(outcome[1]) / norm(moment.gradient)))
-        excess, _ = furthest(got, outcome[1], {name: scale * b for name, b in bounds.gradient.items()})
-        if excess < best[0]:
-            best = (excess, mistake, outcome)
-            if mistake is suspected:
-                break
-    return best[1], best[2]
+def evidence(judgement: StepJudgement, judgements: Sequence[StepJudgement]) -> Mapping[str, Any]:
+    """What a failure keeps for the diagnosis: the mistake, and how many of the run's wrong steps it explains."""
+    wrong = [one for one in judgements if one.wrong]
+    mistake = judgement.mistake
+    explained = sum(one.mistake is not None and one.mistake is mistake for one in wrong)
+    return {
+        "mistake": None if mistake is None else as_reported(mistake),
+        "alike": judgement.alike,
+        "explained": explained,
+        "wrong": len(wrong),
+        "off": judgement.excess,
+        "located": located(judgements),
+    }
 
 
-def requirements_of(mistake: Mistake | None, step: int) -> tuple[str, ...]:
-    """What a mistake at this step breaks. At the first step every wrong behaviour log-prob is STEP-1's."""
-    if mistake is None:
-        return ("STEP-1",) if step == 1 else ("STEP-2",)
-    if step == 1 and set(mistake.requirements) & {"STEP-2", "STEP-3"}:
-        return ("STEP-1",)
-    return mistake.requirements
-
-
-def gradient_finding(judgement: StepJudgement, observation: Observation) -> Finding:
+def gradient_finding(
+    judgement: StepJudgement, observation: Observation, judgements: Sequence[StepJudgement]
+) -> Finding:
     """Words for a wrong gradient."""
     moment, mistake = judgement.moment, judgement.mistake
     step = moment.step
-    got = complete(upcast(observation.steps[step - 1].gradient), moment)
+    got = judgement.got
     truth = moment.gradient
     off = float(norm({name: got[name] - truth[name] for name in truth}) / norm(truth))
     if mistake is not None:
-        detail = f"the gradient is the one {mistake.words}"
+        detail = f"the gradient is the one of {words_of(mistake)}"
     else:
         detail = f"first seen in {judgement.tensor}; it equals no known mistake"
     return finding(
@@ -118,7 +144,8 @@ def gradient_finding(judgement: StepJudgement, observation: Observation) -> Find
         excess=judgement.excess,
         extra={
             "shows": "gradient",
-            "mistake": mistake.name if mistake else None,
+            "mistake": mistake.defect.name if mistake else None,
+            "evidence": evidence(judgement, judgements),
             "gradient": dict(truth),
             "bounds": dict(judgement.bounds.gradient),
         },

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from sdpo_conformance.judging.compare import number
 from sdpo_conformance.specs.claas.oracle.step_loop import norm
-from sdpo_conformance.specs.claas.step_loop.explanations import MISTAKES, Mistake
+from sdpo_conformance.specs.claas.step_loop.explanations import Candidate, outcomes, step_loops, words_of
 from sdpo_conformance.specs.claas.step_loop.finding import Finding, finding
+from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced
 from sdpo_conformance.specs.claas.step_loop.gradients import StepJudgement
 from sdpo_conformance.trainer.observation import METRICS, Observation
 
@@ -56,25 +57,37 @@ def metric_findings(observation: Observation, judgements: Sequence[StepJudgement
                 anchor = other_anchor(entry[key], judgement) if key == "kl_reg" else None
                 yield finding(
                     observation,
-                    anchor.requirements if anchor else "STEP-6",
+                    anchor.defect.violates if anchor else "STEP-6",
                     key,
                     expected=number(truth),
                     got=number(entry[key]),
                     step=step,
-                    detail=f"it is that {anchor.words}" if anchor else metric_words(key, entry[key], judgements, index),
+                    detail=f"it is that of {words_of(anchor)}"
+                    if anchor
+                    else metric_words(key, entry[key], judgements, index),
                     excess=abs(entry[key] - truth) / bound,
-                    extra={"shows": "metric", "metric": key, "truth": truth, "bound": bound},
+                    extra={
+                        "shows": "metric",
+                        "metric": key,
+                        "truth": truth,
+                        "bound": bound,
+                        "mistake": anchor.defect.name if anchor else None,
+                    },
                 )
 
 
-def other_anchor(got: float, judgement: StepJudgement) -> Mistake | None:
+def other_anchor(got: float, judgement: StepJudgement) -> Candidate | None:
     """The wrong anchor whose kl_reg this is: with kl_reg_weight = 0 no gradient shows it."""
-    for mistake in MISTAKES:
-        if mistake.name.startswith("anchor-") and (outcome := mistake.take(judgement.moment)) is not None:
-            mistaken = outcome[0].metrics["kl_reg"]
-            scale = max(1.0, mistaken / max(judgement.moment.truth.metrics["kl_reg"], 1e-12))
+    moment = judgement.moment
+    forced = Forced(moment.ground, moment.history, moment.history[-1])
+    for candidate in step_loops():
+        if not candidate.defect.name.startswith("base-"):
+            continue
+        for _, outcome in outcomes(candidate, forced, [moment.step]):
+            mistaken = outcome.metrics["kl_reg"]
+            scale = max(1.0, mistaken / max(moment.truth.metrics["kl_reg"], 1e-12))
             if abs(got - mistaken) <= scale * judgement.bounds.metrics["kl_reg"]:
-                return mistake
+                return candidate
     return None
 
 
@@ -85,7 +98,7 @@ def accepted(got: float, key: str, judgement: StepJudgement) -> bool:
         return True
     if judgement.outcome is None:
         return False
-    mistaken = judgement.outcome[0].metrics[key]
+    mistaken = judgement.outcome.metrics[key]
     return abs(got - mistaken) <= bound * max(1.0, abs(mistaken) / max(abs(truth), 1e-12))
 
 

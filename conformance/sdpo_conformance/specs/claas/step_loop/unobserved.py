@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from sdpo_conformance.judging.compare import number
-from sdpo_conformance.specs.claas.oracle.step_loop import AdamW, norm
-from sdpo_conformance.specs.claas.step_loop.explanations import MISTAKES, Mistake, Outcome
+from sdpo_conformance.specs.claas.defects.step_loop_variants import distill
+from sdpo_conformance.specs.claas.oracle.step_loop import norm, trainable
+from sdpo_conformance.specs.claas.step_loop.explanations import (
+    Candidate,
+    as_reported,
+    requirements_of,
+    step_loops,
+    words_of,
+)
 from sdpo_conformance.specs.claas.step_loop.finding import Finding, finding
-from sdpo_conformance.specs.claas.step_loop.gradients import requirements_of
-from sdpo_conformance.specs.claas.step_loop.ground import Ground, Moment, Weights, upcast
+from sdpo_conformance.specs.claas.step_loop.ground import Ground, Weights, upcast
 from sdpo_conformance.specs.claas.step_loop.step_bounds import PRECISIONS
 from sdpo_conformance.trainer.observation import METRICS, Observation
 
@@ -34,12 +43,12 @@ def unobserved_findings(observation: Observation, ground: Ground) -> Iterator[Fi
     departed = departure(observation, truth, ground)
     if departed is None:
         return
-    for mistake in MISTAKES:
-        run = replay(ground, mistake)
+    for candidate in step_loops():
+        run = replay(ground, candidate)
         if run is not None and departure(observation, run, ground) is None:
             first = 1 if differs_at(truth, run, 1) else 2
-            words = f"the run is the one {mistake.words}"
-            yield run_finding(observation, requirements_of(mistake, first), truth, departed, words)
+            words = f"the run is the one of {words_of(candidate)}"
+            yield run_finding(observation, requirements_of(candidate, first), truth, departed, words, candidate)
             return
     requirement = {None: "STEP-10", 1: "STEP-1"}.get(departed.step, "STEP-2")
     yield run_finding(observation, (requirement,), truth, departed, "it is the run of no known mistake")
@@ -53,33 +62,41 @@ class Departure:
 
 
 def run_finding(
-    observation: Observation, requirements: tuple[str, ...], truth: Run, departed: Departure, detail: str
+    observation: Observation,
+    requirements: tuple[str, ...],
+    truth: Run,
+    departed: Departure,
+    detail: str,
+    candidate: Candidate | None = None,
 ) -> Finding:
     """The first number that departs."""
     step = departed.step
+    extra: dict[str, Any] = {}
+    if candidate is not None:
+        whole = {"mistake": as_reported(candidate), "alike": [], "explained": 1, "wrong": 1, "off": 0.0, "located": ""}
+        extra = {"mistake": candidate.defect.name, "evidence": whole}
     if step is None:
         expected, got = "what the spec's steps lead to", "another"
-        return finding(observation, requirements, "the final adapter", expected, got, detail=detail)
+        return finding(observation, requirements, "the final adapter", expected, got, detail=detail, extra=extra)
     wanted, found = truth[0][step - 1], observation.metrics[step - 1]
     key = max(METRICS, key=lambda k: abs(found.get(k, wanted[k]) - wanted[k]) / (abs(wanted[k]) + 1e-3))
-    return finding(observation, requirements, key, number(wanted[key]), number(found[key]), step, detail=detail)
+    return finding(
+        observation, requirements, key, number(wanted[key]), number(found[key]), step, detail=detail, extra=extra
+    )
 
 
-def replay(ground: Ground, mistake: Mistake) -> Run | None:
-    """The whole loop with one mistake in it; None where it cannot show in this scenario."""
-    training = ground.scenario.training
-    history: list[Weights] = [ground.start]
-    left_over: Weights | None = None
-    optimizer, metrics, shows = AdamW(training.learning_rate), [], False
-    for _ in range(training.steps_per_batch):
-        moment = Moment(ground, list(history), left_over)
-        taken = mistake.take(moment)
-        shows = shows or taken is not None
-        outcome: Outcome = taken or (moment.truth, moment.gradient)
-        metrics.append(outcome[0].metrics)
-        left_over = outcome[1]
-        history.append(optimizer.updated(history[-1], outcome[1]))
-    return (metrics, history[-1]) if shows else None
+def replay(ground: Ground, candidate: Candidate) -> Run | None:
+    """The whole loop with one mistake in it, in float64; None where it cannot run."""
+    model = ground.at(ground.start)
+    for parameter in trainable(model).values():
+        parameter.grad = None
+    try:
+        found = distill(candidate.parts, model, ground.samples, ground.scenario.training, torch.optim.AdamW)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+    weights = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    model.eval()
+    return found["per_step_metrics"], weights
 
 
 def departure(observation: Observation, run: Run, ground: Ground) -> Departure | None:

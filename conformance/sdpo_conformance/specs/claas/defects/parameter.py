@@ -1,0 +1,67 @@
+"""A number that a defect depends on, fitted to what was observed: it is part of the answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+REFINEMENTS = 36
+"""Halvings, by the golden section, of the interval around the best of the values tried first: to 1e-7 of it."""
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """``words``: what the number is. ``make``: the change of a loss's parts, or the parts of a step loop, at a value.
+    ``values``: tried first, in order; between neighbours of the best the number is refined, unless ``whole``."""
+
+    words: str
+    make: Callable[[float], Any]
+    values: tuple[float, ...]
+    whole: bool = False
+
+    def fitted(self, distance: Callable[[float], float]) -> tuple[float, float]:
+        """The value of least ``distance``, and that distance."""
+        tried = {value: distance(value) for value in self.values}
+        best = min(tried, key=lambda value: tried[value])
+        if self.whole or not math.isfinite(tried[best]):
+            return best, tried[best]
+        index = self.values.index(best)
+        low, high = self.values[max(index - 1, 0)], self.values[min(index + 1, len(self.values) - 1)]
+
+        def seen(value: float) -> float:
+            if value not in tried:
+                tried[value] = distance(value)
+            return tried[value]
+
+        for _ in range(REFINEMENTS):
+            a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+            if seen(a) <= seen(b):
+                high = b
+            else:
+                low = a
+        best = min(tried, key=lambda value: tried[value])
+        return best, tried[best]
+
+
+def simplest(value: float, fits: Callable[[float], bool]) -> float:
+    """The number of fewest digits near a fitted value that fits as well; the value itself otherwise."""
+    for digits in range(1, 6):
+        rounded = float(f"{value:.{digits}g}")
+        if fits(rounded):
+            return rounded
+    return value
+
+
+def logarithmic(low: float, high: float, count: int) -> tuple[float, ...]:
+    """Values from ``low`` to ``high``, evenly spaced in their logarithm."""
+    step = (high / low) ** (1 / (count - 1))
+    return tuple(low * step**index for index in range(count))
+
+
+def whole_numbers(values: Iterable[int]) -> tuple[float, ...]:
+    """Values that are counts."""
+    return tuple(float(value) for value in values)

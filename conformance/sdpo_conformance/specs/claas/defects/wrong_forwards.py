@@ -1,0 +1,135 @@
+"""Ways to get a forward of the step loop wrong: padding, packing, positions, the head; each as the part ``forward``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.specs.claas.defects import step_loop_variants as right
+from sdpo_conformance.specs.claas.defects.step_loop_variants import Run
+
+
+def rows_with(run: Run, ids: Tensor) -> list[Tensor]:
+    """The batch that a row is in: the teacher's sequences, or the student's."""
+    teacher = any(one.teacher_ids is ids for one in run.batch)
+    return [one.teacher_ids if teacher else one.ids for one in run.batch]
+
+
+def read(logits: Tensor, response: Tensor) -> Tensor:
+    """What predicts the response, which ends the sequence."""
+    return logits[:, -response.shape[1] - 1 : -1]
+
+
+def left_padded(mask: bool, positions: bool) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """Padded on the left to the longest of the batch, with the attention mask or without, with positions that start
+    at each row's first token or without."""
+
+    def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        width = max(row.shape[1] for row in rows_with(run, ids))
+        short = width - ids.shape[1]
+        padded = torch.nn.functional.pad(ids, (short, 0))
+        seen = torch.nn.functional.pad(torch.ones_like(ids), (short, 0))
+        options: dict[str, Tensor] = {}
+        if mask:
+            options["attention_mask"] = seen
+        if positions:
+            options["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)
+        return read(run.model(input_ids=padded, use_cache=False, **options).logits, response)
+
+    return forward
+
+
+def packed(reset: bool) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """All samples in one row whose attention crosses from one to the next; positions start again or run on."""
+
+    def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        before: list[Tensor] = []
+        for row in rows_with(run, ids):
+            if row is ids:
+                break
+            before.append(row)
+        together = torch.cat([*before, ids], dim=1)
+        lengths = [row.shape[1] for row in (*before, ids)]
+        positions = torch.cat([torch.arange(n) for n in lengths]) if reset else torch.arange(sum(lengths))
+        return read(
+            run.model(
+                input_ids=together,
+                position_ids=positions[None].to(ids.device),
+                attention_mask=torch.ones_like(together),
+                use_cache=False,
+            ).logits,
+            response,
+        )
+
+    return forward
+
+
+def positions_from(start: int) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """Positions counted from another number."""
+
+    def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        positions = (torch.arange(ids.shape[1], device=ids.device) + start)[None]
+        return read(run.model(input_ids=ids, position_ids=positions, use_cache=False).logits, response)
+
+    return forward
+
+
+def constant_positions(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """Every token at position 0."""
+    return read(run.model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False).logits, response)
+
+
+def response_alone(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The response is read after the last token of its prompt alone."""
+    return right.forward(run, ids[:, -response.shape[1] - 1 :], response)
+
+
+def without_first_token(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The prompt has lost its first token."""
+    return right.forward(run, ids[:, 1:] if ids.shape[1] > response.shape[1] + 1 else ids, response)
+
+
+def unshifted(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The logits at the response's own positions, each predicting the token after."""
+    return run.model(input_ids=ids, use_cache=False).logits[:, -response.shape[1] :]
+
+
+def head_of_embedding(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The logits are taken with the embedding's weight, which an untied head does not have."""
+    hidden = run.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    return read(hidden @ run.model.get_input_embeddings().weight.T, response)
+
+
+def without_final_norm(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The hidden states reach the head before the model's last norm."""
+    norms = [part for name, part in run.model.named_modules() if name.endswith((".model.norm", ".transformer.ln_f"))]
+    handle = norms[-1].register_forward_hook(lambda part, given, out: given[0])
+    try:
+        return right.forward(run, ids, response)
+    finally:
+        handle.remove()
+
+
+def through(change: Callable[[Tensor], Tensor]) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """The right logits, changed."""
+    return lambda run, ids, response: change(right.forward(run, ids, response))
+
+
+def student_only(forward: Callable[[Run, Tensor, Tensor], Tensor]) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """A wrong forward for the student with gradient alone: what is read without gradient is right."""
+
+    def either(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        return (forward if torch.is_grad_enabled() else right.forward)(run, ids, response)
+
+    return either
+
+
+def temperature(value: float) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """The logits divided by a temperature."""
+    return through(lambda logits: logits / value)
+
+
+Forward = Callable[[Run, Tensor, Tensor], Any]

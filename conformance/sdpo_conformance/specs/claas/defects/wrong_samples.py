@@ -1,0 +1,758 @@
+"""More ways to get the step loop wrong: what belongs to which sample, token, prompt or policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.specs.claas.defects import step_loop_variants as right
+from sdpo_conformance.specs.claas.defects import wrong_forwards as forwards
+from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.defects.parameter import Parameter, logarithmic
+from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, Run, TrainerParts, logprobs, topk, trainer
+from sdpo_conformance.specs.claas.defects.wrong_trainer import ADAPTER_OFF, ONE_SAMPLE, REFRESH, STEP_ONE, fitted, loop
+
+KEEP_WITH = "Keep each sample's behaviour log-probs with the sample."
+TEMPERATURES = logarithmic(0.3, 3.3, 12)
+DECAYS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.995, 0.999, 1.0)
+
+Order = Callable[[int, int], int]
+Fit = Callable[[Tensor, Tensor], Tensor]
+
+
+def zero_padded(values: Tensor, like: Tensor) -> Tensor:
+    """Another sample's log-probs, cut or padded with zeros to this one's length."""
+    length = like.shape[1]
+    return torch.nn.functional.pad(values[:, :length], (0, max(0, length - values.shape[1])))
+
+
+def handed_round(run: Run, order: Order, fit: Fit) -> None:
+    """Sample i gets the behaviour log-probs of sample order(i, N)."""
+    all_of_them = [one.behaviour for one in run.batch]
+    for index, one in enumerate(run.batch):
+        one.behaviour = fit(all_of_them[order(index, len(run.batch))], one.response)
+
+
+def swapped_after_refresh(order: Order, fit: Fit) -> Callable[[Run], None]:
+    """The refresh mixes the samples up."""
+
+    def refresh(run: Run) -> None:
+        right.refresh(run)
+        handed_round(run, order, fit)
+
+    return refresh
+
+
+def swapped_at_first(order: Order, fit: Fit) -> Callable[[Run], None]:
+    """What the sampler recorded is mixed up."""
+
+    def before_step(run: Run) -> None:
+        if run.step == 1:
+            handed_round(run, order, fit)
+
+    return before_step
+
+
+def rolled_refresh(tokens: int) -> Callable[[Run], None]:
+    """The refresh, at neighbouring tokens."""
+
+    def refresh(run: Run) -> None:
+        right.refresh(run)
+        for one in run.batch:
+            one.behaviour = one.behaviour.roll(tokens, dims=1)
+
+    return refresh
+
+
+def zeros(run: Run) -> None:
+    """Zeros for behaviour log-probs."""
+    for one in run.batch:
+        one.behaviour = torch.zeros_like(one.response, dtype=torch.float32)
+
+
+def base_everywhere(run: Run) -> None:
+    """The base's log-probs for behaviour log-probs, from the first step on."""
+    for one in run.batch:
+        one.behaviour = one.base
+
+
+def on_teacher_prompt_everywhere(run: Run) -> None:
+    """The current policy's log-probs behind the teacher's prompt."""
+    for one in run.batch:
+        one.behaviour = logprobs(run, one.teacher_ids, one.response)
+
+
+def own_everywhere(run: Run) -> None:
+    """The current policy's own: a ratio of 1 at every step."""
+    right.refresh(run)
+
+
+def pinned_from_first(run: Run) -> None:
+    """The starting policy's log-probs, from the first step and for good."""
+    if run.step == 1:
+        right.refresh(run)
+
+
+def never(run: Run) -> None:
+    """No refresh."""
+
+
+def rolled_teacher(tokens: int) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
+    """The teacher's support of the neighbouring token."""
+
+    def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+        values, indices = right.teacher(run, one)
+        return values.roll(tokens, dims=1), indices.roll(tokens, dims=1)
+
+    return teacher
+
+
+def scored(run: Run, one: Prepared) -> Tensor:
+    """The teacher's logits over the vocabulary, (1, T, V)."""
+    with torch.no_grad(), run.model.disable_adapter():
+        return right.logits_at_response(run, one.teacher_ids, one.response)
+
+
+def most_likely(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = logprobs.topk(min(max(1, k), logprobs.shape[-1]), dim=-1)
+    return values, indices
+
+
+def with_response(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The top-k and, where it is not among them, the response's token: an engine's prompt_logprobs."""
+    l = scored(run, one).log_softmax(-1)  # noqa: E741
+    values, indices = most_likely(l, run.training.teacher_top_k)
+    if indices.shape[-1] == l.shape[-1]:
+        return values, indices
+    y = one.response.unsqueeze(-1)
+    inside = (indices == y).any(-1, keepdim=True)
+    spare = l.scatter(-1, indices, -torch.inf).argmax(-1, keepdim=True)
+    extra = torch.where(inside, torch.full_like(l[..., :1], -60.0), l.gather(-1, y))
+    return torch.cat([values, extra], -1), torch.cat([indices, torch.where(inside, spare, y)], -1)
+
+
+def response_for_last(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The top-k, whose last entry gives way to the response's token where that is not among them."""
+    l = scored(run, one).log_softmax(-1)  # noqa: E741
+    _, indices = most_likely(l, run.training.teacher_top_k)
+    y = one.response.unsqueeze(-1)
+    inside = (indices == y).any(-1, keepdim=True)
+    indices = torch.cat([indices[..., :-1], torch.where(inside, indices[..., -1:], y)], -1)
+    return l.gather(-1, indices), indices
+
+
+def supported(k: Callable[[int], int]) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
+    """A support of another size."""
+
+    def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+        return most_likely(scored(run, one).log_softmax(-1), k(run.training.teacher_top_k))
+
+    return teacher
+
+
+def changed_values(change: Callable[[Tensor], Tensor]) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
+    """The right support with other log-probs."""
+
+    def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+        values, indices = right.teacher(run, one)
+        return change(values), indices
+
+    return teacher
+
+
+def raw_logits(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The teacher's logits, never normalised."""
+    return most_likely(scored(run, one), run.training.teacher_top_k)
+
+
+def teacher_at(temperature: float) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
+    """The teacher at a temperature."""
+
+    def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+        return most_likely((scored(run, one) / temperature).log_softmax(-1), run.training.teacher_top_k)
+
+    return teacher
+
+
+def students_top_k(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probs at the starting student's top-k."""
+    with torch.no_grad():
+        student = right.logits_at_response(run, one.ids, one.response)
+    indices = student.topk(min(max(1, run.training.teacher_top_k), student.shape[-1]), dim=-1).indices
+    return scored(run, one).log_softmax(-1).gather(-1, indices), indices
+
+
+def teacher_of_first(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """Every sample is scored behind the first sample's teacher prompt."""
+    first = run.batch[0]
+    prompt = first.teacher_ids[:, : first.teacher_ids.shape[1] - first.response.shape[1]]
+    with run.model.disable_adapter():
+        return topk(run, torch.cat([prompt, one.response], dim=1), one.response, run.training.teacher_top_k)
+
+
+def averaged_teacher(decay: float, adapter_at_first: bool) -> Callable[[Run], None]:
+    """The teacher is an exponential moving average of the adapter, scored again before every step."""
+
+    def before_step(run: Run) -> None:
+        adapter = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        now = {name: p.detach().clone() for name, p in adapter.items()}
+        if run.step == 1:
+            run.kept["average"] = now
+            if not adapter_at_first:
+                return
+        kept = run.kept["average"]
+        with torch.no_grad():
+            run.kept["average"] = kept = {name: decay * kept[name] + (1 - decay) * p for name, p in now.items()}
+            for name, p in adapter.items():
+                p.copy_(kept[name])
+            for one in run.batch:
+                one.support = topk(run, one.teacher_ids, one.response, run.training.teacher_top_k)
+            for name, p in adapter.items():
+                p.copy_(now[name])
+
+    return before_step
+
+
+def base_rolled(tokens: int) -> Callable[[Run, Prepared], Tensor]:
+    """Base log-probs of the neighbouring token."""
+    return lambda run, one: right.base(run, one).roll(tokens, dims=1)
+
+
+def anchored_to_sampler(run: Run, one: Prepared) -> Tensor:
+    """What the sampler recorded in place of the base's log-probs."""
+    return right.first_behaviour(run, one)
+
+
+def anchored_to_behaviour(run: Run) -> None:
+    """The anchor is whatever the ratio is taken against."""
+    for one in run.batch:
+        one.base = one.behaviour
+
+
+def at_temperature(temperature: float) -> Callable[[Run], None]:
+    """The refresh at a temperature."""
+
+    def refresh(run: Run) -> None:
+        for one in run.batch:
+            with torch.no_grad():
+                scores = right.logits_at_response(run, one.ids, one.response) / temperature
+                one.behaviour = scores.log_softmax(-1).gather(-1, one.response.unsqueeze(-1)).squeeze(-1)
+
+    return refresh
+
+
+def weighed(shares: Callable[[list[int]], list[float]]) -> Callable[[Run], Tensor]:
+    """Samples weighed by their response lengths."""
+
+    def reduce(run: Run) -> Tensor:
+        lengths = [one.response.shape[1] for one in run.batch]
+        return torch.stack([share * loss for share, loss in zip(shares(lengths), run.losses, strict=True)]).sum()
+
+    return reduce
+
+
+def only(index: int, of_mean: bool) -> Callable[[list[int]], list[float]]:
+    """One sample alone, at its share of the mean or whole."""
+    return lambda n: [(1 / len(n) if of_mean else 1.0) * (i == index % len(n)) for i in range(len(n))]
+
+
+def all_but(index: int) -> Callable[[list[int]], list[float]]:
+    """One sample is lost, the divisor is not."""
+    return lambda n: [(i != index % len(n)) / len(n) for i in range(len(n))]
+
+
+def accumulated(change: Callable[[Run, list[Tensor]], list[Tensor]]) -> Callable[[Run], Tensor]:
+    """The mean of the samples' gradients, each changed by itself first."""
+
+    def reduce(run: Run) -> Tensor:
+        mean = torch.stack(run.losses).mean()
+        total = mean.detach()
+        for loss in run.losses:
+            gradients = torch.autograd.grad(loss, run.parameters, retain_graph=True, materialize_grads=True)
+            for parameter, gradient in zip(run.parameters, change(run, list(gradients)), strict=True):
+                pushed = (parameter * gradient).sum() / len(run.losses)
+                total = total + pushed - pushed.detach()
+        return total
+
+    return reduce
+
+
+def clipped_alone(run: Run, gradients: list[Tensor]) -> list[Tensor]:
+    """One sample's gradient clipped to max_grad_norm."""
+    size = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    return [g * (run.training.max_grad_norm / (size + 1e-6)).clamp(max=1.0) for g in gradients]
+
+
+def alone(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The right forward; its gradient reaches the parameters themselves."""
+    return right.forward(run, ids, response)
+
+
+def cleared(kept: Callable[[int, str], bool]) -> Callable[[Run], None]:
+    """Gradients are forgotten but for some parameters'."""
+
+    def zero(run: Run) -> None:
+        names = [name for name, p in run.model.named_parameters() if p.requires_grad]
+        for index, (name, parameter) in enumerate(zip(names, run.parameters, strict=True)):
+            if not kept(index, name):
+                parameter.grad = None
+
+    return zero
+
+
+def following(order: int) -> Order:
+    return lambda i, n: (i + order) % n
+
+
+def swaps(kind: str, fit: Fit, suffix: str) -> list[Defect]:
+    """Every way in which one sample's log-probs are read for another's, with one way to make them fit."""
+    orders: dict[str, Order] = {
+        "next": following(1),
+        "previous": following(-1),
+        "last": lambda i, n: n - 1,
+        "first": lambda i, n: 0,
+    }
+    if kind == "refresh":
+        words, part, make = "The refresh gives", "refresh", swapped_after_refresh
+    else:
+        words, part, make = "What the sampler recorded: it gives", "before_step", swapped_at_first
+    return [
+        loop(
+            f"{kind}-of-{name}-sample{suffix}",
+            f"{words} each sample the log-probs of the {name} one, {'padded with zeros' if suffix else 'repeated'} "
+            "where they are too few.",
+            ("STEP-4", "STEP-2") if kind == "refresh" else ("STEP-4", "STEP-1"),
+            KEEP_WITH,
+            trainer(**{part: make(order, fit)}),
+            usable_for=ONE_SAMPLE,
+        )
+        for name, order in orders.items()
+        if (kind, name, suffix) not in (("refresh", "previous", ""), ("refresh", "last", ""))
+    ]
+
+
+def numbered(
+    name: str,
+    sentence: str,
+    violates: tuple[str, ...],
+    fix: str,
+    words: str,
+    make: Callable[[float], TrainerParts],
+    values: tuple[float, ...],
+    value: float,
+    whole: bool = False,
+    seen: tuple[str, ...] = (),
+) -> Defect:
+    """A defect of the step loop with a number in it, which stands at ``value`` where it is run by name."""
+    return loop(
+        name,
+        sentence,
+        violates,
+        fix,
+        partial(right.distill, make(value)),
+        seen,
+        parameter=Parameter(words, make, values, whole),
+    )
+
+
+def read_otherwise(name: str, sentence: str, fix: str, forward: Any, *seen: str) -> Defect:
+    """A wrong forward of the whole loop."""
+    return loop(name, sentence, ("STEP-1", "STEP-2"), fix, trainer(forward=forward), seen)
+
+
+PADDING = "Pass attention_mask and position_ids that count from each row's first real token."
+PACKING = "Separate packed samples: position_ids that start again and an attention that does not cross."
+HEAD = "Read the logits of the model's own head, after its last norm."
+SHIFT = "Position t predicts token t + 1: the response is read at start - 1 .. -2."
+TOP_K = "The teacher's min(max(1, teacher_top_k), V) most likely tokens, and no others."
+MEAN = "The mean over samples of their token means."
+
+DEFECTS = (
+    *swaps("refresh", fitted, ""),
+    *swaps("refresh", zero_padded, "-padded"),
+    *swaps("sampler-logprobs", fitted, ""),
+    *swaps("sampler-logprobs", zero_padded, "-padded"),
+    loop(
+        "behaviour-zero",
+        "The behaviour log-probs are zeros at every step.",
+        ("STEP-1", "STEP-2"),
+        REFRESH,
+        trainer(before_step=zeros),
+    ),
+    loop(
+        "behaviour-of-base",
+        "The ratio is taken against the base: the adapter is disabled for the behaviour log-probs.",
+        ("STEP-1", "STEP-2"),
+        "The behaviour policy has the adapter enabled.",
+        trainer(before_step=base_everywhere),
+    ),
+    loop(
+        "behaviour-on-teacher-prompt",
+        "The ratio is taken against the current policy behind the teacher's prompt.",
+        ("STEP-1", "STEP-2"),
+        "The behaviour policy reads the student's prompt.",
+        trainer(before_step=on_teacher_prompt_everywhere),
+    ),
+    loop(
+        "starting-policy-for-good",
+        "The starting policy's own log-probs stand for the sampler's, and are never refreshed.",
+        ("STEP-1", "STEP-3", "STEP-2"),
+        "Take the sampler's log-probs at step 1, and refresh after every step but the last.",
+        trainer(before_step=pinned_from_first, refresh=never),
+        ("huggingface/trl#5413",),
+        STEP_ONE,
+    ),
+    loop(
+        "refresh-one-token-early",
+        "The refresh slices the logits one position early.",
+        ("STEP-2", "STEP-4"),
+        SHIFT,
+        trainer(refresh=rolled_refresh(-1)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "sampler-logprobs-early",
+        "The sampler's log-probs are paired with the token before theirs.",
+        ("STEP-1", "STEP-4"),
+        "Pair each log-prob with its own token.",
+        trainer(first_behaviour=lambda run, one: right.first_behaviour(run, one).roll(-1, dims=1)),
+    ),
+    loop(
+        "teacher-one-token-early",
+        "The teacher's top-k is sliced one position early.",
+        ("STEP-5",),
+        SHIFT,
+        trainer(teacher=rolled_teacher(-1)),
+    ),
+    loop(
+        "support-with-response-token",
+        "The support is the teacher's top-k and the response's token, as an engine's prompt_logprobs returns it.",
+        ("STEP-5",),
+        TOP_K,
+        trainer(teacher=with_response),
+        ("vllm-project/vllm#3752",),
+    ),
+    loop(
+        "support-ends-with-response-token",
+        "The last entry of the teacher's top-k gives way to the response's token.",
+        ("STEP-5",),
+        TOP_K,
+        trainer(teacher=response_for_last),
+    ),
+    loop(
+        "support-one-larger",
+        "The support has one token more than teacher_top_k.",
+        ("STEP-5",),
+        TOP_K,
+        trainer(teacher=supported(lambda k: k + 1)),
+    ),
+    loop(
+        "support-one-smaller",
+        "The support has one token less than teacher_top_k.",
+        ("STEP-5",),
+        TOP_K,
+        trainer(teacher=supported(lambda k: k - 1)),
+    ),
+    loop(
+        "support-of-student",
+        "The support is the starting student's top-k.",
+        ("STEP-5",),
+        TOP_K,
+        trainer(teacher=students_top_k),
+        ("verl-project/verl#6676",),
+    ),
+    loop(
+        "teacher-logits-raw",
+        "The teacher's logits are never normalised over the vocabulary.",
+        ("STEP-5",),
+        "log_softmax over the whole vocabulary before the top-k.",
+        trainer(teacher=raw_logits),
+    ),
+    loop(
+        "teacher-renormalised-on-support",
+        "The teacher's log-probs are normalised over the top-k, not over the vocabulary.",
+        ("STEP-5",),
+        "log_softmax over the whole vocabulary before the top-k.",
+        trainer(teacher=changed_values(lambda values: values.log_softmax(-1))),
+    ),
+    loop(
+        "teacher-logprobs-in-bfloat16",
+        "The teacher's log-probs are kept in bfloat16.",
+        ("STEP-5",),
+        "Keep log-probs in float32.",
+        trainer(teacher=changed_values(lambda values: values.bfloat16().to(values.dtype))),
+    ),
+    loop(
+        "teacher-prompt-of-first-sample",
+        "Every sample's teacher reads the first sample's prompt.",
+        ("STEP-5",),
+        "Each sample has its own teacher prompt.",
+        trainer(teacher=teacher_of_first),
+        (),
+        ONE_SAMPLE,
+    ),
+    numbered(
+        "teacher-at-temperature",
+        "The teacher's logits are divided by a temperature of 2.",
+        ("STEP-5",),
+        "Temperature 1.",
+        "temperature",
+        lambda t: TrainerParts(teacher=teacher_at(t)),
+        TEMPERATURES,
+        2.0,
+    ),
+    numbered(
+        "teacher-moving-average",
+        "The teacher is a moving average (0.99) of the adapter from the second step on.",
+        ("STEP-5",),
+        ADAPTER_OFF,
+        "decay",
+        lambda d: TrainerParts(before_step=averaged_teacher(d, False)),
+        DECAYS,
+        0.99,
+    ),
+    numbered(
+        "teacher-moving-average-from-start",
+        "The teacher is a moving average (0.99) of the adapter, with the starting adapter in it at step 1.",
+        ("STEP-5",),
+        ADAPTER_OFF,
+        "decay",
+        lambda d: TrainerParts(before_step=averaged_teacher(d, True)),
+        DECAYS,
+        0.99,
+    ),
+    loop(
+        "base-one-token-early",
+        "The base log-probs are sliced one position early.",
+        ("STEP-5",),
+        SHIFT,
+        trainer(base=base_rolled(-1)),
+    ),
+    loop(
+        "base-of-sampler",
+        "The anchor is taken to what the sampler recorded.",
+        ("STEP-5",),
+        ADAPTER_OFF,
+        trainer(base=anchored_to_sampler),
+    ),
+    loop(
+        "base-of-behaviour",
+        "The anchor is taken to the behaviour log-probs of each step.",
+        ("STEP-5",),
+        ADAPTER_OFF,
+        trainer(before_step=anchored_to_behaviour),
+    ),
+    loop(
+        "student-one-token-late",
+        "The student's logits are sliced one position late.",
+        ("STEP-1", "STEP-2"),
+        SHIFT,
+        trainer(forward=forwards.student_only(forwards.through(lambda z: z.roll(-1, dims=1)))),
+    ),
+    read_otherwise(
+        "student-unshifted",
+        "The student's logits are read without the one-token shift.",
+        SHIFT,
+        forwards.student_only(forwards.unshifted),
+    ),
+    read_otherwise(
+        "logits-unshifted", "Every policy's logits are read without the one-token shift.", SHIFT, forwards.unshifted
+    ),
+    read_otherwise(
+        "left-padding-without-positions",
+        "Rows are padded on the left and get no position_ids: learned positions count the padding.",
+        PADDING,
+        forwards.left_padded(mask=True, positions=False),
+        "huggingface/trl#6800",
+    ),
+    read_otherwise(
+        "left-padding-without-mask",
+        "Rows are padded on the left and get no attention mask: the padding is read as text.",
+        PADDING,
+        forwards.left_padded(mask=False, positions=False),
+    ),
+    read_otherwise(
+        "left-padding-attended",
+        "Rows are padded on the left with right positions, but the padding is attended to.",
+        PADDING,
+        forwards.left_padded(mask=False, positions=True),
+    ),
+    read_otherwise(
+        "left-padding-of-student-alone",
+        "The student's rows are padded on the left without position_ids; what is read without gradient is right.",
+        PADDING,
+        forwards.student_only(forwards.left_padded(mask=True, positions=False)),
+    ),
+    read_otherwise(
+        "packed-samples-attend",
+        "Samples are packed into one row, positions start again, but attention crosses from one to the next.",
+        PACKING,
+        forwards.packed(reset=True),
+    ),
+    read_otherwise(
+        "packed-samples-as-one",
+        "Samples are packed into one row as if they were one text.",
+        PACKING,
+        forwards.packed(reset=False),
+    ),
+    read_otherwise(
+        "packed-student-attends",
+        "The student's samples are packed and attend to each other; what is read without gradient is right.",
+        PACKING,
+        forwards.student_only(forwards.packed(reset=True)),
+    ),
+    read_otherwise("positions-from-one", "position_ids count from 1.", PADDING, forwards.positions_from(1)),
+    read_otherwise("positions-constant", "Every token is at position 0.", PADDING, forwards.constant_positions),
+    read_otherwise(
+        "prompt-dropped",
+        "The response is read after the last token of its prompt alone.",
+        "Read the response after the whole prompt.",
+        forwards.response_alone,
+    ),
+    read_otherwise(
+        "prompt-without-first-token",
+        "The prompts lose their first token.",
+        "Read the response after the whole prompt.",
+        forwards.without_first_token,
+    ),
+    read_otherwise(
+        "head-of-embedding",
+        "The logits are taken with the embedding's weight where the head is not tied to it.",
+        HEAD,
+        forwards.head_of_embedding,
+    ),
+    read_otherwise(
+        "student-head-of-embedding",
+        "The student's logits alone are taken with the embedding's weight where the head is not tied to it.",
+        HEAD,
+        forwards.student_only(forwards.head_of_embedding),
+    ),
+    read_otherwise(
+        "final-norm-missing", "Hidden states reach the head before the last norm.", HEAD, forwards.without_final_norm
+    ),
+    read_otherwise(
+        "student-final-norm-missing",
+        "The student's hidden states alone reach the head before the last norm.",
+        HEAD,
+        forwards.student_only(forwards.without_final_norm),
+    ),
+    numbered(
+        "policies-at-temperature",
+        "Every policy's logits are divided by a temperature of 0.7.",
+        ("STEP-1", "STEP-2"),
+        "Temperature 1.",
+        "temperature",
+        lambda t: TrainerParts(forward=forwards.temperature(t)),
+        TEMPERATURES,
+        0.7,
+    ),
+    numbered(
+        "student-at-temperature",
+        "The student's logits are divided by a temperature of 0.7; what is read without gradient is not.",
+        ("STEP-1", "STEP-2"),
+        "Temperature 1.",
+        "temperature",
+        lambda t: TrainerParts(forward=forwards.student_only(forwards.temperature(t))),
+        TEMPERATURES,
+        0.7,
+    ),
+    loop(
+        "sum-over-tokens",
+        "The samples' token losses are summed, and averaged over samples.",
+        ("STEP-7",),
+        MEAN,
+        trainer(reduce=weighed(lambda n: [length / len(n) for length in n])),
+    ),
+    loop(
+        "first-sample-only",
+        "Only the first sample's gradient survives.",
+        ("STEP-7",),
+        MEAN,
+        trainer(reduce=weighed(only(0, False))),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "last-sample-at-its-share",
+        "Only the last sample's gradient survives, divided by the number of samples.",
+        ("STEP-7",),
+        MEAN,
+        trainer(reduce=weighed(only(-1, True))),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "first-sample-at-its-share",
+        "Only the first sample's gradient survives, divided by the number of samples.",
+        ("STEP-7",),
+        MEAN,
+        trainer(reduce=weighed(only(0, True))),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "first-sample-lost",
+        "The first sample's loss is left out; the divisor still counts it.",
+        ("STEP-7",),
+        MEAN,
+        trainer(reduce=weighed(all_but(0))),
+    ),
+    loop(
+        "last-sample-lost",
+        "The last sample's loss is left out; the divisor still counts it.",
+        ("STEP-7",),
+        MEAN,
+        trainer(reduce=weighed(all_but(-1))),
+    ),
+    numbered(
+        "loss-scaled",
+        "The step's loss is divided by 4: by a number of accumulation steps that are not taken.",
+        ("STEP-7",),
+        MEAN,
+        "factor",
+        lambda c: TrainerParts(reduce=lambda run: torch.stack(run.losses).mean() * c),
+        (*logarithmic(1 / 64, 64, 25),),
+        0.25,
+    ),
+    loop(
+        "clip-each-sample",
+        "Each sample's gradient is clipped before the mean.",
+        ("STEP-8",),
+        "Clip the mean's gradient.",
+        trainer(forward=alone, reduce=accumulated(clipped_alone)),
+        (),
+        "Gradients whose norm stays below max_grad_norm.",
+    ),
+    loop(
+        "gradients-half-zeroed-odd",
+        "Every second of the adapter's parameters, the first among them, keeps the gradient of the step before.",
+        ("STEP-8",),
+        "optimizer.zero_grad() over every parameter.",
+        trainer(zero=cleared(lambda index, name: index % 2 == 0)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "gradients-of-a-not-zeroed",
+        "The lora_A parameters keep the gradient of the step before.",
+        ("STEP-8",),
+        "optimizer.zero_grad() over every parameter.",
+        trainer(zero=cleared(lambda index, name: "lora_A" in name)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "gradients-of-b-not-zeroed",
+        "The lora_B parameters keep the gradient of the step before.",
+        ("STEP-8",),
+        "optimizer.zero_grad() over every parameter.",
+        trainer(zero=cleared(lambda index, name: "lora_B" in name)),
+        (),
+        STEP_ONE,
+    ),
+)
