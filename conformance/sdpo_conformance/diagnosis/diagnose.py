@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sdpo_conformance.diagnosis.fitting import best_value
 from sdpo_conformance.diagnosis.observed import Observed
 from sdpo_conformance.diagnosis.prediction import Predictor, coarsest, effect
 from sdpo_conformance.specs.claas.defects import catalogue, combine
@@ -19,6 +20,9 @@ LOOKED_AT = 4
 PARTNERS = 4
 """Best single explanations to which a second defect is sought."""
 
+
+FITTED_ON = 3
+"""Failures to which a defect's number is fitted, until one fits."""
 
 MOST_PAIRS = 1500
 """Pairs that are tried at all: a few seconds' work, spent on the likeliest first."""
@@ -103,10 +107,32 @@ def explanation(
     )
     if singles and len(singles[0].explained) == len(observed):
         return told(singles, len(observed))
+    fitted = ranked([*singles, *numbered(known, observed, predictor)], held, broken)
+    if fitted and (not singles or len(fitted[0].explained) > len(singles[0].explained)):
+        singles = fitted
+        if len(singles[0].explained) == len(observed):
+            return told(singles, len(observed))
     twos = ranked(list(pairings(singles, known, observed, predictor)), held, broken) if pairs else []
     if twos and (not singles or len(twos[0].explained) > len(singles[0].explained)):
         return told(twos, len(observed))
     return told(singles, len(observed)) if singles else None
+
+
+def numbered(known: Sequence[Defect], observed: Sequence[Observed], predictor: Predictor) -> Iterable[Candidate]:
+    """Defects with a number in them, at the number that fits the failures: fitted on one, tried on all."""
+    if predictor.native:
+        return
+    numeric = [index for index in representative(observed) if observed[index].numeric]
+    numeric.sort(key=lambda index: (observed[index].secondary, observed[index].case.truth.logits.numel()))
+    for defect in known:
+        if defect.parameter is None:
+            continue
+        for index in numeric[:FITTED_ON]:
+            value = best_value(defect, observed[index], lambda at, one: predictor.fit(at, one).matched)
+            if value is not None:
+                at = defect.at(value)
+                yield judged((at,), at, observed, predictor)
+                break
 
 
 def representative(observed: Sequence[Observed]) -> list[int]:

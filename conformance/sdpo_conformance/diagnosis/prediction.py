@@ -22,6 +22,9 @@ from sdpo_conformance.specs.claas.loss_case import LossCase
 ROUNDING = 64.0
 """Roundings of the coarsest dtype by which two implementations of one defect may differ."""
 
+MOST_ERROR = 0.05
+"""Relative deviation beyond which a prediction is no evidence, however wide the bound."""
+
 FORESEEN = 0.5
 """Share of the bound by which a prediction has to miss the truth itself, to explain a number that is wrong: in half
 precision a defect that does nothing on an input would else explain what is slightly off there."""
@@ -77,7 +80,7 @@ def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
         close, off = deviation(got, predicted[name], truth.bound, eps)
         is_wrong = got.shape == truth.value.shape and bool((truth.excess(got) > 1).any())
         wrong += is_wrong
-        if close and is_wrong and bool((truth.excess(predicted[name]) > FORESEEN).any()):
+        if close and off <= MOST_ERROR and is_wrong and bool((truth.excess(predicted[name]) > FORESEEN).any()):
             aspects.add(name)
             error = max(error, off)
         matched = matched and close
@@ -152,11 +155,11 @@ class Predictor:
 
     def __init__(self, native: bool) -> None:
         self.native = native
-        self._known: dict[tuple[str, int], Fit] = {}
+        self._known: dict[tuple[str, float | None, int], Fit] = {}
 
     def fit(self, defect: Defect, observed: Observed) -> Fit:
         """The fit, from memory where it was computed before."""
-        key = (defect.name, id(observed))
+        key = (defect.name, defect.value, id(observed))
         if key not in self._known:
             if observed.numeric:
                 found = best_fit(defect, observed, self.native or observed.not_finite)

@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
+from sdpo_conformance.diagnosis.locating import located
 from sdpo_conformance.diagnosis.observed import Observed
+from sdpo_conformance.diagnosis.trainers import gathered, repeated, stated
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.specs.claas.defects import catalogue
+from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import Dialect
+from sdpo_conformance.specs.requirement import Level
 
 MOST_EQUIVALENTS = 3
 """How many indistinguishable defects a line names."""
 
-NO_MATCH = "no catalogued defect, pair of defects or dialect returns what this implementation returned"
+NO_MATCH = "no catalogued cause fits"
+
+LIMITS_OF_PYTORCH = ("NUM-3", "NUM-4", "NUM-5")
+"""SHOULDs that the formulas miss as well where plain PyTorch evaluates them: 0 log 0, infinite logits, NaN times 0."""
 
 
 def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capability]) -> Mapping[str, Any] | None:
@@ -41,11 +47,10 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
         ]
         held = [requirement for of, requirement in passed if of == entry]
         where = f" ({entry.value})" if len(offered) > 1 else ""
-        if observed:
-            found = diagnose(observed, held)
-            words, match = described(found, len(records), where)
+        if entry is Capability.DISTILL:
+            words, match = of_trainer(records, where)
         else:
-            words, match = by_requirement(entry, [record.requirement for record in records], where)
+            words, match = of_loss(observed, held, records, where)
         lines.extend(line for line in words if line not in lines)
         if match is not None:
             matches.append({"entry": entry.value, **match})
@@ -54,23 +59,38 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
     return {"lines": lines, "usable_for": " ".join(usable), "matches": matches}
 
 
-def described(found: Diagnosis | None, failures: int, where: str) -> tuple[list[str], dict[str, Any] | None]:
+def of_loss(
+    observed: Sequence[Observed], held: Sequence[str], failed: Sequence[Record], where: str
+) -> tuple[list[str], dict[str, Any] | None]:
+    """A loss's, divergence's or kernel's diagnosis. What plain PyTorch misses as well counts neither for nor against
+    a name."""
+    beside = [record for record in failed if record.requirement in LIMITS_OF_PYTORCH]
+    counted = [record for record in failed if record not in beside]
+    if not counted:
+        ids = ", ".join(dict.fromkeys(record.requirement for record in beside))
+        return [f"no MUST fails; {ids}: plain PyTorch does not meet it either{where}"], None
+    names = {record.requirement for record in counted}
+    telling = [one for one in observed if one.requirement in names]
+    found = diagnose(telling, held) if telling else None
+    if found is None or 2 * len(found.explained) < len(telling):
+        where_wrong = located(telling, held)
+        return [f"{NO_MATCH}{where}", *([where_wrong] if where_wrong else [])], None
+    return described(found, len(counted), where)
+
+
+def described(found: Diagnosis, failures: int, where: str) -> tuple[list[str], dict[str, Any] | None]:
     """A diagnosis as lines and as an entry of ``matches``."""
-    if found is None:
-        return [f"{NO_MATCH}{where}"], None
     of = max(failures, found.total)
     explains = f"explains {len(found.explained)} of {of} failures to {quality(found.error)}"
     first = found.defects[0]
     if isinstance(first, Dialect):
         lines = [f"this computes {first.whose} ({first.convention}), not CLaaS's: {explains}{where}"]
     else:
-        lines = [f"{found.name}: {explains}{where}"]
+        shown = " + ".join(defect.shown for defect in found.defects)
+        lines = [f"{shown}: {explains}{where}"]
     lines.extend(f"{defect.sentence} Fix: {defect.fix}" for defect in found.defects)
     if found.equivalent:
-        names = ", ".join(defect.name for defect in found.equivalent[:MOST_EQUIVALENTS])
-        rest = len(found.equivalent) - MOST_EQUIVALENTS
-        more = f" and {rest} more" if rest > 0 else ""
-        lines.append(f"not to be told apart on these inputs: {names}{more}")
+        lines.append(not_apart([defect.name for defect in found.equivalent]))
     if len(found.explained) < of:
         lines.append(f"{of - len(found.explained)} failures remain unexplained: there is more wrong than this")
     usable = first.usable_for if len(found.defects) == 1 and len(found.explained) == of else ""
@@ -108,15 +128,56 @@ def quality(error: float) -> str:
     return f"1e{exponent}" if exponent else "1"
 
 
-def by_requirement(entry: Capability, broken: Sequence[str], where: str) -> tuple[list[str], dict[str, Any] | None]:
-    """Without recorded numbers: the defects that the broken requirements name, said to be no more than that."""
-    named = [
-        defect
-        for defect in catalogue().values()
-        if entry in defect.capabilities and defect.violates[0] in broken and set(defect.violates) <= set(broken)
-    ]
-    if not named:
-        return [f"{NO_MATCH}{where}"], None
-    named.sort(key=lambda defect: -len(defect.violates))
-    names = ", ".join(defect.name for defect in named[: 2 * MOST_EQUIVALENTS])
-    return [f"by the requirements that fail alone, not by values, it may be one of: {names}{where}"], None
+def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[str, Any] | None]:
+    """A trainer's diagnosis: the mistake that its gradients equal; where none explains half of the wrong steps, what
+    is wrong where."""
+    ranked, located = gathered(failed)
+    chosen = [one for one in ranked if 2 * sum(one.steps.values()) >= located.wrong]
+    if not chosen:
+        anchor = stated(failed)
+        if anchor is not None:
+            return [
+                f"{anchor.name}: its kl_reg is the one reported{where}",
+                f"{anchor.sentence} Fix: {anchor.fix}",
+            ], None
+        lines = [f"no catalogued cause fits{where}"] if ranked or located.wrong else []
+        lines += located.words
+        first = next((one for one in failed if one.level is Level.MUST), None)
+        if not located.wrong and first is not None:
+            found = first.failure
+            lines.append(
+                f"{first.requirement}: {found.get('aspect')}: expected {found.get('expected')}, got {found.get('got')}"
+            )
+        return lines, None
+    best = chosen[0]
+    explained = sum(best.steps.values())
+    inside = ", in the loss of the loop" if best.in_loss else ""
+    lines = [f"{best.defect.shown}{inside}: explains the gradient of {explained} of {located.wrong} wrong steps{where}"]
+    lines.append(f"{best.defect.sentence} Fix: {best.defect.fix}")
+    if best.alike:
+        lines.append(not_apart(best.alike))
+    if explained < located.wrong:
+        lines.append(f"{located.wrong - explained} wrong steps remain unexplained: there is more wrong than this")
+    return lines, of_defect(best.defect, explained, located.wrong, 0.0, best.alike)
+
+
+def of_defect(defect: Defect, explained: int, of: int, error: float, equivalent: Sequence[str]) -> dict[str, Any]:
+    """A named defect of the step loop as an entry of ``matches``."""
+    return {
+        "name": defect.name,
+        "kind": "defect",
+        "quality": error,
+        "explained": explained,
+        "of": of,
+        "fix": defect.fix,
+        "usable_for": usability(defect.usable_for if explained == of else ""),
+        "equivalent": list(equivalent),
+        "seen": [citation.url for citation in defect.seen],
+    }
+
+
+def not_apart(names: Sequence[str]) -> str:
+    """Defects that return the same on everything that failed."""
+    shown = ", ".join(names[:MOST_EQUIVALENTS])
+    rest = len(names) - MOST_EQUIVALENTS
+    return f"not to be told apart on these inputs: {shown}{f' and {rest} more' if rest > 0 else ''}"

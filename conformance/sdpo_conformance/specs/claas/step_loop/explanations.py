@@ -47,8 +47,8 @@ _NAMED: dict[str, None] = {}
 
 
 @dataclass
-class WrongStep:
-    """A step whose gradient is wrong, as much of it as is needed to compare: ``got`` is what the optimizer got."""
+class TakenStep:
+    """A step of the trainer, as much of it as is needed to compare: ``got`` is what the optimizer got."""
 
     moment: Moment
     bounds: Bounds
@@ -103,7 +103,7 @@ def furthest(got: Weights, truth: Weights, bound: Mapping[str, float]) -> tuple[
     return excess[worst], worst
 
 
-def misfit(wrong: WrongStep, gradient: Mapping[str, Tensor]) -> float:
+def misfit(wrong: TakenStep, gradient: Mapping[str, Tensor]) -> float:
     """How far the trainer's gradient is from this one, in units of the bound; above 1 is another."""
     size = norm(wrong.moment.gradient)
     scale = max(1.0, float(norm(gradient) / size)) if float(size) else 1.0
@@ -118,34 +118,40 @@ def outcomes(candidate: Candidate, forced: Forced, steps: Sequence[int]) -> Iter
         return
 
 
-def explain(forced: Forced, wrong: Mapping[int, WrongStep], budget: Callable[[], bool]) -> Explained:
-    """The candidates whose gradients the wrong steps have. ``budget``: whether wrong losses may be tried as well."""
+def explain(
+    forced: Forced, taken: Mapping[int, TakenStep], wrong: Sequence[int], budget: Callable[[], bool]
+) -> Explained:
+    """The candidates whose gradients the ``wrong`` ones of the steps have. ``budget``: whether wrong losses may be
+    tried as well."""
     found = Explained()
     losses: bool | None = None
     for _ in range(SEARCHES):
-        open_steps = [step for step in sorted(wrong) if step not in found.best]
+        open_steps = [step for step in wrong if step not in found.best]
         if not open_steps:
             break
         first = open_steps[0]
-        fitting = matching(step_loops(), forced, wrong, first)
+        fitting = matching(step_loops(), forced, taken, first)
         if not fitting:
             losses = budget() if losses is None else losses
-            fitting = matching(wrong_losses(), forced, wrong, first) if losses else []
-            fitting = fitting or (numbers(forced, wrong, first) if losses else [])
+            fitting = matching(wrong_losses(), forced, taken, first) if losses else []
+            fitting = fitting or (numbers(forced, taken, first) if losses else [])
         if not fitting:
             break
-        spread(found, fitting, forced, wrong, open_steps)
+        spread(found, fitting, forced, taken, wrong, open_steps)
     return found
 
 
 def matching(
-    candidates: Iterable[Candidate], forced: Forced, wrong: Mapping[int, WrongStep], step: int
+    candidates: Iterable[Candidate], forced: Forced, wrong: Mapping[int, TakenStep], step: int
 ) -> list[Candidate]:
     """Candidates whose gradient one step has, closest first. Those named before in this process come first; once one
     fits closely, only those that break a rule of its are tried for what cannot be told from it."""
     fits = []
     rules: set[str] = set()
-    for candidate in sorted(candidates, key=lambda one: one.defect.name not in _NAMED):
+    # a forward of its own is costly, and shared by none
+    for candidate in sorted(
+        candidates, key=lambda one: (one.defect.name not in _NAMED, "forward" in replaced(one.parts))
+    ):
         if rules and not candidate.in_loss and not rules & set(candidate.defect.violates):
             continue
         for _, outcome in outcomes(candidate, forced, [step]):
@@ -162,23 +168,27 @@ def spread(
     found: Explained,
     fitting: Sequence[Candidate],
     forced: Forced,
-    wrong: Mapping[int, WrongStep],
-    steps: Sequence[int],
+    taken: Mapping[int, TakenStep],
+    wrong: Sequence[int],
+    open_steps: Sequence[int],
 ) -> None:
-    """Of those that fit the first open step, the one that fits most of the others explains all that it fits."""
-    explained: list[tuple[int, Candidate, dict[int, Outcome]]] = []
+    """Of those that fit the first open step, the one that fits most of the others explains all that it fits. A step
+    that the trainer took right speaks against whoever predicts another there."""
+    ranked: list[tuple[tuple[int, int, int], Candidate, dict[int, Outcome]]] = []
     for order, candidate in enumerate(fitting):
-        taken = {s: o for s, o in outcomes(candidate, forced, steps) if misfit(wrong[s], o.gradient) <= 1}
-        explained.append((order, candidate, taken))
-    explained.sort(key=lambda one: (-len(one[2]), one[0]))
-    _, best, taken = explained[0]
-    alike = [c.defect.name for _, c, other in explained[1:] if set(other) == set(taken)]
-    for step, outcome in taken.items():
+        fits = {s: o for s, o in outcomes(candidate, forced, sorted(taken)) if misfit(taken[s], o.gradient) <= 1}
+        explained = {step: fits[step] for step in open_steps if step in fits}
+        contradicted = sum(step not in wrong and step not in fits for step in taken)
+        ranked.append(((-len(explained), contradicted, order), candidate, explained))
+    ranked.sort(key=lambda one: one[0])
+    rank, best, explained = ranked[0]
+    alike = [candidate.defect.name for other, candidate, _ in ranked[1:] if other[:2] == rank[:2]]
+    for step, outcome in explained.items():
         found.best[step] = best, outcome
         found.alike[step] = alike
 
 
-def numbers(forced: Forced, wrong: Mapping[int, WrongStep], step: int) -> list[Candidate]:
+def numbers(forced: Forced, wrong: Mapping[int, TakenStep], step: int) -> list[Candidate]:
     """Defects with a number in them, at the number that fits one step."""
     found = []
     for defect in catalogue().values():
@@ -227,7 +237,7 @@ def as_reported(candidate: Candidate) -> Mapping[str, Any]:
 __all__ = [
     "Candidate",
     "Explained",
-    "WrongStep",
+    "TakenStep",
     "as_reported",
     "explain",
     "furthest",

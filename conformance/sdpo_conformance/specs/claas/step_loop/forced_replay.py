@@ -18,9 +18,9 @@ from torch.func import functional_call
 from sdpo_conformance.specs.claas.defects import step_loop_variants as right
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.step_loop_variants import Run, TrainerParts
-from sdpo_conformance.specs.claas.oracle.policy import chosen
-from sdpo_conformance.specs.claas.oracle.step_loop import Gradient, trainable
+from sdpo_conformance.specs.claas.oracle.step_loop import Gradient
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, Weights
+from sdpo_conformance.trainer.policies import chosen
 
 RIGHT = TrainerParts()
 
@@ -94,7 +94,7 @@ def started(parts: TrainerParts, forced: Forced) -> Run:
     """Everything before the first step; what is not replaced comes from the ground."""
     ground, other = forced.ground, replaced(parts)
     model = ground.at(forced.history[0])
-    adapter = trainable(model)
+    adapter = ground.adapter
     for parameter in adapter.values():
         parameter.grad = None
     batch = [right.prepared(sample, torch.device("cpu")) for sample in ground.samples]

@@ -13,7 +13,7 @@ from sdpo_conformance.specs.claas.oracle.step_loop import norm
 from sdpo_conformance.specs.claas.step_loop.explanations import (
     LOSS_SEARCHES,
     Candidate,
-    WrongStep,
+    TakenStep,
     as_reported,
     explain,
     furthest,
@@ -64,7 +64,7 @@ def judged_steps(observation: Observation, ground: Ground) -> list[StepJudgement
         excess, tensor = furthest(got, moment.gradient, bounds.gradient)
         judged.append(StepJudgement(moment, bounds, excess, tensor, got))
         left_over = got
-    wrong = {one.moment.step: WrongStep(one.moment, one.bounds, one.got) for one in judged if one.wrong}
+    wrong = [one.moment.step for one in judged if one.wrong]
     if not wrong:
         return judged
 
@@ -72,7 +72,8 @@ def judged_steps(observation: Observation, ground: Ground) -> list[StepJudgement
         _SEARCHED.append(observation.scenario.name)
         return len(_SEARCHED) <= LOSS_SEARCHES
 
-    found = explain(forced_along(observation, ground, history), wrong, budget)
+    taken = {one.moment.step: TakenStep(one.moment, one.bounds, one.got) for one in judged}
+    found = explain(forced_along(observation, ground, history), taken, wrong, budget)
     for one in judged:
         if one.moment.step in found.best:
             one.mistake, one.outcome = found.best[one.moment.step]

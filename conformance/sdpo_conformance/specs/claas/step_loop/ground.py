@@ -21,11 +21,11 @@ from sdpo_conformance.specs.claas.oracle.step_loop import (
     Gradient,
     StepTruth,
     clipped,
-    load_weights,
     mean_step,
     norm,
     sample_loss,
     step_loop,
+    trainable,
 )
 from sdpo_conformance.trainer.policies import (
     PreparedSample,
@@ -49,6 +49,7 @@ class Ground:
         self.samples: Sequence[Sample] = samples_of(scenario)
         self.start: Weights = start_of(scenario.model)
         top_k = scenario.training.teacher_top_k
+        self.adapter = trainable(self.model)
         model = self.at(self.start)
         self.prepared: list[PreparedSample] = [prepare(model, sample, top_k) for sample in self.samples]
         self.recorded: list[Tensor] = [recorded_logprobs(model, sample) for sample in self.samples]
@@ -63,7 +64,9 @@ class Ground:
 
     def at(self, weights: Weights) -> Any:
         """The model with these adapter weights."""
-        load_weights(self.model, weights)
+        with torch.no_grad():
+            for name, value in weights.items():
+                self.adapter[name].copy_(value)
         return self.model
 
     def own_logprobs(self, weights: Weights) -> list[Tensor]:

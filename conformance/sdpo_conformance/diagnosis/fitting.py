@@ -1,0 +1,49 @@
+"""The number in a defect that makes it return what was observed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from sdpo_conformance.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
+from sdpo_conformance.judging.call import ImplementationError, evaluate
+from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.defects.parameter import simplest
+
+PROMISING = 0.9
+"""Of the distance between the truth and what was observed: a defect that does not come nearer is not refined."""
+
+
+def best_value(defect: Defect, observed: Observed, fits: Callable[[Defect, Observed], bool]) -> float | None:
+    """The value at which ``fits`` holds, with as few digits as do it, or None."""
+    assert defect.parameter is not None
+    values = [(distance(defect.at(value), observed), value) for value in defect.parameter.values]
+    if min(values)[0] > PROMISING:
+        return None
+    value, _ = defect.parameter.fitted(lambda value: distance(defect.at(value), observed))
+    if not fits(defect.at(value), observed):
+        return None
+    return simplest(value, lambda rounded: fits(defect.at(rounded), observed))
+
+
+def distance(defect: Defect, observed: Observed) -> float:
+    """How far the results are from those observed, where the truth is at a distance of 1; what the truth gets right
+    has to stay so."""
+    function = getattr(defect.implementation(), observed.entry.value, None)
+    if function is None:
+        return math.inf
+    try:
+        predicted = values_of(evaluate(function, observed.entry, observed.exact, gradient=False))
+    except ImplementationError:
+        return math.inf
+    worst = 0.0
+    for name, got in observed.values.items():
+        truth = expectation_of(observed.truth, name)
+        if name.startswith(GRADIENT) or truth is None or name not in predicted:
+            continue
+        if got.shape != predicted[name].shape or got.shape != truth.value.shape:
+            return math.inf
+        off = (got - truth.value).abs().clamp(min=truth.bound)
+        apart = float(((got - predicted[name]).abs() / off).nan_to_num(nan=math.inf).max()) if got.numel() else 0.0
+        worst = max(worst, apart)
+    return worst
