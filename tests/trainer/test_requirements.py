@@ -59,7 +59,7 @@ def test_sound_trainer_passes_in_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", ["no ratio", "no refresh", "teacher with the adapter on"])
 def test_defect_is_named_in_bfloat16(name: str) -> None:
     requirement_id, distill = DEFECTIVE[name]
-    with pytest.raises(Disagreement, match="the gradient is the one with"):
+    with pytest.raises(Disagreement, match="the gradient is the one of"):
         subject_of(distill, dtype="bfloat16").run(find_spec("claas").requirements()[requirement_id])
 
 
@@ -71,7 +71,7 @@ def test_defect_is_named_without_the_recording_optimizer(name: str) -> None:
         return distill(model, samples, training, torch.optim.AdamW)
 
     subject = subject_of(own_optimizer)
-    with pytest.raises(Disagreement, match="the run is the one with"):
+    with pytest.raises(Disagreement, match="the run is the one of"):
         subject.run(find_spec("claas").requirements()[requirement_id])
     assert "could not be observed" in subject.tally.note
 

@@ -36,14 +36,20 @@ def distance(defect: Defect, observed: Observed) -> float:
         predicted = values_of(evaluate(function, observed.entry, observed.exact, gradient=False))
     except ImplementationError:
         return math.inf
-    worst = 0.0
+    wrong: list[float] = []
+    spoilt = 0.0
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
         if name.startswith(GRADIENT) or truth is None or name not in predicted:
             continue
         if got.shape != predicted[name].shape or got.shape != truth.value.shape:
             return math.inf
+        if not got.numel():
+            continue
         off = (got - truth.value).abs().clamp(min=truth.bound)
-        apart = float(((got - predicted[name]).abs() / off).nan_to_num(nan=math.inf).max()) if got.numel() else 0.0
-        worst = max(worst, apart)
-    return worst
+        apart = float(((got - predicted[name]).abs() / off).nan_to_num(nan=math.inf).max())
+        if bool((truth.excess(got) > 1).any()):
+            wrong.append(apart)
+        else:
+            spoilt += max(0.0, apart - 1)
+    return (sum(wrong) / len(wrong) if wrong else math.inf) + spoilt

@@ -75,11 +75,12 @@ class Defect:
         """The same defect with another number in it."""
         assert self.parameter is not None
         made = self.parameter.make(value)
+        sentence = f"{self.sentence.partition(' Here: ')[0]} Here: {self.parameter.words} {value:.5g}."
         if self.change is None:
             from sdpo_conformance.specs.claas.defects.step_loop_variants import distill
 
-            return replace(self, distill=partial(distill, made), value=value)
-        return replace(self, change=made, value=value)
+            return replace(self, sentence=sentence, distill=partial(distill, made), value=value)
+        return replace(self, sentence=sentence, change=made, value=value)
 
     @property
     def shown(self) -> str:

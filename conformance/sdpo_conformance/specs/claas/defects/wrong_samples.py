@@ -577,12 +577,6 @@ DEFECTS = (
         forwards.left_padded(mask=False, positions=False),
     ),
     read_otherwise(
-        "left-padding-attended",
-        "Rows are padded on the left with right positions, but the padding is attended to.",
-        PADDING,
-        forwards.left_padded(mask=False, positions=True),
-    ),
-    read_otherwise(
         "left-padding-of-student-alone",
         "The student's rows are padded on the left without position_ids; what is read without gradient is right.",
         PADDING,

@@ -48,11 +48,13 @@ _NAMED: dict[str, None] = {}
 
 @dataclass
 class TakenStep:
-    """A step of the trainer, as much of it as is needed to compare: ``got`` is what the optimizer got."""
+    """A step of the trainer, as much of it as is needed to compare: ``got`` is what the optimizer got, ``reported`` the
+    step's metrics."""
 
     moment: Moment
     bounds: Bounds
     got: Weights
+    reported: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,17 @@ def matching(
     return [candidate for _, candidate in sorted(fits, key=lambda pair: pair[0])]
 
 
+def reports(step: TakenStep, outcome: Outcome) -> bool:
+    """Whether the loss and the norm reported are those of this outcome: gradients that clipping makes alike differ
+    there."""
+    return all(
+        abs(step.reported[key] - float(outcome.metrics[key]))
+        <= step.bounds.metrics[key] + 1e-3 * abs(step.reported[key])
+        for key in ("total_loss", "grad_norm")
+        if key in step.reported and key in outcome.metrics
+    )
+
+
 def spread(
     found: Explained,
     fitting: Sequence[Candidate],
@@ -174,15 +187,16 @@ def spread(
 ) -> None:
     """Of those that fit the first open step, the one that fits most of the others explains all that it fits. A step
     that the trainer took right speaks against whoever predicts another there."""
-    ranked: list[tuple[tuple[int, int, int], Candidate, dict[int, Outcome]]] = []
+    ranked: list[tuple[tuple[int, int, int, int], Candidate, dict[int, Outcome]]] = []
     for order, candidate in enumerate(fitting):
         fits = {s: o for s, o in outcomes(candidate, forced, sorted(taken)) if misfit(taken[s], o.gradient) <= 1}
         explained = {step: fits[step] for step in open_steps if step in fits}
         contradicted = sum(step not in wrong and step not in fits for step in taken)
-        ranked.append(((-len(explained), contradicted, order), candidate, explained))
+        misreported = sum(not reports(taken[step], outcome) for step, outcome in explained.items())
+        ranked.append(((-len(explained), contradicted, misreported, order), candidate, explained))
     ranked.sort(key=lambda one: one[0])
     rank, best, explained = ranked[0]
-    alike = [candidate.defect.name for other, candidate, _ in ranked[1:] if other[:2] == rank[:2]]
+    alike = [candidate.defect.name for other, candidate, _ in ranked[1:] if other[:3] == rank[:3]]
     for step, outcome in explained.items():
         found.best[step] = best, outcome
         found.alike[step] = alike

@@ -72,7 +72,10 @@ def judged_steps(observation: Observation, ground: Ground) -> list[StepJudgement
         _SEARCHED.append(observation.scenario.name)
         return len(_SEARCHED) <= LOSS_SEARCHES
 
-    taken = {one.moment.step: TakenStep(one.moment, one.bounds, one.got) for one in judged}
+    reported = dict(enumerate(observation.metrics, start=1))
+    taken = {
+        one.moment.step: TakenStep(one.moment, one.bounds, one.got, reported.get(one.moment.step, {})) for one in judged
+    }
     found = explain(forced_along(observation, ground, history), taken, wrong, budget)
     for one in judged:
         if one.moment.step in found.best:
@@ -107,14 +110,17 @@ def located(judgements: Sequence[StepJudgement]) -> str:
 
 
 def evidence(judgement: StepJudgement, judgements: Sequence[StepJudgement]) -> Mapping[str, Any]:
-    """What a failure keeps for the diagnosis: the mistake, and how many of the run's wrong steps it explains."""
+    """What a failure keeps for the diagnosis: the mistake that explains most of the run's wrong steps, and how many."""
     wrong = [one for one in judgements if one.wrong]
-    mistake = judgement.mistake
-    explained = sum(one.mistake is not None and one.mistake is mistake for one in wrong)
+
+    def explained(mistake: Candidate | None) -> int:
+        return sum(one.mistake is not None and one.mistake is mistake for one in wrong)
+
+    best = max(wrong, key=lambda one: explained(one.mistake))
     return {
-        "mistake": None if mistake is None else as_reported(mistake),
-        "alike": judgement.alike,
-        "explained": explained,
+        "mistake": None if best.mistake is None else as_reported(best.mistake),
+        "alike": best.alike,
+        "explained": explained(best.mistake),
         "wrong": len(wrong),
         "off": judgement.excess,
         "located": located(judgements),
