@@ -9,7 +9,7 @@ from typing import Any
 from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
 from sdpo_conformance.diagnosis.locating import located
 from sdpo_conformance.diagnosis.observed import Observed
-from sdpo_conformance.diagnosis.trainers import gathered, repeated, stated
+from sdpo_conformance.diagnosis.trainers import gathered, stated
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.defects.defect import Defect

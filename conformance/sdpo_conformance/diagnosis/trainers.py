@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdpo_conformance.diagnosis.replay import alike
-from sdpo_conformance.report.records import Record
+from sdpo_conformance.judging.records import Record
 from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.defect import Defect
 
@@ -74,7 +74,7 @@ def repeated(failed: Sequence[Record]) -> Defect | None:
     updates, what is left behind."""
     from sdpo_conformance.judging.call import ImplementationError
     from sdpo_conformance.specs.claas.step_loop.findings import findings
-    from sdpo_conformance.trainer.observation import observe
+    from sdpo_conformance.trainer.observation import Observation, observe
     from sdpo_conformance.trainer.scenarios import BFLOAT16, SCENARIOS, UNRECORDED
 
     scenarios = {one.name: one for one in (*SCENARIOS, UNRECORDED, BFLOAT16)}
@@ -86,9 +86,12 @@ def repeated(failed: Sequence[Record]) -> Defect | None:
             if defect.distill is None or defect.violates[0] != record.requirement:
                 continue
             try:
-                found = findings(observe(defect.distill, scenario))
+                observation = observe(defect.distill, scenario)
             except ImplementationError:
                 continue
+            if not isinstance(observation, Observation):
+                continue
+            found = findings(observation)
             if any(
                 record.requirement in one.requirements
                 and one.disagreement.aspect == failure.get("aspect")
