@@ -100,7 +100,7 @@ def status_of(rank: int, rendezvous: str) -> int:
         return DEFECT
     wrong = []
     for key, (value, bound) in {k: v for k, v in tensors.items() if k.startswith("expected/")}.items():
-        got = float(returned.get(key.removeprefix("expected/"), float("nan")))
+        got = float(torch.as_tensor(returned.get(key.removeprefix("expected/"), float("nan"))).detach())
         if not abs(got - float(value)) <= float(bound):
             wrong.append(f"{key.removeprefix('expected/')}: expected {float(value):.7g}, got {got:.7g}")
     for key, gradient in zip(facts["differentiable"], gradients, strict=True):
