@@ -22,9 +22,14 @@ from sdpo_implementations.triton_fused.kernels.logits_entry import (
 from sdpo_implementations.triton_fused.kernels.logsumexp import hidden_logsumexp
 from sdpo_implementations.triton_fused.kernels.reduction import reduce_tokens
 from sdpo_implementations.triton_fused.kernels.support_gradient import hidden_gradient
+from sdpo_implementations.triton_fused.kernels.support_order import MOST_ENTRIES
 from sdpo_implementations.triton_fused.kernels.token_logits import chosen_token_logits, fill_token_logits
 from sdpo_implementations.triton_fused.kernels.token_loss import PolicyTerms, TokenTerms, token_terms
-from sdpo_implementations.triton_fused.runtime import Fork, on_device
+from sdpo_implementations.triton_fused.kernels.vocabulary_product import Wanted
+from sdpo_implementations.triton_fused.runtime import INTERPRETED, on_device
+
+NARROW = 1024
+"""Width of a head up to which gathering the support's rows costs less than taking their logits from the product."""
 
 METRICS = ("distill_loss", "kl_reg", "mean_is_ratio", "clip_fraction")
 
@@ -49,24 +54,33 @@ def forward_from_hidden(
     hidden: Tensor, head: Tensor, tokens: Tokens, policy: PolicyTerms | None, dense: bool
 ) -> Forward:
     """Per-token terms of hidden (N, H), head (V, H). ``dense``: make e as well, in two products instead of one."""
-    counted = tokens.mask
-    at_support = None
-    if tokens.alpha < 1:
-        at_support = torch.empty(tokens.support.shape, dtype=torch.float32, device=hidden.device)
-    start = Fork(hidden.device)
+    counted, support, ids = tokens.mask, tokens.support, tokens.response_ids
+    n_rows, k_support = support.shape
+    logits: Tensor | None = None
+    wanted: Wanted | None = None
     expected: ExpectedRows | None = None
-    # The product is bound by arithmetic, gathering the support's rows by memory: they share the device.
-    if dense:
-        chosen = chosen_token_logits(hidden, head, tokens.response_ids, counted)
-        expected, row_max, log_sum = expected_rows(hidden, head, tokens.response_ids, chosen, counted)
+    if tokens.alpha < 1:
+        # The product has the support's logits. But float32 products are summed one by one: taken, they would cost a
+        # divergence of near-equal distributions a digit. And rows of a narrow head are read sooner than taken.
+        narrow = hidden.shape[1] <= NARROW and not INTERPRETED
+        taken = hidden.dtype != torch.float32 and k_support < MOST_ENTRIES and not narrow
+        with_response = taken and not dense
+        logits = torch.empty((n_rows, k_support + with_response), dtype=torch.float32, device=hidden.device)
+        if taken:
+            wanted = Wanted(support, ids if with_response else None, logits)
+        else:
+            fill_token_logits(hidden, head, support, counted, logits)
+    if wanted is not None and not dense:
+        row_max, log_sum = hidden_logsumexp(hidden, head, counted, wanted)
+        chosen = wanted.logits[:, k_support]
+    elif dense:
+        chosen = chosen_token_logits(hidden, head, ids, counted)
+        expected, row_max, log_sum = expected_rows(hidden, head, ids, chosen, counted, wanted)
     else:
         row_max, log_sum = hidden_logsumexp(hidden, head, counted)
-        chosen = chosen_token_logits(hidden, head, tokens.response_ids, counted)
-    if at_support is not None:
-        with start:
-            fill_token_logits(hidden, head, tokens.support, counted, at_support)
+        chosen = chosen_token_logits(hidden, head, ids, counted)
     terms = token_terms(
-        at_support, chosen, row_max, log_sum, tokens.teacher_logprobs, tokens.support, tokens.mask, tokens.alpha, policy
+        logits, chosen, row_max, log_sum, tokens.teacher_logprobs, support, tokens.mask, tokens.alpha, policy
     )
     return Forward(terms, row_max, log_sum, expected)
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.logsumexp import combine
 from sdpo_implementations.triton_fused.kernels.vocabulary_product import (
+    Exponentials,
     TileStatistics,
+    Wanted,
     buffer_columns,
-    tile_exponentials,
+    tile_statistics,
     tiling,
 )
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, storage_dtype
@@ -55,13 +57,17 @@ class ExpectedRows:
     ],
 )  # fmt: skip
 def onehot_minus_softmax_kernel(
-    buffer, tile_max, counted, row_max, log_sum, response_ids, chosen_logits, reference, scale,
+    # buffer (N, whole tiles), tile_max (tiles, N)
+    buffer, tile_max,
+    # per row (N,)
+    counted, row_max, log_sum, response_ids, chosen_logits, reference, scale,
+    # sizes and limits
     n_rows, n_tiles, stride_buffer, most_above, TILES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """In place: -exp(logit - shift of its tile) becomes (onehot(y) - softmax) / scale.
 
     Where all tiles of a row are shifted by the reference, that is one element, at y. Where one is not, the
-    row is rescaled to 1.
+    row is rescaled to 1. PyTorch: ``buffer = (one_hot(y) - softmax) / scale[:, None]``.
     """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(counted + row) != 0:
@@ -104,9 +110,15 @@ def _normalise(
 
 
 def expected_rows(
-    hidden: Tensor, head: Tensor, response_ids: Tensor, chosen_logits: Tensor, counted: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    response_ids: Tensor,
+    chosen_logits: Tensor,
+    counted: Tensor,
+    wanted: Wanted | None = None,
 ) -> tuple[ExpectedRows, Tensor, Tensor]:
-    """(e, row_max, log_sum), the last two (N,) float32. ``chosen_logits`` (N,) are the logits of y."""
+    """(e, row_max, log_sum), the last two (N,) float32. ``chosen_logits`` (N,) are the logits of y; ``wanted``:
+    logits to take on the way."""
     n_rows, width = hidden.shape
     vocabulary = head.shape[0]
     device = hidden.device
@@ -125,7 +137,9 @@ def expected_rows(
     for start in range(0, n_rows, block):
         rows = slice(start, min(start + block, n_rows))
         part = buffer[: rows.stop - rows.start]
-        statistics = tile_exponentials(hidden[rows], head, tiles, counted[rows], reference[rows], most_above, part)
+        take = None if wanted is None else wanted.of(rows, vocabulary, tiles.columns)
+        exponentials = Exponentials(reference[rows], most_above, part)
+        statistics = tile_statistics(hidden[rows], head, tiles, counted[rows], exponentials, take)
         combine(statistics, counted[rows], row_max[rows], log_sum[rows])
         _normalise(
             part, statistics, tiles.columns, counted[rows], row_max[rows], log_sum[rows],

@@ -12,6 +12,7 @@ from torch import Tensor
 from sdpo_implementations.triton_fused.kernels.vocabulary_product import (
     ROW_BLOCK,
     TileStatistics,
+    Wanted,
     tile_statistics,
     tiling,
 )
@@ -59,14 +60,18 @@ def combine(statistics: TileStatistics, counted: Tensor | None, row_max: Tensor,
     )  # fmt: skip
 
 
-def hidden_logsumexp(hidden: Tensor, head: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(row_max, log_sum), each (N,) float32, of hidden (N, H) @ head (V, H).T."""
-    n_rows = hidden.shape[0]
+def hidden_logsumexp(
+    hidden: Tensor, head: Tensor, counted: Tensor | None, wanted: Wanted | None = None
+) -> tuple[Tensor, Tensor]:
+    """(row_max, log_sum), each (N,) float32, of hidden (N, H) @ head (V, H).T; ``wanted``: logits on the way."""
+    n_rows, width = hidden.shape
     row_max = torch.empty(n_rows, dtype=torch.float32, device=hidden.device)
     log_sum = torch.empty_like(row_max)
-    tiles = tiling(min(n_rows, ROW_BLOCK), head.shape[0], hidden.shape[1], hidden.dtype, hidden.device)
+    tiles = tiling(min(n_rows, ROW_BLOCK), head.shape[0], width, hidden.dtype, hidden.device)
     for start in range(0, n_rows, ROW_BLOCK):
         rows = slice(start, min(start + ROW_BLOCK, n_rows))
         part = None if counted is None else counted[rows]
-        combine(tile_statistics(hidden[rows], head, tiles, part), part, row_max[rows], log_sum[rows])
+        take = None if wanted is None else wanted.of(rows, head.shape[0], tiles.columns)
+        # No name for the statistics: the next block's take their place.
+        combine(tile_statistics(hidden[rows], head, tiles, part, take=take), part, row_max[rows], log_sum[rows])
     return row_max, log_sum

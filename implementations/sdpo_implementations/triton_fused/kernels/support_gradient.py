@@ -25,10 +25,19 @@ import triton.language as tl  # isort: skip
     ],
 )  # fmt: skip
 def support_gradient_kernel(
-    head, support, response_ids, support_weight, support_scale, chosen_weight, floor_weight, scale, expected,
-    expected_scale, gradient, n_rows, k_support, vocabulary, width, stride_head, stride_scale,
+    # head (V, H); support (N, K), response_ids (N,)
+    head, support, response_ids,
+    # slopes: support_weight (N, K), the rest (N,)
+    support_weight, support_scale, chosen_weight, floor_weight, scale,
+    # dense direction: expected (N, H), expected_scale (N,); result: gradient (N, H)
+    expected, expected_scale, gradient,
+    # sizes and strides
+    n_rows, k_support, vocabulary, width, stride_head, stride_scale,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, INNER: tl.constexpr, SUPPORT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
+    """PyTorch: ``(support_scale[:, None] * support_weight)[..., None] * head[support]`` summed over K, plus
+    ``(c + f) * e - f * head[y]``, times ``scale``. Programs go by stretches of the width, all tokens of one before
+    the next: what tokens share of a stretch of the head stays in the cache."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wide = rows.to(tl.int64)
     inner = tl.program_id(1) * INNER + tl.arange(0, INNER)

@@ -55,11 +55,18 @@ def _renormalise(logprobs, LOG_FLOOR: tl.constexpr):
     ],
 )  # fmt: skip
 def token_loss_kernel(
-    support_logits, chosen_logits, row_max, log_sum, teacher_logprobs, support, response_ids, mask, old, base,
+    # student: support_logits (N, K) of a given row stride, the rest (N,)
+    support_logits, chosen_logits, row_max, log_sum,
+    # teacher and policy: teacher_logprobs, support (N, K), the rest (N,)
+    teacher_logprobs, support, response_ids, mask, old, base,
+    # results: values, slopes (3, N), support_weight (N, K), floor_rows (N,), floor_count (1,)
     values, slopes, support_weight, floor_rows, floor_count,
-    alpha_high, alpha_low, is_clip, kl_reg_weight, n_rows, k_support, stride_chosen,
+    # hyperparameters, sizes, strides
+    alpha_high, alpha_low, is_clip, kl_reg_weight, n_rows, k_support, stride_support, stride_chosen,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, REVERSE_KL: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
+    """PyTorch: CLaaS's compute_sdpo_loss in float64 on l[S] = support_logits - logsumexp, up to the mean, and its
+    derivatives as the module's heading writes them."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wide = rows.to(tl.int64)
     present = rows < n_rows
@@ -97,7 +104,9 @@ def token_loss_kernel(
         floor = tl.zeros((ROWS,), tl.float64)
     else:
         alpha = tl.full((1, 1), 0.0, tl.float64) + alpha_high + alpha_low
-        z = tl.load(support_logits + places, mask=inside, other=float("-inf"))
+        z = tl.load(
+            support_logits + wide[:, None] * stride_support + entries[None, :], mask=inside, other=float("-inf")
+        )
         log_p, _ = _renormalise(tau, LOG_MASS_FLOOR)
         log_q, student_log_mass = _renormalise((z.to(tl.float64) - maximum[:, None]) - rest[:, None], LOG_MASS_FLOOR)
         p = tl.exp(log_p)
@@ -178,7 +187,8 @@ def token_terms(
     support_logits: Tensor | None, chosen_logits: Tensor, row_max: Tensor, log_sum: Tensor,
     teacher_logprobs: Tensor, support: Tensor, mask: Tensor, alpha: float, policy: PolicyTerms | None,
 ) -> TokenTerms:  # fmt: skip
-    """``support_logits`` (N, K), None for alpha >= 1; ``chosen_logits`` (N,) of any stride; ``mask`` float32."""
+    """``support_logits`` (N, K) of any row stride, None for alpha >= 1; ``chosen_logits`` (N,) of any stride;
+    ``mask`` float32."""
     n_rows, k_support = support.shape
     device = support.device
     reverse_kl = alpha >= 1
@@ -200,7 +210,8 @@ def token_terms(
         terms.values, terms.slopes, terms.slopes if terms.support_weight is None else terms.support_weight,
         terms.floor_rows, terms.floor_count,
         alpha_high, alpha - alpha_high, math.inf if policy is None else policy.is_clip,
-        0.0 if policy is None else policy.kl_reg_weight, n_rows, k_support, chosen_logits.stride(0),
+        0.0 if policy is None else policy.kl_reg_weight, n_rows, k_support,
+        0 if support_logits is None else support_logits.stride(0), chosen_logits.stride(0),
         ROWS=rows, ENTRIES=entries, REVERSE_KL=reverse_kl, POLICY=policy is not None,
         num_warps=4 if entries <= 512 else 8,
     )  # fmt: skip

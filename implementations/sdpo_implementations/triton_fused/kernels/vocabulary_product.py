@@ -7,16 +7,28 @@ One persistent kernel; what becomes of a tile of logits is its epilogue:
   shift is the row's reference, one for all tiles, unless the tile's maximum lies too far above it;
 * ``logits``: these, the float32 logits into a buffer, and the maximum of every SUBTILE columns;
 * ``gradient``: given each row's logsumexp, the gradient of the loss with respect to the logits, dense part.
+
+The first two can also take a few logits a row, at ids that ``support_order`` has assigned to the tiles.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdpo_implementations.triton_fused.kernels.support_order import (
+    COLUMN_BITS,
+    COLUMN_MASK,
+    MORE,
+    POSITION_MASK,
+    IdsOfTiles,
+    ids_of_tiles,
+)
 from sdpo_implementations.triton_fused.runtime import (
     INTERPRETED,
     ceil_div,
@@ -63,6 +75,17 @@ def tiling(n_rows: int, vocabulary: int, width: int, dtype: torch.dtype, device:
     if (major, minor) == (8, 0):
         return Tiling(128, 128, 64, 8, 8, 3)
     return Tiling(128, 128, 32, 8, 8, 3)
+
+
+@cache
+def overlapping_product(device: torch.device) -> Any:
+    """The module ``hopper_product``, or None where it does not run: no Hopper GPU, or a Triton without its Gluon."""
+    if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module("sdpo_implementations.triton_fused.kernels.hopper_product")
+    except ImportError:
+        return None
 
 
 @triton.jit
@@ -118,18 +141,51 @@ def _store_tile(
         )  # fmt: skip
 
 
+@triton.jit
+def _take(logits, link, taken, wide_rows, n_entries, COLUMNS: tl.constexpr):
+    """The logit of the tile that each row's link names, to its place in ``taken``; that place relative to it."""
+    # No link: column 1023, which no tile has.
+    here = tl.arange(0, COLUMNS)[None, :] == (link & COLUMN_MASK)[:, None]
+    place = wide_rows * n_entries + ((link >> COLUMN_BITS) & POSITION_MASK)
+    tl.store(taken + place, tl.sum(tl.where(here, logits, 0.0), 1), mask=link >= 0)
+    return place
+
+
+@triton.jit
+def _take_logits(logits, first, second, following, taken, wide_rows, n_entries, COLUMNS: tl.constexpr):
+    """The logits of the tile that each row's list names, to their positions in ``taken``."""
+    _take(logits, first, taken, wide_rows, n_entries, COLUMNS)
+    link = second
+    while tl.max(link, 0) >= 0:
+        place = _take(logits, link, taken, wide_rows, n_entries, COLUMNS)
+        link = tl.load(following + place, mask=(link >= 0) & ((link & MORE) != 0), other=-1)
+
+
 @triton.jit(
     do_not_specialize=["n_rows", "column_start", "column_end"],
-    do_not_specialize_on_alignment=["counted", "response_ids", "row_max", "log_sum", "reference"],
-)
+    do_not_specialize_on_alignment=[
+        "counted", "response_ids", "row_max", "log_sum", "reference", "first_of_tile", "following", "taken",
+    ],
+)  # fmt: skip
 def vocabulary_product_kernel(
-    hidden, head, counted, tile_max, tile_sum, buffer, subtile_max,
+    # operands (N, H), (V, H), counted (N,)
+    hidden, head, counted,
+    # statistics (tiles, N) each; buffer (N, whole tiles), subtile_max (N, whole tiles / SUBTILE)
+    tile_max, tile_sum, buffer, subtile_max,
+    # taken logits: first_of_tile (2, tiles, N), following and taken (N, E)
+    first_of_tile, following, taken,
+    # per row (N,)
     row_max, log_sum, chosen_weight, floor_weight, scale, response_ids, reference, most_above,
-    n_rows, column_start, column_end, width, stride_hidden, stride_head, stride_buffer, stride_scale,
+    # sizes and strides
+    n_rows, column_start, column_end, width, n_entries, stride_hidden, stride_head, stride_buffer, stride_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILE: tl.constexpr, EPILOGUE: tl.constexpr, MASKED: tl.constexpr,
+    SUBTILE: tl.constexpr, EPILOGUE: tl.constexpr, MASKED: tl.constexpr, TAKES: tl.constexpr,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
+    """PyTorch, tile by tile: ``z = hidden.float() @ head[start:end].float().T; tile_max = z.amax(1);
+    tile_sum = (z - tile_max).exp().sum(1)``, and as the epilogue says ``buffer = -(z - reference).exp()``,
+    ``buffer = z; subtile_max = z.view(N, -1, SUBTILE).amax(-1)`` or ``buffer = scale * (chosen_weight *
+    (onehot(y) - softmax) - floor_weight * softmax)``; ``taken = z.gather(1, ids)``."""
     row_tiles = (n_rows + ROWS - 1) // ROWS
     column_tiles = (column_end - column_start + COLUMNS - 1) // COLUMNS
     in_group = GROUP * column_tiles
@@ -152,6 +208,10 @@ def vocabulary_product_kernel(
             c_floor = tl.load(floor_weight + rows, mask=present, other=0.0)
             needed = tl.max(((c_chosen != 0) | (c_floor != 0)).to(tl.float32), 0)
         if needed != 0:
+            if TAKES:
+                first_link = first_of_tile + column_tile.to(tl.int64) * n_rows + rows
+                first = tl.load(first_link, mask=present, other=-1)
+                second = tl.load(first_link + column_tiles * n_rows, mask=present, other=-1)
             logits = _tile_of_product(
                 hidden, head, row0, column0, n_rows, column_end, width, stride_hidden, stride_head,
                 ROWS, COLUMNS, INNER, DESCRIPTORS, UPCAST,
@@ -184,6 +244,8 @@ def vocabulary_product_kernel(
                     False,
                 )
             else:
+                if TAKES:
+                    _take_logits(logits, first, second, following, taken, wide_rows, n_entries, COLUMNS)
                 if EPILOGUE == "logits":
                     parts = tl.max(tl.reshape(logits, (ROWS, COLUMNS // SUBTILE, SUBTILE)), 2)
                     part = column_tile * (COLUMNS // SUBTILE) + tl.arange(0, COLUMNS // SUBTILE)
@@ -224,6 +286,31 @@ class TileStatistics:
     sums: Tensor
 
 
+@dataclass(frozen=True)
+class Take:
+    """Logits to take on the way: ``logits`` (N, E) float32 gets those at ``ids``, whose tiles are the
+    product's. Rows of tiles without a counted token stay unwritten."""
+
+    ids: IdsOfTiles
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Logits to take at ``support`` (N, K) and, as entry K, at ``response_ids`` (N,) where they are given, into
+    ``logits`` (N, E) float32; NaN where an id lies outside the vocabulary."""
+
+    support: Tensor
+    response_ids: Tensor | None
+    logits: Tensor
+
+    def of(self, rows: slice, vocabulary: int, columns: int) -> Take:
+        """Those of some rows, for tiles of ``columns``."""
+        ids = None if self.response_ids is None else self.response_ids[rows]
+        logits = self.logits[rows]
+        return Take(ids_of_tiles(self.support[rows], ids, logits, vocabulary, columns), logits)
+
+
 def buffer_columns(vocabulary: int, tiles: Tiling) -> int:
     """Columns a buffer needs: whole tiles are written."""
     return ceil_div(vocabulary, tiles.columns) * tiles.columns
@@ -256,16 +343,21 @@ def _launch(
             place = TensorDescriptor.from_tensor(buffer, [tiles.rows, width_stored])
     n_tiles = ceil_div(n_rows, tiles.rows) * ceil_div(columns[1] - columns[0], tiles.columns)
     scale = tensors.get("scale", unused)
+    take: Take | None = tensors.get("take")
     vocabulary_product_kernel[(min(n_tiles, processors(device)),)](
         a, b, unused if counted is None else counted,
         tensors.get("tile_max", unused), tensors.get("tile_sum", unused), place,
-        tensors.get("subtile_max", unused), tensors.get("row_max", unused), tensors.get("log_sum", unused),
+        tensors.get("subtile_max", unused),
+        unused if take is None else take.ids.first, unused if take is None else take.ids.following,
+        unused if take is None else take.logits,
+        tensors.get("row_max", unused), tensors.get("log_sum", unused),
         tensors.get("chosen_weight", unused), tensors.get("floor_weight", unused), scale,
         tensors.get("response_ids", unused), tensors.get("reference", unused), tensors.get("most_above", 0.0),
-        n_rows, columns[0], columns[1], width, hidden.stride(0), head.stride(0),
+        n_rows, columns[0], columns[1], width, 0 if take is None else take.logits.shape[1],
+        hidden.stride(0), head.stride(0),
         buffer.stride(0), scale.stride(0) if scale.dim() == 1 else 0,
         ROWS=tiles.rows, COLUMNS=tiles.columns, INNER=tiles.inner, GROUP=tiles.group,
-        SUBTILE=SUBTILE, EPILOGUE=epilogue, MASKED=counted is not None,
+        SUBTILE=SUBTILE, EPILOGUE=epilogue, MASKED=counted is not None, TAKES=take is not None,
         DESCRIPTORS=descriptors, UPCAST=INTERPRETED, STORED=TRITON_DTYPES[buffer.dtype],
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -279,36 +371,45 @@ def _empty_statistics(hidden: Tensor, vocabulary: int, tiles: Tiling) -> TileSta
     )
 
 
-def tile_statistics(hidden: Tensor, head: Tensor, tiles: Tiling, counted: Tensor | None) -> TileStatistics:
+@dataclass(frozen=True)
+class Exponentials:
+    """What to store on the way: -exp(logit - shift) into ``buffer`` (N, whole tiles).
+
+    A tile's shift, which stands among the maxima, is the row's ``reference`` (N,) float32, or its maximum where
+    that lies more than ``most_above`` above the reference.
+    """
+
+    reference: Tensor
+    most_above: float
+    buffer: Tensor
+
+
+def tile_statistics(
+    hidden: Tensor, head: Tensor, tiles: Tiling, counted: Tensor | None,
+    exponentials: Exponentials | None = None, take: Take | None = None,
+) -> TileStatistics:  # fmt: skip
     """Statistics of hidden (N, H) @ head (V, H).T; row tiles without a counted token are left unwritten."""
     statistics = _empty_statistics(hidden, head.shape[0], tiles)
-    _launch(
-        "statistics", hidden, head, tiles, (0, head.shape[0]), counted,
-        tile_max=statistics.maxima, tile_sum=statistics.sums,
-    )  # fmt: skip
-    return statistics
-
-
-def tile_exponentials(
-    hidden: Tensor,
-    head: Tensor,
-    tiles: Tiling,
-    counted: Tensor,
-    reference: Tensor,
-    most_above: float,
-    buffer: Tensor,
-) -> TileStatistics:
-    """The same, and -exp(logit - shift) into ``buffer`` (N, whole tiles).
-
-    A tile's shift, which stands among the maxima, is the row's ``reference`` (N,) float32, or its maximum
-    where that lies more than ``most_above`` above the reference.
-    """
-    statistics = _empty_statistics(hidden, head.shape[0], tiles)
-    _launch(
-        "exponentials", hidden, head, tiles, (0, head.shape[0]), counted,
-        tile_max=statistics.maxima, tile_sum=statistics.sums, buffer=buffer,
-        reference=reference, most_above=most_above,
-    )  # fmt: skip
+    overlapped = overlapping_product(hidden.device)
+    if (
+        overlapped is not None
+        and hidden.dtype != torch.float32
+        and (tiles.rows, tiles.columns) == (overlapped.ROWS, overlapped.COLUMNS)
+        and describable(hidden)
+        and describable(head)
+    ):
+        overlapped.hopper_product(hidden, head, counted, statistics, exponentials, take)
+    elif exponentials is None:
+        _launch(
+            "statistics", hidden, head, tiles, (0, head.shape[0]), counted,
+            tile_max=statistics.maxima, tile_sum=statistics.sums, take=take,
+        )  # fmt: skip
+    else:
+        _launch(
+            "exponentials", hidden, head, tiles, (0, head.shape[0]), counted,
+            tile_max=statistics.maxima, tile_sum=statistics.sums, take=take, buffer=exponentials.buffer,
+            reference=exponentials.reference, most_above=exponentials.most_above,
+        )  # fmt: skip
     return statistics
 
 

@@ -1,0 +1,276 @@
+"""The product hidden @ head.T on Hopper GPUs, each tile's epilogue beside the products of other warps.
+
+What ``vocabulary_product`` does in Triton, in Gluon: one warp loads ahead through the tensor memory accelerator, two
+groups of four warps take half of a tile's rows each. Each group waits for and hands back stages on its own, so
+that while one takes its exponentials the other has the tensor cores, and loading never stops between tiles.
+
+Import where there is a Hopper GPU: Gluon is compiled, never interpreted.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sdpo_implementations.triton_fused.runtime import ceil_div, processors
+
+if TYPE_CHECKING:
+    from sdpo_implementations.triton_fused.kernels.vocabulary_product import Exponentials, Take, TileStatistics
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+COLUMN_BITS = gl.constexpr(10)
+COLUMN_MASK = gl.constexpr(2**10 - 1)
+POSITION_MASK = gl.constexpr(2**16 - 1)
+MORE = gl.constexpr(2**26)
+ROWS, COLUMNS, INNER, GROUP = 128, 256, 64, 8
+STAGES, STAGES_BESIDE_BUFFER = 4, 3
+GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def _place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
+    """(row tile, column tile): row tiles of a group share the columns in flight."""
+    in_group = GROUP * column_tiles
+    group = tile // in_group
+    group_rows = gl.minimum(row_tiles - group * GROUP, GROUP)
+    return group * GROUP + (tile % in_group) % group_rows, (tile % in_group) // group_rows
+
+
+@gluon.jit
+def _marks(
+    counted, tile, row_tiles, column_tiles, n_rows,
+    ROWS: gl.constexpr, GROUP: gl.constexpr, MASKED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """The mask of a tile's rows, zeros beyond the last tile: loaded a tile ahead, so that no one waits for it."""
+    rows = gl.arange(0, ROWS, layout)
+    marks = gl.full((ROWS,), 1.0, gl.float32, layout)
+    if MASKED:
+        row_tile, _ = _place(tile, row_tiles, column_tiles, GROUP)
+        rows += row_tile * ROWS
+        marks = gl.load(counted + rows, mask=(rows < n_rows) & (tile < row_tiles * column_tiles), other=0.0)
+    return marks
+
+
+@gluon.jit
+def _any(marks, MASKED: gl.constexpr):
+    found = True
+    if MASKED:
+        found = gl.max(gl.where(marks != 0, 1, 0), 0) != 0
+    return found
+
+
+@gluon.jit
+def _load_stages(
+    hidden, head, counted, a_stages, b_stages, ready, free, row_tiles, column_tiles, n_rows, width,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+):  # fmt: skip
+    """The loading warp."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    step = 0
+    marks = _marks(counted, gl.program_id(0), row_tiles, column_tiles, n_rows, ROWS, GROUP, MASKED, layout)
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+        row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
+        needed = _any(marks, MASKED)
+        marks = _marks(counted, tile + gl.num_programs(0), row_tiles, column_tiles, n_rows, ROWS, GROUP, MASKED, layout)
+        if needed:
+            for k in range(0, width, INNER):
+                stage = step % STAGES
+                mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
+                bar = ready.index(stage)
+                mbarrier.expect(bar, hidden.block_type.nbytes * 2 + head.block_type.nbytes)
+                tma.async_copy_global_to_shared(hidden, [row_tile * ROWS, k], bar, a_stages.index(2 * stage))
+                tma.async_copy_global_to_shared(
+                    hidden, [row_tile * ROWS + ROWS // 2, k], bar, a_stages.index(2 * stage + 1)
+                )
+                tma.async_copy_global_to_shared(head, [column_tile * COLUMNS, k], bar, b_stages.index(stage))
+                step += 1
+
+
+@gluon.jit
+def _take(logits, link, taken, wide_rows, n_entries, columns):
+    """The logit of the tile that each row's link names, to its place in ``taken``; that place relative to it."""
+    # No link: column 1023, which no tile has.
+    here = columns[None, :] == (link & COLUMN_MASK)[:, None]
+    place = wide_rows * n_entries + ((link >> COLUMN_BITS) & POSITION_MASK)
+    gl.store(taken + place, gl.sum(gl.where(here, logits, 0.0), 1), mask=link >= 0)
+    return place
+
+
+@gluon.jit
+def _multiply(
+    half: gl.constexpr, counted, tile_max, tile_sum, reference, buffer, first_of_tile, following, taken,
+    a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
+    n_rows, n_columns, width, n_entries, most_above,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, TAKES: gl.constexpr, STORES: gl.constexpr,
+):  # fmt: skip
+    """One of the two groups: products and epilogue of its half of the rows."""
+    HALF: gl.constexpr = ROWS // 2
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, COLUMNS, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    column_layout: gl.constexpr = gl.SliceLayout(0, acc_layout)
+    flat_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    step = 0
+    steps = (width + INNER - 1) // INNER
+    marks = _marks(counted, gl.program_id(0), row_tiles, column_tiles, n_rows, ROWS, GROUP, MASKED, flat_layout)
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+        row_tile, column_tile = _place(tile, row_tiles, column_tiles, GROUP)
+        needed = _any(marks, MASKED)
+        marks = _marks(
+            counted, tile + gl.num_programs(0), row_tiles, column_tiles, n_rows, ROWS, GROUP, MASKED, flat_layout
+        )
+        if needed:
+            row0 = row_tile * ROWS + half * HALF
+            column0 = column_tile * COLUMNS
+            rows = row0 + gl.arange(0, HALF, row_layout)
+            present = rows < n_rows
+            if TAKES:
+                first_link = first_of_tile + column_tile.to(gl.int64) * n_rows + rows
+                first = gl.load(first_link, mask=present, other=-1)
+                second = gl.load(first_link + column_tiles * n_rows, mask=present, other=-1)
+            if STORES:
+                common = gl.load(reference + rows, mask=present, other=0.0)
+            acc = warpgroup_mma_init(gl.zeros((HALF, COLUMNS), gl.float32, acc_layout))
+            for k in range(steps):
+                stage = step % STAGES
+                mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+                a = a_stages.index(2 * stage + half)
+                acc = warpgroup_mma(a, b_stages.index(stage).permute((1, 0)), acc, use_acc=k > 0, is_async=True)
+                # The product before this one has read its stage: hand it back.
+                acc = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=(acc,)))
+                mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > 0)
+                step += 1
+            logits = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+            mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
+            local = gl.arange(0, COLUMNS, column_layout)
+            if column0 + COLUMNS > n_columns:
+                logits = gl.where((local < n_columns - column0)[None, :], logits, float("-inf"))
+            if TAKES:
+                wide_rows = rows.to(gl.int64)
+                _take(logits, first, taken, wide_rows, n_entries, local)
+                link = second
+                while gl.max(link, 0) >= 0:
+                    place = _take(logits, link, taken, wide_rows, n_entries, local)
+                    link = gl.load(following + place, mask=(link >= 0) & ((link & MORE) != 0), other=-1)
+            maximum = gl.max(logits, 1)
+            if STORES:
+                maximum = gl.where(maximum - common <= most_above, common, maximum)
+            # Subtract, then scale: a logit of 1e4 keeps its low bits.
+            finite = gl.where(maximum == float("-inf"), 0.0, maximum)
+            exponentials = gl.exp2((logits - finite[:, None]) * LOG2_E)
+            statistic = column_tile.to(gl.int64) * n_rows + rows
+            gl.store(tile_max + statistic, maximum, mask=present)
+            gl.store(tile_sum + statistic, gl.sum(exponentials, 1), mask=present)
+            if STORES:
+                own = staging.index(half)
+                tma.store_wait(pendings=0)
+                own.store((-exponentials).to(buffer.dtype))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(buffer, [row0, column0], own)
+    if STORES:
+        tma.store_wait(pendings=0)
+
+
+@gluon.jit(
+    do_not_specialize=["n_rows", "n_columns"],
+    do_not_specialize_on_alignment=[
+        "counted", "tile_max", "tile_sum", "reference", "first_of_tile", "following", "taken",
+    ],
+)  # fmt: skip
+def hopper_product_kernel(
+    # operands: descriptors of (N, H) and (V, H); counted (N,)
+    hidden, head, counted,
+    # statistics (tiles, N) each; reference (N,), descriptor of the buffer (N, whole tiles)
+    tile_max, tile_sum, reference, buffer,
+    # taken logits: first_of_tile (2, tiles, N), following and taken (N, E)
+    first_of_tile, following, taken,
+    # sizes and limits
+    n_rows, n_columns, width, n_entries, most_above,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, TAKES: gl.constexpr, STORES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """PyTorch, tile by tile: ``z = hidden.float() @ head.float().T; tile_max = z.amax(1); tile_sum = (z -
+    tile_max).exp().sum(1); taken = z.gather(1, ids)``; STORES: ``buffer = -(z - reference).exp()``."""
+    row_tiles = (n_rows + ROWS - 1) // ROWS
+    column_tiles = (n_columns + COLUMNS - 1) // COLUMNS
+    a_stages = gl.allocate_shared_memory(hidden.dtype, [2 * STAGES, ROWS // 2, INNER], hidden.layout)
+    b_stages = gl.allocate_shared_memory(head.dtype, [STAGES, COLUMNS, INNER], head.layout)
+    staging = a_stages
+    if STORES:
+        staging = gl.allocate_shared_memory(buffer.dtype, [2, ROWS // 2, COLUMNS], buffer.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                0, counted, tile_max, tile_sum, reference, buffer, first_of_tile, following, taken,
+                a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
+                n_rows, n_columns, width, n_entries, most_above,
+                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORES,
+            )),
+            (_multiply, (
+                1, counted, tile_max, tile_sum, reference, buffer, first_of_tile, following, taken,
+                a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
+                n_rows, n_columns, width, n_entries, most_above,
+                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORES,
+            )),
+            (_load_stages, (
+                hidden, head, counted, a_stages, b_stages, ready, free, row_tiles, column_tiles, n_rows, width,
+                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED,
+            )),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+@cache
+def _layout(block: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), GL_DTYPES[dtype])
+
+
+def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    layout = _layout(block, matrix.dtype)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block), layout)
+
+
+def hopper_product(
+    hidden: Tensor, head: Tensor, counted: Tensor | None, statistics: TileStatistics,
+    exponentials: Exponentials | None, take: Take | None,
+) -> None:  # fmt: skip
+    """Fill ``statistics`` of hidden (N, H) @ head (V, H).T, tiles of COLUMNS columns, and what else is asked for."""
+    n_rows, width = hidden.shape
+    half = ROWS // 2
+    unused = statistics.maxima
+    a, b = _descriptor(hidden, (half, INNER)), _descriptor(head, (COLUMNS, INNER))
+    n_tiles = ceil_div(n_rows, ROWS) * ceil_div(head.shape[0], COLUMNS)
+    hopper_product_kernel[(min(n_tiles, processors(hidden.device)),)](
+        a, b, unused if counted is None else counted,
+        statistics.maxima, statistics.sums, unused if exponentials is None else exponentials.reference,
+        a if exponentials is None else _descriptor(exponentials.buffer, (half, COLUMNS)),
+        unused if take is None else take.ids.first, unused if take is None else take.ids.following,
+        unused if take is None else take.logits,
+        n_rows, head.shape[0], width, 0 if take is None else take.logits.shape[1],
+        0.0 if exponentials is None else exponentials.most_above,
+        ROWS=ROWS, COLUMNS=COLUMNS, INNER=INNER, GROUP=GROUP,
+        STAGES=STAGES if exponentials is None else STAGES_BESIDE_BUFFER,
+        MASKED=counted is not None, TAKES=take is not None, STORES=exponentials is not None, num_warps=4,
+    )  # fmt: skip
