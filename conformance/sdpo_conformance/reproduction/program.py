@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import pprint
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +25,8 @@ def filled(name: str, docstring: str, constants: Mapping[str, Any], probe: str =
     text = (PROGRAMS / f"{name}.py").read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     block, _, after = rest.partition(END)
-    declared = ast.parse(block).body
-    known = [ast.unparse(one.target if isinstance(one, ast.AnnAssign) else one.targets[0]) for one in declared]  # type: ignore[attr-defined]
+    targets = [one.target if isinstance(one, ast.AnnAssign) else one for one in ast.parse(block).body]
+    known = [ast.unparse(one.targets[0] if isinstance(one, ast.Assign) else one) for one in targets]
     if sorted(known) != sorted(constants):
         raise ValueError(f"programs/{name}.py has the constants {known}, not {sorted(constants)}")
     lines = [f"{key} = {pprint.pformat(constants[key], width=116, sort_dicts=False)}\n" for key in known]
@@ -44,7 +45,7 @@ def only_probe(text: str, probe: str) -> str:
         if one.name != PROBE + probe:
             assert one.end_lineno is not None
             del lines[one.lineno - 1 : one.end_lineno + 2]
-    return "".join(lines).replace("    probe_values()\n", f"    {PROBE}{probe}()\n")
+    return re.sub(rf"^    {PROBE}\w+\(\)$", f"    {PROBE}{probe}()", "".join(lines), flags=re.MULTILINE)
 
 
 def location(target: str, spec: Spec) -> dict[str, Any]:

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from sdpo_conformance.files import write_tensors, write_text
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.protocol import Sample
-from sdpo_conformance.reproduction.program import location
-from sdpo_conformance.specs import DEFAULT, find_spec
+from sdpo_conformance.reproduction.loss_program import docstring
+from sdpo_conformance.reproduction.program import filled, location
+from sdpo_conformance.specs.claas import SPEC
 from sdpo_conformance.specs.claas.oracle.step_loop import BETAS, EPSILON, WEIGHT_DECAY
 from sdpo_conformance.specs.requirement import Requirement
 from sdpo_conformance.trainer.models import CLASSES, build, config_arguments, lora_arguments
 from sdpo_conformance.trainer.scenarios import Scenario, samples_of
-
-
-def environment() -> Environment:
-    """Templates of this package; an undefined name is an error."""
-    return Environment(
-        loader=PackageLoader("sdpo_conformance.reproduction"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
 
 
 def write_reproduction(
@@ -55,62 +42,41 @@ def write_reproduction(
     for name, truth in extra.get("gradient", {}).items():
         tensors[f"expected.gradient.{name}"] = truth.clone()
     config_class, model_class = CLASSES[scenario.model.family]
-    program = (
-        environment()
-        .get_template("trainer_reproduction.py.jinja")
-        .render(
-            requirement=requirement,
-            target=target,
-            disagreement=disagreement,
-            words=extra.get("words", scenario.words),
-            stem=requirement.id,
-            device=device,
-            config_class=config_class,
-            model_class=model_class,
-            config=literal(config_arguments(scenario.model)),
-            lora=literal(lora_arguments(scenario.model)),
-            dtype=scenario.model.dtype,
-            samples=[literal(asdict(sample)) for sample in (samples_of(scenario) if samples is None else samples)],
-            training=literal(asdict(scenario.training)),
-            seed=scenario.seed,
-            history=scenario.history,
-            shows=extra.get("shows", "run"),
-            step=extra.get("step") or 0,
-            bounds=literal(extra.get("bounds", {})),
-            metric=extra.get("metric", ""),
-            truth=repr(extra.get("truth", 0.0)),
-            bound=repr(extra.get("bound", 0.0)),
-            settings=literal(
-                {
-                    "lr": scenario.training.learning_rate,
-                    "betas": BETAS,
-                    "eps": EPSILON,
-                    "weight_decay": WEIGHT_DECAY,
-                    "amsgrad": False,
-                    "maximize": False,
-                }
-            ),
-            **location(target, find_spec(DEFAULT)),
-        )
+    given = samples_of(scenario) if samples is None else samples
+    first = [f"{target}, distill: {disagreement}", f"Input: {extra.get('words', scenario.words)}"]
+    program = filled(
+        "trainer",
+        docstring(requirement, first, f"transformers, peft, torch and {requirement.id}.safetensors"),
+        {
+            "TARGET": location(target, SPEC),
+            "ENTRY": "distill",
+            "DEVICE": device,
+            "SEED": scenario.seed,
+            "DTYPE": scenario.model.dtype,
+            "CONFIG_CLASS": config_class,
+            "MODEL_CLASS": model_class,
+            "CONFIG": config_arguments(scenario.model),
+            "LORA": lora_arguments(scenario.model),
+            "TRAINING": asdict(scenario.training),
+            "SAMPLES": [asdict(sample) for sample in given],
+            "HISTORY": list(scenario.history),
+            "STEP": extra.get("step") or 0,
+            "METRIC": extra.get("metric", ""),
+            "TRUTH": extra.get("truth", 0.0),
+            "BOUND": extra.get("bound", 0.0),
+            "BOUNDS": extra.get("bounds", {}),
+            "SETTINGS": {
+                "lr": scenario.training.learning_rate,
+                "betas": list(BETAS),
+                "eps": EPSILON,
+                "weight_decay": WEIGHT_DECAY,
+                "amsgrad": False,
+                "maximize": False,
+            },
+        },
+        extra.get("shows", "run"),
     )
     write_tensors(folder / f"{requirement.id}.safetensors", tensors)
     path = folder / f"{requirement.id}.py"
     write_text(path, program)
     return path.name
-
-
-def literal(value: object) -> str:
-    """A Python literal of plain data, an entry of a mapping per line."""
-    text = json.dumps(value, default=str)
-    if not text.startswith("{"):
-        return python(text)
-    entries = [f"    {json.dumps(key)}: {literal(item)}," for key, item in json.loads(text).items()]
-    return "\n".join(["{", *entries, "}"]) if entries else "{}"
-
-
-def python(text: str) -> str:
-    """JSON without mappings as a Python literal; NaN and infinity as float("...")."""
-    words = {"null": "None", "true": "True", "false": "False"}
-    words |= {name: f'float("{name}")' for name in ("-Infinity", "Infinity", "NaN")}
-    strings = re.compile(r'"(?:[^"\\]|\\.)*"|-?\b[A-Za-z]+\b')
-    return strings.sub(lambda found: words.get(found.group(), found.group()), text)
