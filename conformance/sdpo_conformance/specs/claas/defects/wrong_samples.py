@@ -322,7 +322,7 @@ def swaps(kind: str, fit: Fit, suffix: str) -> list[Defect]:
         words, part, make = "What the sampler recorded: it gives", "before_step", swapped_at_first
     return [
         loop(
-            f"{kind}-of-{name}-sample{suffix}",
+            f"{kind}-from-{name}-sample{suffix}",
             f"{words} each sample the log-probs of the {name} one, {'padded with zeros' if suffix else 'repeated'} "
             "where they are too few.",
             ("STEP-4", "STEP-2") if kind == "refresh" else ("STEP-4", "STEP-1"),
