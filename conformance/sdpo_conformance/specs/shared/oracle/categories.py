@@ -87,8 +87,9 @@ def to_support(categories: Categories, moved: Tensor, renormalises: bool) -> Ten
     if not renormalises:
         return moved
     pulled = moved - categories.log.exp() * moved.sum(-1, keepdim=True)
-    largest = categories.log.argmax(-1, keepdim=True)  # the sum is 0: near q = 1 the others say it more exactly
-    return pulled.scatter(-1, largest, pulled.gather(-1, largest) - pulled.sum(-1, keepdim=True))
+    largest = categories.log.argmax(-1, keepdim=True)
+    rest = torch.where(categories.log.gather(-1, largest).exp() > 0.5, pulled.sum(-1, keepdim=True), 0.0)
+    return pulled.scatter(-1, largest, pulled.gather(-1, largest) - rest)  # near q = 1 the others say it more exactly
 
 
 def to_logits(at_support: Tensor, support: Tensor, logprobs: Tensor) -> Tensor:
