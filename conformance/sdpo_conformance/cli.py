@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sdpo_conformance.audit.command import audit
-from sdpo_conformance.bench.command import bench
-from sdpo_conformance.matrix.command import matrix
+from sdpo_conformance.audit.audit_command import audit
+from sdpo_conformance.bench.bench_command import bench
+from sdpo_conformance.matrix.matrix_command import matrix
 from sdpo_conformance.running.children import Interrupted, ending_on_signals
 from sdpo_conformance.running.options import RunError
 

@@ -11,8 +11,8 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from sdpo_conformance.audit.command import audit
-from sdpo_conformance.audit.report.document import schema
+from sdpo_conformance.audit.audit_command import audit
+from sdpo_conformance.audit.reporting.audit_document import schema
 
 CASES = Path(__file__).parents[2] / "cases" / "audit"
 NAMES = sorted(path.parent.name for path in CASES.glob("*/expected.json"))

@@ -15,8 +15,8 @@ from safetensors.torch import save, save_file
 
 from sdpo_conformance.audit import AuditError, audit_run
 from sdpo_conformance.audit.metrics import FIELDS
-from sdpo_conformance.audit.report.document import document, schema
-from sdpo_conformance.audit.report.html import page
+from sdpo_conformance.audit.reporting.audit_document import document, schema
+from sdpo_conformance.audit.reporting.html import page
 
 from .parts import SOUND, adapter, moved
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from sdpo_conformance.audit import AuditError, audit_run
 from sdpo_conformance.audit.adapter import blocks
-from sdpo_conformance.audit.command import audit
+from sdpo_conformance.audit.audit_command import audit
 from sdpo_conformance.audit.metrics import read_metrics
 
 from .parts import SOUND, adapter

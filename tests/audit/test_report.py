@@ -17,10 +17,10 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from sdpo_conformance.audit import audit_run
-from sdpo_conformance.audit.command import audit, write_whole
+from sdpo_conformance.audit.audit_command import audit, write_whole
 from sdpo_conformance.audit.findings import CHECKS
-from sdpo_conformance.audit.report.document import document, schema
-from sdpo_conformance.audit.report.html import page
+from sdpo_conformance.audit.reporting.audit_document import document, schema
+from sdpo_conformance.audit.reporting.html import page
 
 from .parts import SOUND, adapter, altered, moved
 

@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from sdpo_conformance.bench import comparing, judging, memory, plots, results, truth, wording, workloads
-from sdpo_conformance.bench.cells import cells_of
-from sdpo_conformance.bench.inputs import forget, inputs_of, rotation
+from sdpo_conformance.bench import bench_judging as judging
+from sdpo_conformance.bench import bench_results as results
+from sdpo_conformance.bench import comparing, memory, plots, truth, wording, workloads
+from sdpo_conformance.bench.bench_cells import cells_of
+from sdpo_conformance.bench.bench_inputs import forget, inputs_of, rotation
 from sdpo_conformance.bench.markdown import markdown
-from sdpo_conformance.bench.subjects import NotOffered, Subject, bind, load
-from sdpo_conformance.bench.workloads import Direction, Selection, Work, plan, problems
+from sdpo_conformance.bench.subjects import NotOffered, TimedSubject, bind, load
+from sdpo_conformance.bench.workloads import Direction, Selection, Workload, plan, problems
 from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.running.options import RunError
 
-WORK = Work("tiny", 24, Direction.BOTH, dtype="float32", device="cpu", top_k=10, quick=True)
+WORK = Workload("tiny", 24, Direction.BOTH, dtype="float32", device="cpu", top_k=10, quick=True)
 
 
 @pytest.fixture(autouse=True)
@@ -30,18 +32,18 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A head that a test can afford."""
     heads = {**workloads.HEADS, "tiny": workloads.Head("tiny", 16, 300)}
     monkeypatch.setattr(workloads, "HEADS", heads)
-    monkeypatch.setattr("sdpo_conformance.bench.inputs.HEADS", heads)
+    monkeypatch.setattr("sdpo_conformance.bench.bench_inputs.HEADS", heads)
     yield
     forget()
     truth.slice_logits.cache_clear()
     truth.slice_truth.cache_clear()
 
 
-def work(**changes: Any) -> Work:
-    return Work(**{**vars(WORK), **changes})
+def work(**changes: Any) -> Workload:
+    return Workload(**{**vars(WORK), **changes})
 
 
-def subject(target: str, work: Work) -> tuple[Implementation, Subject]:
+def subject(target: str, work: Workload) -> tuple[Implementation, TimedSubject]:
     implementation = load(target)
     return implementation, bind(implementation, target, work)
 
@@ -198,7 +200,7 @@ def test_cpu_peak_counts_what_is_alive_together() -> None:
 
 
 def row_document(target: str = "a", tokens: int = 8, ratio: float = 2.0, **changes: Any) -> dict[str, Any]:
-    chosen = Work("laptop", tokens, Direction.BOTH, dtype="float32", device="cpu")
+    chosen = Workload("laptop", tokens, Direction.BOTH, dtype="float32", device="cpu")
     record = {
         "target": target,
         "work": chosen.write(),
@@ -232,7 +234,7 @@ def document(*benchmarks: dict[str, Any], unmeasured: tuple[dict[str, Any], ...]
 
 
 def failed(target: str, tokens: int, status: str = "failed", reason: str = "out of memory") -> dict[str, Any]:
-    chosen = Work("laptop", tokens, Direction.BOTH, dtype="float32", device="cpu")
+    chosen = Workload("laptop", tokens, Direction.BOTH, dtype="float32", device="cpu")
     return {"target": target, "work": chosen.write(), "status": status, "reason": reason}
 
 
@@ -335,4 +337,4 @@ def test_labels_do_not_overlap(heights: list[float]) -> None:
 def test_documents_survive_json() -> None:
     run = document(row_document())
     assert results.rows_of(json.loads(json.dumps(run))) == results.rows_of(run)
-    assert Work.read(json.loads(json.dumps(WORK.write()))) == WORK
+    assert Workload.read(json.loads(json.dumps(WORK.write()))) == WORK

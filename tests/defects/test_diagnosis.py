@@ -20,7 +20,7 @@ from sdpo_conformance.protocol import Capability
 from sdpo_conformance.reproduction.failure import save_observed
 from sdpo_conformance.specs.claas import defects
 from sdpo_conformance.specs.claas.bounds import expectations
-from sdpo_conformance.specs.claas.defects.defect import Defect, Implementation, entries, replacing
+from sdpo_conformance.specs.claas.defects.defect import Defect, ExecutableDefect, entries, replacing
 from sdpo_conformance.specs.claas.defects.loss_parts import Parts, jensen_shannon
 from sdpo_conformance.specs.claas.loss_case import LossCase, recorded_cases
 from sdpo_conformance.specs.claas.rules.aspects import ALL
@@ -152,6 +152,6 @@ def test_errors_are_rounded_up_to_a_power_of_ten(error: float, words: str) -> No
 
 
 def test_the_unchanged_parts_fail_nowhere() -> None:
-    right = Implementation("right", entries(Parts(), (LOSS,)))
+    right = ExecutableDefect("right", entries(Parts(), (LOSS,)))
     for case, _ in recorded_cases():
         assert compare(case, evaluate(getattr(right, LOSS.value), LOSS, case), ALL, expectations(case, LOSS)) is None

@@ -13,13 +13,13 @@ from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.specs import find_spec
-from sdpo_conformance.specs.claas.defects.defect import Implementation, entries
+from sdpo_conformance.specs.claas.defects.defect import ExecutableDefect, entries
 from sdpo_conformance.specs.claas.defects.loss_parts import Parts
 from sdpo_conformance.specs.claas.loss_case import LossCase, recorded_cases
 from sdpo_conformance.specs.claas.rules.aspects import ALL
 from sdpo_conformance.specs.requirement import Requirement
 
-RIGHT = Implementation("right", entries(Parts(), tuple(c for c in Capability if c is not Capability.DISTILL)))
+RIGHT = ExecutableDefect("right", entries(Parts(), tuple(c for c in Capability if c is not Capability.DISTILL)))
 
 
 @pytest.mark.parametrize(("case", "entry"), recorded_cases(), ids=lambda value: getattr(value, "name", ""))

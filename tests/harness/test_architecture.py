@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -98,3 +99,26 @@ def test_a_spec_knows_no_other_spec() -> None:
         if module.partition(".")[0] in {*specs, "shared"} - {other} and wanted.startswith(f"specs.{other}.")
     ]
     assert crossing == []
+
+
+def test_no_two_modules_share_a_name() -> None:
+    """The folders of the specs are built alike, and so are those of the implementations."""
+    places = defaultdict(set)
+    for module in modules(HARNESS):
+        parts = module.split(".")
+        if parts[:1] != ["specs"] and "programs" not in parts:
+            places[parts[-1]].add(module)
+    shared = {name: found for name, found in places.items() if len(found) > 1 and name != "__main__"}
+    assert shared == {}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """Of one spec, and outside the specs; a program that a failure leaves behind is a world of its own."""
+    places = defaultdict(set)
+    for module, path in modules(HARNESS).items():
+        if "programs" in module or (module.startswith("specs.") and not module.startswith("specs.claas.")):
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].add(module)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

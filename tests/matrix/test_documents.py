@@ -14,8 +14,8 @@ from sdpo_conformance.matrix.badge import badge
 from sdpo_conformance.matrix.cells import rows_of
 from sdpo_conformance.matrix.columns import LARGEST_INPUT, Column, Standing
 from sdpo_conformance.matrix.document import document, exit_status
-from sdpo_conformance.matrix.files import badge_names, write_matrix
 from sdpo_conformance.matrix.gather import gather, read_columns
+from sdpo_conformance.matrix.matrix_files import badge_names, write_matrix
 from sdpo_conformance.matrix.provenance import version_of
 from sdpo_conformance.running.options import RunError
 

@@ -53,8 +53,8 @@ def test_a_broken_link_fails_the_build(tmp_path: Path, link: str) -> None:
 def test_published_results_are_one_run(tmp_path: Path) -> None:
     """Page, badges and the table in the text all tell of the implementations in the document."""
     from sdpo_conformance.matrix.cells import rows_of, tally
-    from sdpo_conformance.matrix.files import badge_names
     from sdpo_conformance.matrix.gather import read_columns
+    from sdpo_conformance.matrix.matrix_files import badge_names
 
     published = DOCS / "results" / "published"
     columns = read_columns(published / "matrix.json")

@@ -2,7 +2,7 @@
 
 import typer
 
-from sdpo_conformance.audit.command import audit
+from sdpo_conformance.audit.audit_command import audit
 
 if __name__ == "__main__":
     typer.run(audit)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.files import parse_json, read_text
 from sdpo_conformance.audit.header import TensorEntry, read_header
 from sdpo_conformance.audit.names import canonical_key, unwrapped
+from sdpo_conformance.audit.run_files import parse_json, read_text
 
 if TYPE_CHECKING:
     import torch

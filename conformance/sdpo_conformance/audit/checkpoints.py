@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from sdpo_conformance.audit.adapter import open_adapter
-from sdpo_conformance.audit.files import open_regular
+from sdpo_conformance.audit.run_files import open_regular
 
 _CHUNK_BYTES = 2**20
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.files import parse_json, read_text
+from sdpo_conformance.audit.run_files import parse_json, read_text
 
 _LARGEST = 1e15
 
@@ -29,7 +29,7 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
-class Sample:
+class RequestSample:
     """One training sample: token ids of the prompt and the response, and what the sampler recorded."""
 
     prompt_token_ids: tuple[int, ...]
@@ -43,7 +43,7 @@ class RunRequest:
 
     path: Path | None
     training: TrainingSettings
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[RequestSample, ...] = ()
 
 
 NO_REQUEST = RunRequest(path=None, training=TrainingSettings())
@@ -76,7 +76,7 @@ def read_request(path: Path) -> RunRequest:
     return RunRequest(path=path, training=TrainingSettings(**values), samples=_samples(document, where))
 
 
-def _samples(document: Mapping[str, Any], where: str) -> tuple[Sample, ...]:
+def _samples(document: Mapping[str, Any], where: str) -> tuple[RequestSample, ...]:
     rows = document.get("samples", ())
     if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
         raise AuditError(f"{where}: samples must be a list of objects")
@@ -91,7 +91,7 @@ def _samples(document: Mapping[str, Any], where: str) -> tuple[Sample, ...]:
         if logprobs is not None and len(logprobs) != len(response):
             raise AuditError(f"{place} has {len(response)} response tokens and {len(logprobs)} log-probs")
         prompt = token_ids(row["prompt_token_ids"], f"{place}: prompt_token_ids")
-        samples.append(Sample(prompt, response, logprobs))
+        samples.append(RequestSample(prompt, response, logprobs))
     return tuple(samples)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.models import AFTER, BEFORE, AdaptedModel
+from sdpo_conformance.audit.model_loading import AFTER, BEFORE, AdaptedModel
 from sdpo_conformance.audit.prompts import Prompt
 
 if TYPE_CHECKING:

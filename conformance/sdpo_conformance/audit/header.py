@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.files import open_regular, parse_json
+from sdpo_conformance.audit.run_files import open_regular, parse_json
 
 #: Well above any adapter (1,198 tensors take some 150 KB), well below what exhausts memory once parsed.
 HEADER_LIMIT_BYTES = 16 * 2**20

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdpo_conformance.audit.adapter import Adapter, open_adapter
+from sdpo_conformance.audit.adapter_change import compare_adapters
 from sdpo_conformance.audit.checkpoints import identical_neighbours
-from sdpo_conformance.audit.compare import compare_adapters
-from sdpo_conformance.audit.config import NO_REQUEST, Sample, read_request
+from sdpo_conformance.audit.config import NO_REQUEST, RequestSample, read_request
 from sdpo_conformance.audit.discovery import RunFiles, discover
 from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.findings import Evidence, Finding, NotJudged, Severity, judge
 from sdpo_conformance.audit.findings.model import SamplerKnowledge
 from sdpo_conformance.audit.generation import GenerationResult, generate
+from sdpo_conformance.audit.loss_replay import SAMPLER_DIFFERS, ReplayResult, replay_first_step
 from sdpo_conformance.audit.metrics import RunMetrics, read_metrics
-from sdpo_conformance.audit.models import load_adapted_model
-from sdpo_conformance.audit.optimizer import OptimizerState, find_optimizer_state, read_optimizer_state
+from sdpo_conformance.audit.model_loading import load_adapted_model
+from sdpo_conformance.audit.optimizer_state import OptimizerState, find_optimizer_state, read_optimizer_state
 from sdpo_conformance.audit.prompts import Prompt, read_prompts
-from sdpo_conformance.audit.replay import SAMPLER_DIFFERS, ReplayResult, replay_first_step
 
 #: CLaaS's default (claas/core/types.py, TrainingConfig), for the replay alone, where the settings name none.
 _DEFAULT_IS_CLIP = 5.0
@@ -124,7 +124,7 @@ def _with_model(
     before: Adapter | None,
     after: Adapter | None,
     prompts: Sequence[Prompt],
-    samples: Sequence[Sample],
+    samples: Sequence[RequestSample],
     is_clip: float | None,
     max_new_tokens: int,
     device: str,

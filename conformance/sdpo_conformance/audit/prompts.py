@@ -9,7 +9,7 @@ from typing import Any
 
 from sdpo_conformance.audit.config import token_ids
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.files import parse_json, read_text
+from sdpo_conformance.audit.run_files import parse_json, read_text
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.bench.results import Row, rows_of
+from sdpo_conformance.bench.bench_results import BenchRow, rows_of
 from sdpo_conformance.bench.rows import FAILED
 from sdpo_conformance.running.options import RunError
 
@@ -27,7 +27,7 @@ MEMORY_SHARE, MEMORY_MIB = 0.01, 1.0
 class Change:
     """One row that moved; ``worse`` is a regression."""
 
-    row: Row
+    row: BenchRow
     worse: bool
     words: str
 
@@ -68,7 +68,7 @@ def changes(baseline: Mapping[str, Any], document: Mapping[str, Any]) -> list[Ch
     return found
 
 
-def changes_of(old: Row, new: Row) -> list[Change]:
+def changes_of(old: BenchRow, new: BenchRow) -> list[Change]:
     if not new.measured:
         return [Change(new, True, f"was measured, now {new.reason}")] if new.status == FAILED else []
     found = []
@@ -85,7 +85,7 @@ def changes_of(old: Row, new: Row) -> list[Change]:
     return found
 
 
-def noise_of(old: Row, new: Row) -> float:
+def noise_of(old: BenchRow, new: BenchRow) -> float:
     """Relative: half the interquartile range of the paired ratios, of both runs."""
     half_ranges = [(row.ratio_q3 - row.ratio_q1) / 2 / row.ratio for row in (old, new)]
     return max(BETWEEN_RUNS, sum(half_ranges))

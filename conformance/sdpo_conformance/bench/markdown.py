@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sdpo_conformance.bench.bench_results import groups_of, rows_of
 from sdpo_conformance.bench.comparing import Change
-from sdpo_conformance.bench.results import groups_of, rows_of
 from sdpo_conformance.bench.wording import (
     HEADERS,
     READING,

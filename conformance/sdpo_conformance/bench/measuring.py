@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.bench.inputs import Inputs
-from sdpo_conformance.bench.workloads import Work
+from sdpo_conformance.bench.bench_inputs import Inputs
+from sdpo_conformance.bench.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ FULL = Budget(seconds=0.5, fewest=5, most=50, warmup=2)
 QUICK = Budget(seconds=0.3, fewest=5, most=30, warmup=1)
 
 
-def budget_of(work: Work) -> Budget:
+def budget_of(work: Workload) -> Budget:
     return QUICK if work.quick else FULL
 
 

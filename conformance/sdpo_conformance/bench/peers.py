@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.bench.inputs import Inputs
-from sdpo_conformance.bench.workloads import Work
+from sdpo_conformance.bench.bench_inputs import Inputs
+from sdpo_conformance.bench.workloads import Workload
 from sdpo_conformance.judging.implementation import LoadingError
 
 LossOf = Callable[[Inputs], Tensor]
@@ -28,10 +28,10 @@ class Peer:
 
     label: str
     other: str = ""
-    bind: Callable[[Work], LossOf] | None = None
+    bind: Callable[[Workload], LossOf] | None = None
 
 
-def liger_chunked(work: Work) -> LossOf:
+def liger_chunked(work: Workload) -> LossOf:
     """LigerFusedLinearJSDLoss as its trainer calls it; torch.compile on a GPU is its own default."""
     loss = imported("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss", "liger-kernel")(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=work.alpha, compiled=work.device.startswith("cuda")
@@ -39,7 +39,7 @@ def liger_chunked(work: Work) -> LossOf:
     return lambda inputs: loss(*liger_arguments(inputs))
 
 
-def liger_triton(work: Work) -> LossOf:
+def liger_triton(work: Workload) -> LossOf:
     """LigerFusedLinearJSD, Triton kernels under a chunked product."""
     if not work.device.startswith("cuda"):
         raise LoadingError("needs a GPU")
@@ -55,7 +55,7 @@ def liger_arguments(inputs: Inputs) -> tuple[Tensor, ...]:
     return inputs.hidden.flatten(0, 1), inputs.head, teacher, inputs.head, ids
 
 
-def trl_topk(work: Work) -> LossOf:
+def trl_topk(work: Workload) -> LossOf:
     """TRL's loss functions in the order of its trainer, top-k of the student, without the tail bucket."""
     topk_loss = imported(TRL, "compute_topk_self_distillation_loss", "trl")
     clipped = imported(TRL, "apply_importance_sampling_clipping", "trl")

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.bench.results import Group, Row, bytes_of_logits, groups_of, rows_of
+from sdpo_conformance.bench.bench_results import BenchRow, Group, bytes_of_logits, groups_of, rows_of
 from sdpo_conformance.bench.workloads import Direction
 from sdpo_conformance.files import whole
 
@@ -118,7 +118,7 @@ def limit_of(group: Group, kind: str) -> float:
 
 def lines(
     groups: Sequence[Group], targets: Sequence[str], kind: str
-) -> Iterator[tuple[str, list[tuple[int, Row, float]]]]:
+) -> Iterator[tuple[str, list[tuple[int, BenchRow, float]]]]:
     """(tokens, row, value) of every implementation that has a value."""
     for target in targets:
         points = []
@@ -131,7 +131,7 @@ def lines(
             yield target, points
 
 
-def end_label(points: Sequence[tuple[int, Row, float]], last: Group, kind: str) -> str:
+def end_label(points: Sequence[tuple[int, BenchRow, float]], last: Group, kind: str) -> str:
     """Name, the last ratio to the limit, and what to beware of."""
     tokens, row, value = points[-1]
     ratio = row.ratio if kind == "time" else value * MIB / bytes_of_logits(row.work)

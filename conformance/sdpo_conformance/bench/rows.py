@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from sdpo_conformance.bench.cells import Cell
-from sdpo_conformance.bench.inputs import forget, rotation
-from sdpo_conformance.bench.judging import UNJUDGED, judge, nonconformity
+from sdpo_conformance.bench.bench_cells import BenchCell
+from sdpo_conformance.bench.bench_inputs import forget, rotation
+from sdpo_conformance.bench.bench_judging import UNJUDGED, judge, nonconformity
 from sdpo_conformance.bench.measuring import budget_of, time_row
 from sdpo_conformance.bench.memory import peak_mib
-from sdpo_conformance.bench.subjects import NotOffered, Subject, bind, load
+from sdpo_conformance.bench.subjects import NotOffered, TimedSubject, bind, load
 from sdpo_conformance.bench.truth import work_inputs
-from sdpo_conformance.bench.workloads import Direction, Work
+from sdpo_conformance.bench.workloads import Direction, Workload
 from sdpo_conformance.judging.call import ImplementationError, implementation_errors
 from sdpo_conformance.judging.implementation import Implementation, LoadingError
 from sdpo_conformance.protocol import Capability
@@ -28,7 +28,7 @@ MEASURED, FAILED, NOT_OFFERED, NOT_RUN, UNAVAILABLE = "measured", "failed", "not
 """Of a row: timed; raised, crashed or hung; no entry for this work; left out for time; cannot be loaded."""
 
 
-def measure(cell: Cell, benchmark: Any, deadline: float | None) -> dict[str, Any]:
+def measure(cell: BenchCell, benchmark: Any, deadline: float | None) -> dict[str, Any]:
     """The record of a cell. ``status`` and, unless measured, ``reason``; ``device_lost`` where
     no further call can succeed in this process."""
     if deadline is not None and time.time() > deadline:
@@ -70,7 +70,7 @@ def loaded(target: str) -> Implementation:
     return found
 
 
-def measured(cell: Cell, subject: Subject, implementation: Implementation, benchmark: Any) -> dict[str, Any]:
+def measured(cell: BenchCell, subject: TimedSubject, implementation: Implementation, benchmark: Any) -> dict[str, Any]:
     """First the call that compiles and may fail, then conformity, error, memory and time."""
     work = cell.work
     inputs = work_inputs(work)
@@ -105,13 +105,13 @@ def measured(cell: Cell, subject: Subject, implementation: Implementation, bench
     }
 
 
-def settle(work: Work) -> None:
+def settle(work: Workload) -> None:
     """Errors of a GPU arrive when it is waited for."""
     if work.device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
-def conformity(cell: Cell, subject: Subject) -> str:
+def conformity(cell: BenchCell, subject: TimedSubject) -> str:
     return _conformity(cell.target, subject.entry, cell.work.device)
 
 
@@ -150,7 +150,7 @@ def shortened(text: str) -> str:
     return text if len(text) <= 240 else text[:237] + "..."
 
 
-def describe(work: Work) -> dict[str, Any]:
+def describe(work: Workload) -> dict[str, Any]:
     """The parameters a benchmark is filed under."""
     document = work.write()
     if work.direction is not Direction.TOPK and not work.direction.has_objective:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sdpo_conformance.bench.workloads import Work
+from sdpo_conformance.bench.workloads import Workload
 from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.protocol import Sample
 
@@ -77,7 +77,7 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 @lru_cache(maxsize=1)
-def step_model(work: Work) -> Any:
+def step_model(work: Workload) -> Any:
     """A PeftModel with LoRA on attention and MLP, in training mode; the last one asked for is kept, so that
     every implementation of a work goes on from the same kind of model."""
     import peft
@@ -105,7 +105,7 @@ def step_model(work: Work) -> Any:
     return peft.get_peft_model(base, lora).to(work.device).train()
 
 
-def step_batch(work: Work) -> list[Sample]:
+def step_batch(work: Workload) -> list[Sample]:
     """``SAMPLES`` samples that share ``work.tokens`` response tokens; the sampler's log-probs are those of a
     uniform distribution, which an untrained model is near."""
     generator = torch.Generator().manual_seed(4)

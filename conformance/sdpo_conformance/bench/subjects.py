@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.bench.inputs import Inputs
+from sdpo_conformance.bench.bench_inputs import Inputs
 from sdpo_conformance.bench.peers import COMPILE, PEERS, other_objective
-from sdpo_conformance.bench.workloads import Direction, Work
+from sdpo_conformance.bench.workloads import Direction, Workload
 from sdpo_conformance.judging.call import as_mapping, implementation_errors
 from sdpo_conformance.judging.implementation import Implementation, load_implementation
 from sdpo_conformance.protocol import (
@@ -29,7 +29,7 @@ class NotOffered(Exception):
 
 
 @dataclass(frozen=True)
-class Subject:
+class TimedSubject:
     """An implementation bound to a work. ``run`` is what is timed; ``loss`` its differentiable output, for the
     directions that have one. ``entry``: the protocol's entry behind it. ``remarks`` for the row. ``other``:
     what it computes in place of the CLaaS loss, else empty."""
@@ -49,7 +49,7 @@ def load(target: str) -> Implementation:
     return load_implementation(target.removeprefix(COMPILE), find_spec(DEFAULT))
 
 
-def bind(implementation: Implementation, target: str, work: Work) -> Subject:
+def bind(implementation: Implementation, target: str, work: Workload) -> TimedSubject:
     """The subject of one row; raises NotOffered or LoadingError."""
     devices = implementation.claims.devices
     if devices is not None and work.device.partition(":")[0] not in devices:
@@ -60,13 +60,15 @@ def bind(implementation: Implementation, target: str, work: Work) -> Subject:
         return step_subject(implementation, work)
     if work.direction is Direction.LOGPROBS:
         function = offered(implementation, Capability.RESPONSE_LOGPROBS)
-        return Subject(
+        return TimedSubject(
             lambda inputs: function(inputs.hidden.detach(), inputs.head, inputs.response_ids),
             Capability.RESPONSE_LOGPROBS,
         )
     if work.direction is Direction.TOPK:
         function = offered(implementation, Capability.TEACHER_TOPK)
-        return Subject(lambda inputs: function(inputs.teacher_hidden, inputs.head, work.top_k), Capability.TEACHER_TOPK)
+        return TimedSubject(
+            lambda inputs: function(inputs.teacher_hidden, inputs.head, work.top_k), Capability.TEACHER_TOPK
+        )
     return loss_subject(implementation, target, work)
 
 
@@ -78,7 +80,7 @@ def offered(implementation: Implementation, capability: Capability) -> Callable[
     return function
 
 
-def loss_subject(implementation: Implementation, target: str, work: Work) -> Subject:
+def loss_subject(implementation: Implementation, target: str, work: Workload) -> TimedSubject:
     """The loss from hidden states: the fused entry, else the product before the entry from logits, else the
     divergence alone."""
     training = TrainingConfig(alpha=work.alpha, kl_reg_weight=work.anchor)
@@ -108,7 +110,7 @@ def loss_subject(implementation: Implementation, target: str, work: Work) -> Sub
     if work.anchor and other:
         remarks.append("the anchor plays no part")
     run = forward(loss) if work.direction is Direction.FORWARD else forward_and_backward(loss)
-    return Subject(run, entry, tuple(remarks), other, loss)
+    return TimedSubject(run, entry, tuple(remarks), other, loss)
 
 
 def protocol_loss(
@@ -163,7 +165,7 @@ def compiled(function: Callable[..., Any], target: str) -> Callable[..., Any]:
     return found
 
 
-def step_subject(implementation: Implementation, work: Work) -> Subject:
+def step_subject(implementation: Implementation, work: Workload) -> TimedSubject:
     """``distill`` on a model built from its config; the model is built here, outside the timing."""
     function = offered(implementation, Capability.DISTILL)
     from sdpo_conformance.bench.steps import STEPS, step_batch, step_model
@@ -176,4 +178,4 @@ def step_subject(implementation: Implementation, work: Work) -> Subject:
     training = TrainingConfig(
         alpha=work.alpha, kl_reg_weight=work.anchor, steps_per_batch=STEPS, teacher_top_k=work.top_k
     )
-    return Subject(lambda _: function(model, samples, training, torch.optim.AdamW), Capability.DISTILL)
+    return TimedSubject(lambda _: function(model, samples, training, torch.optim.AdamW), Capability.DISTILL)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from sdpo_conformance.bench.cells import CURRENT, Cell, read_plan, record_path, write_json
+from sdpo_conformance.bench.bench_cells import CURRENT, BenchCell, read_plan, record_path, write_json
 from sdpo_conformance.bench.rows import MEASURED, describe, measure
 
 DEVICE_LOST = 70
 """Exit status of a worker whose GPU context is gone."""
 
 
-def test_cell(bench_cell: Cell, benchmark: Any, bench_folder: Path) -> None:
+def test_cell(bench_cell: BenchCell, benchmark: Any, bench_folder: Path) -> None:
     """Measure a cell and leave its record; never fails: the record says what happened."""
     (bench_folder / CURRENT).write_text(str(bench_cell.number), encoding="utf-8")
     if bench_cell.work.device.startswith("cuda:"):

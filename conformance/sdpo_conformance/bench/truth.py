@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.bench.inputs import Inputs, inputs_of
-from sdpo_conformance.bench.workloads import Work
+from sdpo_conformance.bench.bench_inputs import Inputs, inputs_of
+from sdpo_conformance.bench.workloads import Workload
 from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.protocol import FusedSDPOLossInput, SDPOLossInput, TrainingConfig
 from sdpo_conformance.specs.claas.bounds import EAGER_FACTOR, FLOAT_FACTOR
@@ -69,7 +69,7 @@ def token_errors(got: Tensor, true: Tensor) -> tuple[float, ...]:
     return tuple(float(distance[min(len(distance) - 1, int(q * len(distance)))]) for q in QUANTILES)
 
 
-def kept_tokens(work: Work) -> Tensor:
+def kept_tokens(work: Workload) -> Tensor:
     """The tokens of a work that are judged."""
     return spread(work.tokens, work.head.vocabulary)
 
@@ -80,7 +80,7 @@ def spread(tokens: int, vocabulary: int) -> Tensor:
     return torch.linspace(0, tokens - 1, count).round().long().unique()
 
 
-def work_inputs(work: Work) -> Inputs:
+def work_inputs(work: Workload) -> Inputs:
     return inputs_of(work.workload, work.tokens, work.top_k, work.dtype, work.device)
 
 
@@ -106,18 +106,18 @@ def through_head(logits_gradient: Tensor, head: Tensor) -> Tensor:
     return total.cpu()
 
 
-def rounding(work: Work) -> float:
+def rounding(work: Workload) -> float:
     """A few units of the working dtype."""
     return ROUNDING_UNITS * float(torch.finfo(DTYPES[work.dtype]).eps)
 
 
-def factor(work: Work) -> float:
+def factor(work: Workload) -> float:
     """How many times plain PyTorch's error is allowed."""
     return EAGER_FACTOR if DTYPES[work.dtype] in (torch.bfloat16, torch.float16) else FLOAT_FACTOR
 
 
 @lru_cache(maxsize=4)
-def slice_truth(work: Work, on_policy: bool = False) -> SliceTruth:
+def slice_truth(work: Workload, on_policy: bool = False) -> SliceTruth:
     """The truth for a loss direction. ``on_policy``: old log-probs are the student's own, so that the ratio is 1
     and the loss the mean divergence."""
     whole = work_inputs(work)

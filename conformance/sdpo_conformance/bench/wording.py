@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpo_conformance.bench.results import Group, Row
+from sdpo_conformance.bench.bench_results import BenchRow, Group
 from sdpo_conformance.bench.rows import NOT_OFFERED, NOT_RUN, UNAVAILABLE
 
 HEADERS = ("", "ms", "± %", "× h·Wᵀ", "× first", "peak MiB", "error")
@@ -19,7 +19,7 @@ def title(group: Group) -> str:
     return f"{group.work.group} · {head.model} head {head.hidden} × {head.vocabulary}"
 
 
-def figures(group: Group, row: Row) -> tuple[str, ...]:
+def figures(group: Group, row: BenchRow) -> tuple[str, ...]:
     """The cells under ``HEADERS``."""
     name = f"{row.label} †" if row.other else row.label
     if row.ms is None:
@@ -48,7 +48,7 @@ def number(value: float) -> str:
     return f"{value:.1f}" if value >= 20 else f"{value:.2f}" if value >= 0.1 else f"{value:.3g}"
 
 
-def verdict_of(row: Row) -> str:
+def verdict_of(row: BenchRow) -> str:
     """What is wrong with a row, or why it has no numbers; empty for a good one."""
     if not row.measured:
         return f"{row.status}: {row.reason}"
@@ -60,7 +60,7 @@ def verdict_of(row: Row) -> str:
     return "; ".join(parts)
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
+def notes(rows: Sequence[BenchRow]) -> list[str]:
     """One line per implementation on what is worth knowing beside the figures; † marks another objective."""
     found: dict[str, list[str]] = {}
     for row in filter(lambda row: row.measured, rows):
@@ -69,12 +69,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return [f"{name}: {'; '.join(dict.fromkeys(parts))}" for name, parts in found.items() if parts]
 
 
-def shown(group: Group) -> list[Row]:
+def shown(group: Group) -> list[BenchRow]:
     """The rows that belong into a table: what is only absent is said once, below."""
     return [row for row in group.rows if row.status not in (NOT_OFFERED, UNAVAILABLE, NOT_RUN)]
 
 
-def absences(rows: Sequence[Row]) -> list[str]:
+def absences(rows: Sequence[BenchRow]) -> list[str]:
     """One line per implementation for what could not be timed at all, and why."""
     found: dict[str, dict[str, int]] = {}
     for row in rows:

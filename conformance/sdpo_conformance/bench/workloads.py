@@ -1,6 +1,6 @@
 """What is timed: the output heads of models people train, how many tokens, which part of the work.
 
-A ``Work`` names one table row's task; every implementation gets the same. Heads are (hidden size, vocabulary) of
+A ``Workload`` names one table row's task; every implementation gets the same. Heads are (hidden size, vocabulary) of
 the models' published configs.
 """
 
@@ -55,7 +55,7 @@ ANCHOR = 0.1
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """``tokens`` response tokens through the head ``workload``; ``anchor`` is kl_reg_weight. ``quick`` asks for
     fewer rounds, and for a two-layer model in a step."""
 
@@ -92,7 +92,7 @@ class Work:
         return f"{self.task} · {self.tokens} tokens"
 
     @classmethod
-    def read(cls, document: Mapping[str, Any]) -> Work:
+    def read(cls, document: Mapping[str, Any]) -> Workload:
         """The inverse of ``write``."""
         return cls(**{**document, "direction": Direction(document["direction"])})
 
@@ -120,14 +120,14 @@ class Selection:
         return any((self.workloads, self.tokens, self.directions, self.alphas, self.anchors))
 
 
-def plan(selection: Selection) -> list[Work]:
+def plan(selection: Selection) -> list[Workload]:
     """The work to do, most telling first. Names must have been checked (``problems``)."""
     dtype = selection.dtype or ("bfloat16" if selection.device.startswith("cuda") else "float32")
 
-    def work(workload: str, tokens: int, direction: Direction, alpha: float = 0.5, anchor: float = 0.0) -> Work:
+    def work(workload: str, tokens: int, direction: Direction, alpha: float = 0.5, anchor: float = 0.0) -> Workload:
         if not direction.has_objective:
             alpha, anchor = 0.5, 0.0
-        return Work(workload, tokens, direction, alpha, anchor, dtype, selection.device, quick=selection.quick)
+        return Workload(workload, tokens, direction, alpha, anchor, dtype, selection.device, quick=selection.quick)
 
     if selection.narrowed:
         chosen = product(
@@ -178,7 +178,7 @@ def curves(head: str) -> Iterator[Choice]:
         yield head, tokens, Direction.LOGPROBS, 0.5, 0.0
 
 
-def unique(works: Iterable[Work]) -> list[Work]:
+def unique(works: Iterable[Workload]) -> list[Workload]:
     return list(dict.fromkeys(works))
 
 

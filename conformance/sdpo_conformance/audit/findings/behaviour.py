@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
-from sdpo_conformance.audit.models import AFTER, BEFORE
+from sdpo_conformance.audit.model_loading import AFTER, BEFORE
 
 #: Upstream's own collapse alert (claas/eval/metrics/collapse.py): a mean log-prob moved by more than 2 nats.
 _LARGE_DRIFT = 2.0

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
-from sdpo_conformance.audit.compare import AdapterChange
+from sdpo_conformance.audit.adapter_change import AdapterChange
 from sdpo_conformance.audit.config import NO_REQUEST, RunRequest
 from sdpo_conformance.audit.metrics import RunMetrics
-from sdpo_conformance.audit.optimizer import OptimizerState
+from sdpo_conformance.audit.optimizer_state import OptimizerState
 
 if TYPE_CHECKING:
     from sdpo_conformance.audit.generation import GenerationResult
-    from sdpo_conformance.audit.replay import ReplayResult
+    from sdpo_conformance.audit.loss_replay import ReplayResult
 
 SamplerKnowledge = Literal["unknown", "differs", "same"]
 

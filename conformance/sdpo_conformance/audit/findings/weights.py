@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from sdpo_conformance.audit.compare import AdapterChange, ModuleChange, TensorChange
+from sdpo_conformance.audit.adapter_change import AdapterChange, ModuleChange, TensorChange
 from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.header import ITEM_BYTES

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.files import parse_json, read_text
 from sdpo_conformance.audit.metrics.event_files import is_event_file, read_event_file
 from sdpo_conformance.audit.metrics.metric_names import FIELDS, field_of
 from sdpo_conformance.audit.metrics.row_shapes import RowReader, record_problems
 from sdpo_conformance.audit.metrics.step_record import Batch, Batching, RunMetrics
+from sdpo_conformance.audit.run_files import parse_json, read_text
 
 _SHOWN_NAMES = 8
 

@@ -8,7 +8,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sdpo_conformance.specs.claas.defects.defect import Defect, Implementation, combine
+from sdpo_conformance.specs.claas.defects.defect import Defect, ExecutableDefect, combine
 from sdpo_conformance.specs.claas.defects.sources import Citation
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ __all__ = [
     "FAMILIES",
     "Citation",
     "Defect",
-    "Implementation",
+    "ExecutableDefect",
     "UnknownDefectError",
     "catalogue",
     "combine",

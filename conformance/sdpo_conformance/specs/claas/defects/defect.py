@@ -99,15 +99,15 @@ class Defect:
             part.name for part in fields(Parts) if getattr(right, part.name) is not getattr(wrong, part.name)
         )
 
-    def implementation(self) -> Implementation:
+    def implementation(self) -> ExecutableDefect:
         """The executable form: an object with the attributes of ``capabilities``."""
         if self.change is None:
             assert self.distill is not None
-            return Implementation(self.name, {Capability.DISTILL.value: self.distill})
-        return Implementation(self.name, entries(self.change(Parts()), self.capabilities))
+            return ExecutableDefect(self.name, {Capability.DISTILL.value: self.distill})
+        return ExecutableDefect(self.name, entries(self.change(Parts()), self.capabilities))
 
 
-class Implementation:
+class ExecutableDefect:
     """An implementation that offers exactly the given callables."""
 
     def __init__(self, name: str, offered: dict[str, Callable[..., Any]]) -> None:
@@ -156,7 +156,7 @@ __all__ = [
     "LOSSES",
     "Change",
     "Defect",
-    "Implementation",
+    "ExecutableDefect",
     "Work",
     "around",
     "both",

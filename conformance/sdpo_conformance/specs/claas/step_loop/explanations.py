@@ -23,7 +23,7 @@ from sdpo_conformance.specs.claas.oracle.step_loop import norm
 from sdpo_conformance.specs.claas.step_loop.forced_replay import (
     APART,
     Forced,
-    Outcome,
+    ReplayOutcome,
     parts_of,
     replaced,
     replayed,
@@ -58,7 +58,7 @@ class TakenStep:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class StepExplanation:
     """A defect as a step loop; ``in_loss``: it is a loss's, inside the right loop."""
 
     defect: Defect
@@ -70,28 +70,28 @@ class Candidate:
 class Explained:
     """What each wrong step equals: by step, the best candidate, its outcome, and what cannot be told from it."""
 
-    best: dict[int, tuple[Candidate, Outcome]] = field(default_factory=dict)
+    best: dict[int, tuple[StepExplanation, ReplayOutcome]] = field(default_factory=dict)
     alike: dict[int, list[str]] = field(default_factory=dict)
 
 
 @cache
-def step_loops() -> tuple[Candidate, ...]:
+def step_loops() -> tuple[StepExplanation, ...]:
     """Catalogued step loops that a gradient can show."""
     found = []
     for defect in catalogue().values():
         parts = parts_of(defect)
         if parts is not None and (not replaced(parts) <= APART or "half" in defect.name):
-            found.append(Candidate(defect, parts))
+            found.append(StepExplanation(defect, parts))
     return tuple(found)
 
 
 @cache
-def wrong_losses() -> tuple[Candidate, ...]:
+def wrong_losses() -> tuple[StepExplanation, ...]:
     """The right loop around each catalogued loss."""
     found = []
     for defect in catalogue().values():
         if Capability.LOSS in defect.capabilities and (parts := with_loss(defect)) is not None:
-            found.append(Candidate(defect, parts, in_loss=True))
+            found.append(StepExplanation(defect, parts, in_loss=True))
     return tuple(found)
 
 
@@ -112,7 +112,7 @@ def misfit(wrong: TakenStep, gradient: Mapping[str, Tensor]) -> float:
     return furthest(wrong.got, gradient, {name: scale * b for name, b in wrong.bounds.gradient.items()})[0]
 
 
-def outcomes(candidate: Candidate, forced: Forced, steps: Sequence[int]) -> Iterator[tuple[int, Outcome]]:
+def outcomes(candidate: StepExplanation, forced: Forced, steps: Sequence[int]) -> Iterator[tuple[int, ReplayOutcome]]:
     """What a candidate makes of these steps; nothing where it cannot take them."""
     try:
         yield from replayed(candidate.parts, forced, steps)
@@ -144,8 +144,8 @@ def explain(
 
 
 def matching(
-    candidates: Iterable[Candidate], forced: Forced, wrong: Mapping[int, TakenStep], step: int
-) -> list[Candidate]:
+    candidates: Iterable[StepExplanation], forced: Forced, wrong: Mapping[int, TakenStep], step: int
+) -> list[StepExplanation]:
     """Candidates whose gradient one step has, closest first. Those named before in this process come first; once one
     fits closely, only those that break a rule of its are tried for what cannot be told from it."""
     fits = []
@@ -166,7 +166,7 @@ def matching(
     return [candidate for _, candidate in sorted(fits, key=lambda pair: pair[0])]
 
 
-def reports(step: TakenStep, outcome: Outcome) -> bool:
+def reports(step: TakenStep, outcome: ReplayOutcome) -> bool:
     """Whether the loss and the norm reported are those of this outcome: gradients that clipping makes alike differ
     there."""
     return all(
@@ -179,7 +179,7 @@ def reports(step: TakenStep, outcome: Outcome) -> bool:
 
 def spread(
     found: Explained,
-    fitting: Sequence[Candidate],
+    fitting: Sequence[StepExplanation],
     forced: Forced,
     taken: Mapping[int, TakenStep],
     wrong: Sequence[int],
@@ -187,7 +187,7 @@ def spread(
 ) -> None:
     """Of those that fit the first open step, the one that fits most of the others explains all that it fits. A step
     that the trainer took right speaks against whoever predicts another there."""
-    ranked: list[tuple[tuple[int, int, int, int], Candidate, dict[int, Outcome]]] = []
+    ranked: list[tuple[tuple[int, int, int, int], StepExplanation, dict[int, ReplayOutcome]]] = []
     for order, candidate in enumerate(fitting):
         fits = {s: o for s, o in outcomes(candidate, forced, sorted(taken)) if misfit(taken[s], o.gradient) <= 1}
         explained = {step: fits[step] for step in open_steps if step in fits}
@@ -202,7 +202,7 @@ def spread(
         found.alike[step] = alike
 
 
-def numbers(forced: Forced, wrong: Mapping[int, TakenStep], step: int) -> list[Candidate]:
+def numbers(forced: Forced, wrong: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
     """Defects with a number in them, at the number that fits one step."""
     found = []
     for defect in catalogue().values():
@@ -210,12 +210,12 @@ def numbers(forced: Forced, wrong: Mapping[int, TakenStep], step: int) -> list[C
             continue
         in_loss = defect.distill is None
 
-        def made(value: float, defect: Defect = defect, in_loss: bool = in_loss) -> Candidate | None:
+        def made(value: float, defect: Defect = defect, in_loss: bool = in_loss) -> StepExplanation | None:
             at = defect.at(value)
             parts = with_loss(at) if in_loss else parts_of(at)
-            return None if parts is None else Candidate(at, parts, in_loss)
+            return None if parts is None else StepExplanation(at, parts, in_loss)
 
-        def distance(value: float, made: Callable[[float], Candidate | None] = made) -> float:
+        def distance(value: float, made: Callable[[float], StepExplanation | None] = made) -> float:
             candidate = made(value)
             if candidate is None:
                 return math.inf
@@ -227,7 +227,7 @@ def numbers(forced: Forced, wrong: Mapping[int, TakenStep], step: int) -> list[C
     return found
 
 
-def requirements_of(candidate: Candidate | None, step: int) -> tuple[str, ...]:
+def requirements_of(candidate: StepExplanation | None, step: int) -> tuple[str, ...]:
     """What a mistake at this step breaks. At the first step every wrong behaviour log-prob is STEP-1's."""
     if candidate is None or candidate.in_loss:
         return ("STEP-1",) if step == 1 else ("STEP-2",)
@@ -237,20 +237,20 @@ def requirements_of(candidate: Candidate | None, step: int) -> tuple[str, ...]:
     return violates
 
 
-def words_of(candidate: Candidate) -> str:
+def words_of(candidate: StepExplanation) -> str:
     """What is said of a mistake."""
     where = " in the loop's loss" if candidate.in_loss else ""
     return f"{candidate.defect.shown}{where}: {candidate.defect.sentence}"
 
 
-def as_reported(candidate: Candidate) -> Mapping[str, Any]:
+def as_reported(candidate: StepExplanation) -> Mapping[str, Any]:
     """A candidate in the form that a failure keeps."""
     return {"name": candidate.defect.name, "value": candidate.defect.value, "in_loss": candidate.in_loss}
 
 
 __all__ = [
-    "Candidate",
     "Explained",
+    "StepExplanation",
     "TakenStep",
     "as_reported",
     "explain",

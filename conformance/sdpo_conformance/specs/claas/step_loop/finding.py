@@ -10,7 +10,7 @@ from sdpo_conformance.trainer.observation import Observation
 
 
 @dataclass(frozen=True)
-class Finding:
+class StepFinding:
     """Under the requirements it breaks; the first names it."""
 
     requirements: tuple[str, ...]
@@ -25,9 +25,9 @@ def finding(
     got: str,
     step: int | None = None,
     **more: Any,
-) -> Finding:
+) -> StepFinding:
     """A finding about this run; ``step`` counts from 1."""
     where = observation.scenario.name if step is None else f"step {step} of {observation.scenario.name}"
     extra = {"scenario": observation.scenario.name, "step": step, **more.pop("extra", {})}
     found = Disagreement(aspect=f"{aspect} ({where})", expected=expected, got=got, probe="distill", extra=extra, **more)
-    return Finding((requirements,) if isinstance(requirements, str) else requirements, found)
+    return StepFinding((requirements,) if isinstance(requirements, str) else requirements, found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
-from sdpo_conformance.specs.claas.step_loop.finding import Finding, finding
+from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
 from sdpo_conformance.specs.claas.step_loop.gradients import gradient_finding, judged_steps
 from sdpo_conformance.specs.claas.step_loop.ground import ground_of, upcast
 from sdpo_conformance.specs.claas.step_loop.step_metrics import metric_findings, shape_findings
@@ -18,17 +18,17 @@ from sdpo_conformance.specs.claas.step_loop.unobserved import unobserved_finding
 from sdpo_conformance.specs.claas.step_loop.updates import update_findings
 from sdpo_conformance.trainer.observation import Observation
 
-_FOUND: WeakKeyDictionary[Observation, list[Finding]] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[Observation, list[StepFinding]] = WeakKeyDictionary()
 
 
-def findings(observation: Observation) -> list[Finding]:
+def findings(observation: Observation) -> list[StepFinding]:
     """Everything wrong with a run, worked out once."""
     if observation not in _FOUND:
         _FOUND[observation] = list(_findings(observation))
     return _FOUND[observation]
 
 
-def _findings(observation: Observation) -> Iterator[Finding]:
+def _findings(observation: Observation) -> Iterator[StepFinding]:
     ground = ground_of(observation.scenario)
     if "same" in observation.scenario.history:
         ground = ground.from_weights(upcast(observation.start))
@@ -45,7 +45,7 @@ def _findings(observation: Observation) -> Iterator[Finding]:
     yield from update_findings(observation)
 
 
-def state_findings(observation: Observation) -> Iterator[Finding]:
+def state_findings(observation: Observation) -> Iterator[StepFinding]:
     """What of the model changed besides the adapter's weights."""
     if observation.changed:
         more = f" and {len(observation.changed) - 1} more" if len(observation.changed) > 1 else ""

@@ -29,7 +29,7 @@ APART = frozenset({"accept", "make_optimizer", "report", "finish"})
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReplayOutcome:
     """One step: its reported metrics, and the gradient handed to the optimizer, clipped."""
 
     metrics: Mapping[str, float]
@@ -112,7 +112,7 @@ def started(parts: TrainerParts, forced: Forced) -> Run:
 
 def replayed(
     parts: TrainerParts, forced: Forced, wanted: Collection[int] | None = None
-) -> Iterator[tuple[int, Outcome]]:
+) -> Iterator[tuple[int, ReplayOutcome]]:
     """Each ``wanted`` step (all by default) with its outcome. Others are passed over where nothing of them remains."""
     run, names, other = started(parts, forced), list(forced.history[0]), replaced(parts)
     carried = bool(other & {"zero", "report"})
@@ -130,7 +130,7 @@ def replayed(
             metrics = parts.report(run, total, norm)
             run.metrics.append(metrics)
             if wanted is None or step in wanted:
-                yield step, Outcome(metrics, handed)
+                yield step, ReplayOutcome(metrics, handed)
                 forced.ground.at(after)
         else:
             forced.ground.at(after)

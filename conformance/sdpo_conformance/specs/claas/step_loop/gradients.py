@@ -12,7 +12,7 @@ from sdpo_conformance.judging.compare import number
 from sdpo_conformance.specs.claas.oracle.step_loop import norm
 from sdpo_conformance.specs.claas.step_loop.explanations import (
     LOSS_SEARCHES,
-    Candidate,
+    StepExplanation,
     TakenStep,
     as_reported,
     explain,
@@ -20,8 +20,8 @@ from sdpo_conformance.specs.claas.step_loop.explanations import (
     requirements_of,
     words_of,
 )
-from sdpo_conformance.specs.claas.step_loop.finding import Finding, finding
-from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced, Outcome
+from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
+from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced, ReplayOutcome
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, Moment, Weights, upcast
 from sdpo_conformance.specs.claas.step_loop.step_bounds import Bounds, bounds_of
 from sdpo_conformance.trainer.observation import Observation
@@ -37,8 +37,8 @@ class StepJudgement:
     excess: float
     tensor: str
     got: Weights
-    mistake: Candidate | None = None
-    outcome: Outcome | None = None
+    mistake: StepExplanation | None = None
+    outcome: ReplayOutcome | None = None
     alike: list[str] = field(default_factory=list)
 
     @property
@@ -113,7 +113,7 @@ def evidence(judgement: StepJudgement, judgements: Sequence[StepJudgement]) -> M
     """What a failure keeps for the diagnosis: the mistake that explains most of the run's wrong steps, and how many."""
     wrong = [one for one in judgements if one.wrong]
 
-    def explained(mistake: Candidate | None) -> int:
+    def explained(mistake: StepExplanation | None) -> int:
         return sum(one.mistake is not None and one.mistake is mistake for one in wrong)
 
     best = max(wrong, key=lambda one: explained(one.mistake))
@@ -129,7 +129,7 @@ def evidence(judgement: StepJudgement, judgements: Sequence[StepJudgement]) -> M
 
 def gradient_finding(
     judgement: StepJudgement, observation: Observation, judgements: Sequence[StepJudgement]
-) -> Finding:
+) -> StepFinding:
     """Words for a wrong gradient."""
     moment, mistake = judgement.moment, judgement.mistake
     step = moment.step

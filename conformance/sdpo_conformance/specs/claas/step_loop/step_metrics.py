@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 
 from sdpo_conformance.judging.compare import number
 from sdpo_conformance.specs.claas.oracle.step_loop import norm
-from sdpo_conformance.specs.claas.step_loop.explanations import Candidate, outcomes, step_loops, words_of
-from sdpo_conformance.specs.claas.step_loop.finding import Finding, finding
+from sdpo_conformance.specs.claas.step_loop.explanations import StepExplanation, outcomes, step_loops, words_of
+from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
 from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced
 from sdpo_conformance.specs.claas.step_loop.gradients import StepJudgement
 from sdpo_conformance.trainer.observation import METRICS, Observation
 
 
-def shape_findings(observation: Observation) -> Iterator[Finding]:
+def shape_findings(observation: Observation) -> Iterator[StepFinding]:
     """One entry per step, counted from 1, every key there; one optimizer step each."""
     steps, entries = observation.scenario.steps, observation.metrics
     if len(entries) != steps:
@@ -33,7 +33,7 @@ def shape_findings(observation: Observation) -> Iterator[Finding]:
             yield finding(observation, "STEP-6", "step", f"{index}", number(entry["step"]), index)
 
 
-def metric_findings(observation: Observation, judgements: Sequence[StepJudgement]) -> Iterator[Finding]:
+def metric_findings(observation: Observation, judgements: Sequence[StepJudgement]) -> Iterator[StepFinding]:
     """Each step's metrics; those of a step whose gradient is wrong and unexplained are passed over, for there
     is nothing to hold them against."""
     for index, (entry, judgement) in enumerate(zip(observation.metrics, judgements, strict=False)):
@@ -76,7 +76,7 @@ def metric_findings(observation: Observation, judgements: Sequence[StepJudgement
                 )
 
 
-def other_anchor(got: float, judgement: StepJudgement) -> Candidate | None:
+def other_anchor(got: float, judgement: StepJudgement) -> StepExplanation | None:
     """The wrong anchor whose kl_reg this is: with kl_reg_weight = 0 no gradient shows it."""
     moment = judgement.moment
     forced = Forced(moment.ground, moment.history, moment.history[-1])

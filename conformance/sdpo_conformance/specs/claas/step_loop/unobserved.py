@@ -16,13 +16,13 @@ from sdpo_conformance.judging.compare import number
 from sdpo_conformance.specs.claas.defects.step_loop_variants import distill
 from sdpo_conformance.specs.claas.oracle.step_loop import norm, trainable
 from sdpo_conformance.specs.claas.step_loop.explanations import (
-    Candidate,
+    StepExplanation,
     as_reported,
     requirements_of,
     step_loops,
     words_of,
 )
-from sdpo_conformance.specs.claas.step_loop.finding import Finding, finding
+from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, Weights, upcast
 from sdpo_conformance.specs.claas.step_loop.step_bounds import PRECISIONS
 from sdpo_conformance.trainer.observation import METRICS, Observation
@@ -37,7 +37,7 @@ Run = tuple[Sequence[Mapping[str, float]], Weights]
 """Metrics per step and the final adapter."""
 
 
-def unobserved_findings(observation: Observation, ground: Ground) -> Iterator[Finding]:
+def unobserved_findings(observation: Observation, ground: Ground) -> Iterator[StepFinding]:
     """Where the run departs from the spec's, and the known mistake whose run it is."""
     truth = ground.run
     departed = departure(observation, truth, ground)
@@ -67,8 +67,8 @@ def run_finding(
     truth: Run,
     departed: Departure,
     detail: str,
-    candidate: Candidate | None = None,
-) -> Finding:
+    candidate: StepExplanation | None = None,
+) -> StepFinding:
     """The first number that departs."""
     step = departed.step
     extra: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def run_finding(
     )
 
 
-def replay(ground: Ground, candidate: Candidate) -> Run | None:
+def replay(ground: Ground, candidate: StepExplanation) -> Run | None:
     """The whole loop with one mistake in it, in float64; None where it cannot run."""
     model = ground.at(ground.start)
     for parameter in trainable(model).values():

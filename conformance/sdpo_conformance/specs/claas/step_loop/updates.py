@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sdpo_conformance.judging.compare import number
 from sdpo_conformance.specs.claas.oracle.step_loop import BETAS, EPSILON, WEIGHT_DECAY, AdamW
-from sdpo_conformance.specs.claas.step_loop.finding import Finding
+from sdpo_conformance.specs.claas.step_loop.finding import StepFinding
 from sdpo_conformance.specs.claas.step_loop.finding import finding as any_finding
 from sdpo_conformance.specs.claas.step_loop.ground import upcast
 from sdpo_conformance.specs.claas.step_loop.step_bounds import UPDATE
@@ -15,13 +15,13 @@ from sdpo_conformance.trainer.observation import Observation
 
 def finding(
     observation: Observation, aspect: str, expected: str, got: str, step: int | None = None, detail: str = ""
-) -> Finding:
+) -> StepFinding:
     """A finding of this module's kind."""
     extra = {"shows": "update"}
     return any_finding(observation, "STEP-10", aspect, expected, got, step, detail=detail, extra=extra)
 
 
-def update_findings(observation: Observation) -> Iterator[Finding]:
+def update_findings(observation: Observation) -> Iterator[StepFinding]:
     """The optimizer's settings, each update replayed in float64, and what stands in the model at the end."""
     training = observation.scenario.training
     wanted = {

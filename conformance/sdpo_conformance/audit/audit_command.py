@@ -60,7 +60,7 @@ def audit(
     """
     from sdpo_conformance.audit.errors import AuditError, shown
     from sdpo_conformance.audit.inspection import audit_run
-    from sdpo_conformance.audit.report.document import document
+    from sdpo_conformance.audit.reporting.audit_document import document
 
     try:
         report = audit_run(
@@ -80,7 +80,7 @@ def audit(
         if json_file is not None and not to_stdout:
             write_whole(json_file, text)
         if html_file is not None:
-            from sdpo_conformance.audit.report.html import page
+            from sdpo_conformance.audit.reporting.html import page
 
             write_whole(html_file, page(report))
     except AuditError as error:
@@ -94,7 +94,7 @@ def audit(
     else:
         from rich.console import Console
 
-        from sdpo_conformance.audit.report.terminal import render
+        from sdpo_conformance.audit.reporting.audit_terminal import render
 
         render(report, Console())
     raise typer.Exit(report.exit_status)

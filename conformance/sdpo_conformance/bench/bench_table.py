@@ -10,8 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sdpo_conformance.bench.bench_results import Group, groups_of, rows_of
 from sdpo_conformance.bench.comparing import Change
-from sdpo_conformance.bench.results import Group, groups_of, rows_of
 from sdpo_conformance.bench.wording import (
     HEADERS,
     READING,

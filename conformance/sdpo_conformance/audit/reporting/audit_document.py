@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.audit.compare import AdapterChange, ModuleChange
+from sdpo_conformance.audit.adapter_change import AdapterChange, ModuleChange
 from sdpo_conformance.audit.generation import GenerationResult
 from sdpo_conformance.audit.inspection import AuditReport
 from sdpo_conformance.audit.metrics import RunMetrics
-from sdpo_conformance.audit.models import AFTER, BEFORE
+from sdpo_conformance.audit.model_loading import AFTER, BEFORE
 
 FORMAT = "sdpo-conformance-audit/1"
 

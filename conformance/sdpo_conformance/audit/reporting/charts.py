@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from sdpo_conformance.audit.compare import AdapterChange, ModuleChange
+from sdpo_conformance.audit.adapter_change import AdapterChange, ModuleChange
 from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.metrics import FIELDS, RunMetrics
 

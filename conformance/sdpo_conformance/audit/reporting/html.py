@@ -9,8 +9,8 @@ from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings import Severity
 from sdpo_conformance.audit.inspection import AuditReport
 from sdpo_conformance.audit.metrics import FIELDS
-from sdpo_conformance.audit.report.charts import heat_maps, metric_charts, shade_range
-from sdpo_conformance.audit.report.document import document
+from sdpo_conformance.audit.reporting.audit_document import document
+from sdpo_conformance.audit.reporting.charts import heat_maps, metric_charts, shade_range
 
 _MOST_ROWS = 200
 
@@ -20,7 +20,7 @@ def page(report: AuditReport) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("sdpo_conformance.audit.report", "."),
+        loader=PackageLoader("sdpo_conformance.audit.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

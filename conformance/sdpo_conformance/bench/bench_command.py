@@ -82,13 +82,13 @@ def run_command(
     """Check, measure, write and print; the exit status. Raises RunError in one line."""
     from rich.console import Console
 
+    from sdpo_conformance.bench.bench_process import run_bench
+    from sdpo_conformance.bench.bench_results import rows_of
+    from sdpo_conformance.bench.bench_table import print_changes, print_run
     from sdpo_conformance.bench.comparing import changes, comparable, read_document
     from sdpo_conformance.bench.markdown import markdown
     from sdpo_conformance.bench.peers import PEERS
     from sdpo_conformance.bench.plots import write_plots
-    from sdpo_conformance.bench.results import rows_of
-    from sdpo_conformance.bench.running import run_bench
-    from sdpo_conformance.bench.table import print_changes, print_run
     from sdpo_conformance.bench.workloads import NOTHING_LEFT, plan, problems
     from sdpo_conformance.files import write_text
     from sdpo_conformance.report.progress import progress_on_terminal

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.files import open_regular
+from sdpo_conformance.audit.run_files import open_regular
 
 STATE_FILES = ("optimizer_state.pt", "optimizer.pt")
 _DIRECTORY_LIMIT_BYTES = 64 * 2**20

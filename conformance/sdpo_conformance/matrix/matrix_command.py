@@ -48,8 +48,8 @@ def matrix(
 
     from sdpo_conformance.matrix.cells import rows_of
     from sdpo_conformance.matrix.document import document, exit_status
-    from sdpo_conformance.matrix.files import write_matrix
     from sdpo_conformance.matrix.gather import gather
+    from sdpo_conformance.matrix.matrix_files import write_matrix
     from sdpo_conformance.matrix.table import print_matrix
     from sdpo_conformance.report.progress import progress_on_terminal
     from sdpo_conformance.running.options import RunError, RunOptions

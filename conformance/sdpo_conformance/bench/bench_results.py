@@ -9,16 +9,16 @@ from statistics import median
 from typing import Any
 
 from sdpo_conformance.bench.peers import label
-from sdpo_conformance.bench.workloads import Work
+from sdpo_conformance.bench.workloads import Workload
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One implementation on one work. Times in ms (None where not measured), quartiles of the rounds; ``ratio``
     to the bare product, paired round by round. ``wrong`` and ``nonconforming``: one line, or empty."""
 
     target: str
-    work: Work
+    work: Workload
     status: str
     reason: str = ""
     ms: float | None = None
@@ -51,23 +51,23 @@ class Row:
         return bool(self.wrong or self.nonconforming)
 
     @property
-    def key(self) -> tuple[str, Work]:
+    def key(self) -> tuple[str, Workload]:
         return self.target, self.work
 
 
-def rows_of(document: Mapping[str, Any]) -> list[Row]:
+def rows_of(document: Mapping[str, Any]) -> list[BenchRow]:
     """Every row of a run, measured ones first; raises KeyError or TypeError on another program's document."""
     rows = [measured_row(benchmark) for benchmark in document["benchmarks"]]
     for record in document.get("sdpo_unmeasured", ()):
-        rows.append(Row(record["target"], Work.read(record["work"]), record["status"], record["reason"]))
+        rows.append(BenchRow(record["target"], Workload.read(record["work"]), record["status"], record["reason"]))
     return rows
 
 
-def measured_row(benchmark: Mapping[str, Any]) -> Row:
+def measured_row(benchmark: Mapping[str, Any]) -> BenchRow:
     record, stats = benchmark["extra_info"]["sdpo"], benchmark["stats"]
-    return Row(
+    return BenchRow(
         target=record["target"],
-        work=Work.read(record["work"]),
+        work=Workload.read(record["work"]),
         status=record["status"],
         ms=1e3 * stats["median"],
         q1_ms=1e3 * stats["q1"],
@@ -91,11 +91,11 @@ def measured_row(benchmark: Mapping[str, Any]) -> Row:
 class Group:
     """The rows of one work, in the order the implementations were named. ``first``: the one ratios refer to."""
 
-    work: Work
-    rows: Sequence[Row]
+    work: Workload
+    rows: Sequence[BenchRow]
 
     @property
-    def first(self) -> Row:
+    def first(self) -> BenchRow:
         return self.rows[0]
 
     @property
@@ -107,15 +107,15 @@ class Group:
     def measured(self) -> bool:
         return any(row.measured for row in self.rows)
 
-    def to_first(self, row: Row) -> float:
+    def to_first(self, row: BenchRow) -> float:
         """Time relative to the first implementation, through the product that both were paired with."""
         return row.ratio / self.first.ratio if self.first.measured and row.measured else math.nan
 
 
-def groups_of(rows: Sequence[Row], targets: Sequence[str]) -> list[Group]:
+def groups_of(rows: Sequence[BenchRow], targets: Sequence[str]) -> list[Group]:
     """Rows by work, in the order of the run."""
     order = {target: index for index, target in enumerate(targets)}
-    found: dict[Work, list[Row]] = {}
+    found: dict[Workload, list[BenchRow]] = {}
     for row in rows:
         found.setdefault(row.work, []).append(row)
     return [
@@ -124,7 +124,7 @@ def groups_of(rows: Sequence[Row], targets: Sequence[str]) -> list[Group]:
     ]
 
 
-def bytes_of_logits(work: Work) -> int:
+def bytes_of_logits(work: Workload) -> int:
     """What the bare product writes: (N, V) in the work's dtype."""
     size = {"float64": 8, "float32": 4}.get(work.dtype, 2)
     return work.tokens * work.head.vocabulary * size

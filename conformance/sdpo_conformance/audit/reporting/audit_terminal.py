@@ -9,13 +9,13 @@ from rich.padding import Padding, PaddingDimensions
 from rich.table import Table
 from rich.text import Text
 
-from sdpo_conformance.audit.compare import AdapterChange
+from sdpo_conformance.audit.adapter_change import AdapterChange
 from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings import Finding, Severity
 from sdpo_conformance.audit.generation import GenerationResult
 from sdpo_conformance.audit.inspection import AuditReport
 from sdpo_conformance.audit.metrics import FIELDS, RunMetrics
-from sdpo_conformance.audit.models import AFTER, BEFORE
+from sdpo_conformance.audit.model_loading import AFTER, BEFORE
 
 _STYLE = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 _MOST_STEPS = 12

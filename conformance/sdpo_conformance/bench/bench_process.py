@@ -15,17 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.bench.cells import (
+from sdpo_conformance.bench.bench_cells import (
     CURRENT,
     RECORDS,
     SESSION,
-    Cell,
+    BenchCell,
     cells_of,
     record_path,
     write_json,
     write_plan,
 )
-from sdpo_conformance.bench.workloads import Work
+from sdpo_conformance.bench.workloads import Workload
 from sdpo_conformance.running.children import end_group
 from sdpo_conformance.running.options import RunError
 from sdpo_conformance.running.process import child_environment
@@ -40,7 +40,7 @@ DOCUMENT = "benchmark.json"
 
 
 def run_bench(
-    works: Sequence[Work],
+    works: Sequence[Workload],
     targets: Sequence[str],
     folder: Path,
     *,
@@ -68,7 +68,9 @@ def run_bench(
     return document
 
 
-def run_worker(folder: Path, cells: Sequence[Cell], cell_timeout: float, progress: Progress | None) -> tuple[int, bool]:
+def run_worker(
+    folder: Path, cells: Sequence[BenchCell], cell_timeout: float, progress: Progress | None
+) -> tuple[int, bool]:
     """One process over the cells that have no record; its exit status, and whether it had to be stopped."""
     (folder / CURRENT).unlink(missing_ok=True)
     environment = {**child_environment(), "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -101,7 +103,7 @@ def run_worker(folder: Path, cells: Sequence[Cell], cell_timeout: float, progres
 def worker_command(folder: Path) -> list[str]:
     """pytest, shielded from the configuration of the user's project."""
     configuration = Path(__file__).parents[1] / "running" / "pytest.ini"
-    plugins = ("pytest_benchmark.plugin", "sdpo_conformance.bench.plugin", "no:cacheprovider", "no:faulthandler")
+    plugins = ("pytest_benchmark.plugin", "sdpo_conformance.bench.bench_plugin", "no:cacheprovider", "no:faulthandler")
     return [
         sys.executable,
         *("-m", "pytest", "-q", "-c", str(configuration), "--noconftest"),
@@ -118,7 +120,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     end_group(process)
 
 
-def current_cell(folder: Path, left: Sequence[Cell]) -> Cell | None:
+def current_cell(folder: Path, left: Sequence[BenchCell]) -> BenchCell | None:
     """The cell that a worker had begun and not finished."""
     try:
         number = int((folder / CURRENT).read_text(encoding="utf-8"))
@@ -127,7 +129,7 @@ def current_cell(folder: Path, left: Sequence[Cell]) -> Cell | None:
     return next((cell for cell in left if cell.number == number), None)
 
 
-def give_up(folder: Path, cell: Cell, status: int, stuck: bool, cell_timeout: float) -> None:
+def give_up(folder: Path, cell: BenchCell, status: int, stuck: bool, cell_timeout: float) -> None:
     """Record a cell that took its worker with it."""
     if stuck:
         reason = f"took more than {cell_timeout:g} s"
@@ -150,7 +152,7 @@ def why_not(folder: Path, status: int, stuck: bool) -> str:
     return f"the worker {how}: {found[:200]}; see {folder / LOG}"
 
 
-def collect(folder: Path, cells: Sequence[Cell]) -> dict[str, Any]:
+def collect(folder: Path, cells: Sequence[BenchCell]) -> dict[str, Any]:
     """pytest-benchmark's document of the measured cells; the others under ``sdpo_unmeasured``."""
     session = json.loads((folder / SESSION).read_text(encoding="utf-8"))
     benchmarks, unmeasured = [], []

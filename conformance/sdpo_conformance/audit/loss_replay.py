@@ -11,10 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdpo_conformance.audit.config import Sample
+from sdpo_conformance.audit.config import RequestSample
 from sdpo_conformance.audit.errors import AuditError
 from sdpo_conformance.audit.generation import response_logprobs
-from sdpo_conformance.audit.models import BEFORE, AdaptedModel
+from sdpo_conformance.audit.model_loading import BEFORE, AdaptedModel
 
 _CLAMP = 20.0
 #: Mean |log-prob difference| above which sampler and trainer are two: half precision alone stays below.
@@ -36,7 +36,7 @@ class ReplayResult:
     kl_reg: float
 
 
-def replay_first_step(adapted: AdaptedModel, samples: Sequence[Sample], is_clip: float) -> ReplayResult:
+def replay_first_step(adapted: AdaptedModel, samples: Sequence[RequestSample], is_clip: float) -> ReplayResult:
     """Recompute step 1's mean_is_ratio and kl_reg under the adapter before the run."""
     import torch
 

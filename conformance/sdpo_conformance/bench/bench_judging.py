@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.bench.inputs import Inputs
-from sdpo_conformance.bench.subjects import Subject
+from sdpo_conformance.bench.bench_inputs import Inputs
+from sdpo_conformance.bench.subjects import TimedSubject
 from sdpo_conformance.bench.truth import (
     factor,
     kept_tokens,
@@ -24,7 +24,7 @@ from sdpo_conformance.bench.truth import (
     slice_truth,
     work_inputs,
 )
-from sdpo_conformance.bench.workloads import Direction, Work
+from sdpo_conformance.bench.workloads import Direction, Workload
 from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.judging.call import ImplementationError, evaluate
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare
@@ -47,7 +47,7 @@ class Verdict:
 UNJUDGED = Verdict(None, "not judged")
 
 
-def judge(subject: Subject, work: Work) -> Verdict:
+def judge(subject: TimedSubject, work: Workload) -> Verdict:
     """The timed answer against the truth; subjects of another objective and steps are not judged here."""
     if work.direction is Direction.STEP or (subject.other and subject.entry is not Capability.DIVERGENCE):
         return UNJUDGED
@@ -58,7 +58,7 @@ def judge(subject: Subject, work: Work) -> Verdict:
     return judge_loss(subject, work)
 
 
-def judge_loss(subject: Subject, work: Work) -> Verdict:
+def judge_loss(subject: TimedSubject, work: Workload) -> Verdict:
     """The loss of a slice of the tokens and, for both directions, the whole run's gradient at those tokens."""
     assert subject.loss is not None
     bare = subject.entry is Capability.DIVERGENCE
@@ -84,7 +84,7 @@ def wrong_by(what: str, error: float, allowed: float) -> str:
     return f"{what} off by {error:.2g}, at most {allowed:.2g} is rounding"
 
 
-def logprobs_yardstick(work: Work, inputs: Inputs) -> tuple[Tensor, float]:
+def logprobs_yardstick(work: Workload, inputs: Inputs) -> tuple[Tensor, float]:
     """True log-probs (S, V) float64 on the CPU, and the error in nats that is still rounding."""
     logits = slice_logits(work.workload, work.tokens, work.top_k, work.dtype, work.device)[0]
     true = logits.log_softmax(-1)
@@ -94,12 +94,12 @@ def logprobs_yardstick(work: Work, inputs: Inputs) -> tuple[Tensor, float]:
     return true, factor(work) * float((eager - true).abs().max()) + min(rounding(work), 1e-6) * reach
 
 
-def sliced(work: Work, whole: Inputs) -> tuple[Tensor, Inputs]:
+def sliced(work: Workload, whole: Inputs) -> tuple[Tensor, Inputs]:
     keep = kept_tokens(work).to(whole.hidden.device)
     return keep, whole.tokens(keep)
 
 
-def judge_logprobs(subject: Subject, work: Work) -> Verdict:
+def judge_logprobs(subject: TimedSubject, work: Workload) -> Verdict:
     """The largest error in nats over a slice of the tokens of a whole run."""
     whole = work_inputs(work)
     keep, inputs = sliced(work, whole)
@@ -110,7 +110,7 @@ def judge_logprobs(subject: Subject, work: Work) -> Verdict:
     return Verdict(error, "log-prob", wrong, {"allowed_error": allowed})
 
 
-def judge_topk(subject: Subject, work: Work) -> Verdict:
+def judge_topk(subject: TimedSubject, work: Workload) -> Verdict:
     """Log-probs at the returned ids, and that no id left out is likelier by more than rounding."""
     whole = work_inputs(work)
     keep, _ = sliced(work, whole)

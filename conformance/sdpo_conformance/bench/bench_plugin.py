@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_conformance.bench.cells import SESSION, read_plan, record_path, write_json
+from sdpo_conformance.bench.bench_cells import SESSION, read_plan, record_path, write_json
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
