@@ -111,6 +111,45 @@ def edge_cases(shapes: Sequence[HeadShape], dtypes: Sequence[torch.dtype], seed:
         yield replace(case, layout=LAYOUTS[number % len(LAYOUTS)])
 
 
+SPECIAL = ("raised", "sunk", "zero_row", "zero_hidden", "certain", "equal_rows", "uniform", "one_id")
+
+
+def special_cases(dtypes: Sequence[torch.dtype], seed: int) -> Iterator[HeadCase]:
+    """For each dtype: logits far above or below 0 by what is common to a token, a head with a row of zeros, hidden
+    states of zeros, a token that is certain, two rows of the head alike, all alike, one id for every token."""
+    for dtype in dtypes:
+        for number, kind in enumerate(SPECIAL):
+            shape = HeadShape(2, 5, 37, 8, 6)
+            case = build_head_case(SeededSource(f"special/{seed}/{number}"), shape, [dtype], SCALES[:2])
+            yield special_case(replace(case, layout=LAYOUTS[number % len(LAYOUTS)]), kind)
+
+
+def special_case(case: HeadCase, kind: str) -> HeadCase:
+    """The case made one of ``SPECIAL``."""
+    hidden, head, ids = case.hidden.clone(), case.head.clone(), case.response_ids.clone()
+    likely = 3
+    if kind in ("raised", "sunk"):
+        largest = {torch.bfloat16: 256.0, torch.float16: 1000.0}.get(hidden.dtype, 1e4)
+        hidden[..., 0], head[:, 0] = (largest if kind == "raised" else -largest), 1.0
+    elif kind == "zero_row":
+        head[likely] = 0.0
+        ids[:, 0] = likely
+    elif kind == "zero_hidden":
+        hidden[:, 0] = 0.0
+    elif kind == "certain":
+        hidden[..., 0] = 1.0
+        head[:, 0], head[likely, 0] = 0.0, 200.0
+        ids[:, 0] = likely
+    elif kind == "equal_rows":
+        head[likely + 1] = head[likely]
+        ids[:, 0], ids[:, 1] = likely, likely + 1
+    elif kind == "uniform":
+        head[:] = head[likely].clone()
+    else:
+        ids[:] = likely
+    return replace(case, hidden=hidden, head=head, response_ids=ids)
+
+
 def unlike(case: HeadCase) -> HeadCase:
     """A case of the same shapes and ids whose log-probs all differ."""
     return replace(case, hidden=case.hidden.flip(-1) * 0.5, head=case.head.roll(1, 0) * 0.75)

@@ -225,8 +225,14 @@ def gradients_of(loss_input: Any, case: Case, entry: Capability, output: Tensor)
     return gradients
 
 
-def touched_inputs(case: Case, loss_input: Any) -> tuple[str, ...]:
-    """The inputs whose values differ from the case's, bit for bit (NaN equal to NaN)."""
+def identical(one: Tensor, other: Tensor) -> bool:
+    """The same values everywhere, infinities among them, NaN equal to NaN; shapes must agree."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def touched_inputs(case: Case, loss_input: Any, asked: bool = True) -> tuple[str, ...]:
+    """The inputs whose values differ from the case's (NaN equal to NaN), or that ask for a gradient as they did not
+    before, or no longer. ``asked``: whether the differentiable ones were handed over asking for one."""
     touched = []
     for key, before in case.tensors().items():
         after = getattr(loss_input, key)
@@ -234,7 +240,8 @@ def touched_inputs(case: Case, loss_input: Any) -> tuple[str, ...]:
             isinstance(after, Tensor)
             and after.shape == before.shape
             and after.dtype == before.dtype
-            and bool(torch.equal(torch.nan_to_num(after.detach().cpu()), torch.nan_to_num(before)))
+            and after.requires_grad == (asked and key in case.differentiable)
+            and identical(after.detach().cpu(), before)
         )
         if not same:
             touched.append(key)
@@ -256,7 +263,7 @@ def evaluate(
         gradients = gradients_of(loss_input, case, entry, differentiable_output(result, entry))
     with implementation_errors(entry.value):
         frozen = {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in result.items()}
-        touched = touched_inputs(case, loss_input)
+        touched = touched_inputs(case, loss_input, gradient)
     return Outcome(frozen, gradients, touched)
 
 

@@ -14,9 +14,11 @@ class Corner:
     """A product of kinds. The defaults are neutral: on-policy, no anchor, full mask, tame probabilities.
 
     alpha: half, inside, near_zero, near_one, zero, one · ratio: on_policy, mild, below, above_cap,
-    clamp_high, clamp_low, infinite · is_clip: default, low, one, high, huge (beyond e^20) · anchor: off, on ·
+    clamp_high, clamp_low, infinite, certain (recorded as exactly 0) · is_clip: default, low, one, high, huge
+    (beyond e^20) · anchor: off, on ·
     drift of the policy from the base: equal, mild, strong, clamp_high, clamp_low · mask: full, ragged, random,
-    fractional, tiny (sums to less than 1), empty · support: few, one, many (> 64), whole · response: inside,
+    fractional, holed (zeros among fractions), tiny (sums to less than 1), empty · support: few, one, many (> 64),
+    whole · response: inside,
     outside, either · mass of the support: normal, shifted, teacher_floor, student_floor, deep (entries below
     -20) · logits: normal, flat, peaked, large, equal (student and teacher agree) · size: small, tall, wide,
     crowd (many rows) · layout: see ``cases.LAYOUTS`` · head: frozen, trainable (fused only) · incoming: gradients
@@ -51,8 +53,8 @@ TALL = (17, 33, 64, 131, 40, 257, 256, 301, 1025)
 WIDE = (257, 1024, 1537, 4096, 4099, 1025, 8209, 512, 33001, 768, 70001)
 """Vocabularies past tiles of 256 to 65536, some a whole number of tiles, as real vocabularies are."""
 
-CROWD = (9, 16, 33)
-"""Batches past tiles of 8 to 32 rows, one a whole number of tiles."""
+CROWD = (9, 16, 33, 65)
+"""Batches past tiles of 8 to 64 rows, one a whole number of tiles."""
 
 MANY = (65, 128, 257, 512, 1025)
 """Supports past tiles of 64 to 1024, some a whole number of tiles."""
@@ -63,11 +65,11 @@ NEAR_ONE = (0.999, 0.99, 1 - 1e-5, 1 - 1e-7)
 
 EVERYTHING = Corner(
     alpha=("half", "inside", "near_zero", "near_one", "zero", "one"),
-    ratio=("on_policy", "mild", "below", "above_cap", "clamp_high", "clamp_low"),
+    ratio=("on_policy", "mild", "below", "above_cap", "clamp_high", "clamp_low", "certain"),
     is_clip=("default", "low", "one", "high", "huge"),
     anchor=("off", "on"),
     drift=("mild", "equal", "strong", "clamp_high", "clamp_low"),
-    mask=("full", "ragged", "random", "fractional", "tiny"),
+    mask=("full", "ragged", "random", "fractional", "holed", "tiny"),
     mass=("normal", "normal", "shifted", "teacher_floor", "student_floor", "deep"),
     layout=("contiguous", "contiguous", "transposed", "strided", "offset", "sliced"),
     incoming=(1.0, 1.0, -0.5, 3.0),

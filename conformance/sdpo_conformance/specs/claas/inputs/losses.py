@@ -126,7 +126,7 @@ def draw_teacher(
 ) -> tuple[Tensor, Tensor]:
     """Teacher log-probs and indices, (B, T, K): the top-k of a distribution related to the student's."""
     half16 = dtype == torch.float16
-    scale = (0.5 if half16 else 1.5) * source.pick((1.0, 0.2, 2.0))
+    scale = (0.5 if half16 else 1.5) * source.pick((1.0, 0.2, 2.0, 1.0, 0.2, 0.05, 0.01))
     if "equal" in corner.logits and source.pick((True, False)):
         scale = 0.0
     teacher = logits + scale * numbers.normal(*logits.shape)
@@ -184,10 +184,31 @@ def draw_mask(source: Source, numbers: Numbers, corner: Corner, b: int, t: int, 
     elif kind == "fractional":
         mask = (numbers.below(32, b, t) + 1).double() / 16
         return mask.to(side)
+    elif kind == "holed":
+        mask = (numbers.below(32, b, t) + 1).double() / 16 * (numbers.uniform(0, 1, b, t) < 0.6)
+        mask.view(-1)[int(numbers.below(b * t, 1))] = 0.75
+        return mask.to(side)
     else:
         mask = (numbers.below(8, b, t) + 1).double() / (16 * b * t)
         return mask.to(side)
     return mask.to(source.pick(whole))
+
+
+COINCIDENCES = ("none", "none", "none", "rows", "tokens")
+PER_POSITION = (
+    *("student_logits", "student_hidden", "teacher_logprobs", "teacher_indices"),
+    *("base_logprobs", "old_student_logprobs", "response_ids"),
+)
+
+
+def coincide(kind: str, tensors: Sequence[Tensor]) -> None:
+    """Make the last row the first one once more, or the second token of every row its first; in place, where there are
+    two."""
+    for tensor in tensors:
+        if kind == "rows" and tensor.shape[0] > 1:
+            tensor[-1] = tensor[0]
+        elif kind == "tokens" and tensor.shape[1] > 1:
+            tensor[:, 1] = tensor[:, 0]
 
 
 @st.composite
@@ -268,7 +289,7 @@ def build_case(
         is_clip=is_clip,
         kl_reg_weight=source.pick(KL_WEIGHTS) if source.pick(corner.anchor) == "on" else 0.0,
     )
-    old = chosen - log_ratios(source, numbers, corner, b, t, is_clip)
+    old = chosen - log_ratios(source, numbers, corner, chosen, is_clip)
     base = chosen - drifts(source, numbers, corner, b, t, half16)
     id_dtype = source.pick((torch.int64, torch.int64, torch.int32))
     fields = {
@@ -280,6 +301,7 @@ def build_case(
         "response_ids": y.to(id_dtype),
     }
     kind: Any = FusedSDPOLossInput if fused else SDPOLossInput
+    coincide(source.pick(COINCIDENCES), [tensor for key, tensor in (leading | fields).items() if key in PER_POSITION])
     layout = source.pick(corner.layout)
     if layout == "expanded":
         for group in (leading, fields):
@@ -333,8 +355,9 @@ def hidden_and_head(
     return {"student_hidden": hidden.to(dtype), "lm_head_weight": head.to(dtype)}
 
 
-def log_ratios(source: Source, numbers: Numbers, corner: Corner, b: int, t: int, is_clip: float) -> Tensor:
-    """(B, T) l[y] - old before rounding to the dtype of old."""
+def log_ratios(source: Source, numbers: Numbers, corner: Corner, chosen: Tensor, is_clip: float) -> Tensor:
+    """(B, T) l[y] - old before rounding to the dtype of old; ``chosen`` is l[y]."""
+    b, t = chosen.shape
     kinds, index = draw_per_token(source, numbers, corner.ratio, b, t)
     log_cap = min(math.log(is_clip), 17.0)
     return by_kind(
@@ -348,6 +371,7 @@ def log_ratios(source: Source, numbers: Numbers, corner: Corner, b: int, t: int,
             "clamp_high": numbers.uniform(20.7, 35, b, t),
             "clamp_low": -numbers.uniform(20.7, 35, b, t),
             "infinite": numbers.choice((math.inf, -math.inf), b, t),
+            "certain": chosen,
         },
     )
 

@@ -113,6 +113,14 @@ def judge_untouched(subject: Subject, case: HeadCase, call: Callable[[HeadCase, 
     ):
         if not torch.equal(tensor.detach().cpu(), given):
             raise disagreement(case, f"{name} after the call", "the values passed in", "other values")
+        asked = name != "response_ids"
+        if tensor.requires_grad != asked or tensor.grad is not None:
+            got = f"requires_grad {tensor.requires_grad}" + (", a gradient" if tensor.grad is not None else "")
+            raise disagreement(case, f"{name} after the call", f"requires_grad {asked}, no gradient", got)
+    frozen = on_device(subject, case)
+    call(case, frozen)
+    if any(tensor.requires_grad for tensor in frozen):
+        raise disagreement(case, "the inputs after the call", "requires_grad False, as passed in", "True")
     return result
 
 

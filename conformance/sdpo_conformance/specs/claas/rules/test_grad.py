@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.cases.case import divergence_incoming
+from sdpo_conformance.inputs.choices import SeededSource
 from sdpo_conformance.judging.call import (
     Outcome,
     call_entry,
@@ -23,7 +24,8 @@ from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare, gr
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.bounds import Expectation, expectations
-from sdpo_conformance.specs.claas.corners import NEUTRAL
+from sdpo_conformance.specs.claas.corners import NEUTRAL, Corner
+from sdpo_conformance.specs.claas.inputs.losses import build_case
 from sdpo_conformance.specs.claas.loss_case import LAYOUTS, LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL, DIVERGENCES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
@@ -55,7 +57,7 @@ def corner_of(subject: Subject) -> Any:
     capabilities=DIVERGENCES,
 )
 def test_grad_1(subject: Subject) -> None:
-    corner = corner_of(subject).but(incoming=(0.25, -1.0, 3.0, 1000.0, 0.0, 65536.0))
+    corner = corner_of(subject).but(incoming=(0.25, -1.0, 3.0, 1000.0, 0.0, 65536.0, 1.0625, 0.9375, 1e-3, -300.0))
     subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,), control=unscaled(subject, case)))
 
 
@@ -112,19 +114,38 @@ def test_grad_3(subject: Subject) -> None:
         if outcome.touched:
             raise Disagreement(
                 f"{', '.join(outcome.touched)} after the call",
-                "the values passed in",
-                "other values",
+                "the values and requires_grad passed in",
+                "others",
                 case=case,
                 outcome=outcome,
                 probe="unmodified",
             )
 
     corner = corner_of(subject).but(
-        mask=("ragged", "full", "fractional"),
+        mask=("ragged", "full", "fractional", "holed"),
         layout=("contiguous", "transposed", "offset"),
         incoming=(1.0, 3.0),
     )
+    if subject.entry is not Capability.DIVERGENCE:
+        corner = corner.but(ratio=(*corner.ratio, "infinite", "certain"))
     subject.for_all(corner, check)
+    if subject.entry is Capability.LOSS:
+        cases = (small_case(corner_of(subject), subject.entry, dtype, subject.seed) for dtype in subject.torch_dtypes)
+        subject.each((with_minus_infinity(case) for case in cases), check)
+
+
+def small_case(corner: Corner, entry: Capability, dtype: torch.dtype, number: int) -> LossCase:
+    """One case of ordinary size."""
+    return build_case(SeededSource(f"small/{number}"), corner.but(size="small", support="few"), entry, [dtype])
+
+
+def with_minus_infinity(case: LossCase) -> LossCase:
+    """The case with every second logit that is not needed at -inf, as padded vocabularies have."""
+    logits = case.tensors()["student_logits"]
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, case.loss_input.teacher_indices.long(), True)
+    keep = keep.scatter(-1, case.loss_input.response_ids.long().unsqueeze(-1), True)
+    keep |= torch.arange(logits.shape[-1]) % 2 == 0
+    return case.with_fields(student_logits=logits.masked_fill(~keep, -torch.inf))
 
 
 @requirement(
@@ -192,6 +213,9 @@ def test_grad_5(subject: Subject) -> None:
             raise found
 
     subject.for_all(corner_of(subject).but(layout="contiguous"), check, share=0.4)
+    corner = corner_of(subject).but(layout="contiguous", head="trainable")
+    cases = [small_case(corner, subject.entry, dtype, subject.seed) for dtype in subject.torch_dtypes]
+    subject.each(cases, lambda case: many_graphs(subject, case))
 
 
 @requirement(
@@ -291,6 +315,31 @@ def incoming_laid_out(subject: Subject, case: LossCase) -> None:
             wrong.case, wrong.probe = case, f"incoming_{words}"
             wrong.detail = wrong.detail or f"the gradient that arrives is {words}"
             raise wrong
+
+
+LIVE_GRAPHS = 33
+"""As many samples as a batch may bring to one backward, and one more."""
+
+
+def many_graphs(subject: Subject, case: LossCase) -> None:
+    """Many graphs alive at once, two cases in turns; the backward passes run from the last to the first."""
+    cases = (case, unlike(case))
+    if any(subject.expectations(one) is None for one in cases):
+        return
+    calls: list[tuple[LossCase, Any, Any, Tensor]] = []
+    for number in range(LIVE_GRAPHS):
+        one = cases[number % 2]
+        loss_input = materialise(one, subject.device)
+        result = call_entry(subject.function, subject.entry, loss_input)
+        calls.append((one, loss_input, result, differentiable_output(result, subject.entry)))
+    for one, loss_input, result, output in reversed(calls):
+        outcome = Outcome(result, gradients_of(loss_input, one, subject.entry, output))
+        found = compare(one, outcome, ALL, expectations(one, subject.entry))
+        if found is not None:
+            found.probe, found.detail = "two_graphs", found.detail or f"with {LIVE_GRAPHS} graphs alive"
+            found.secondary = alone_is_wrong(subject, one)
+            found.extra["other"] = cases[1] if one is case else case
+            raise found
 
 
 def same_graph_twice(subject: Subject, case: LossCase) -> None:

@@ -16,6 +16,7 @@ from sdpo_conformance.inputs.heads import (
     HeadShape,
     edge_cases,
     head_cases,
+    special_cases,
 )
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability
@@ -72,6 +73,8 @@ def shifted(case: HeadCase, got: Tensor) -> str:
 def test_lp_1(subject: Subject) -> None:
     judge(subject, (1,))
     judge_each(subject, EDGES)
+    special = special_cases(subject.torch_dtypes, subject.seed)
+    subject.each(special, lambda case: right(case, score(subject, case)))
 
     def call(case: HeadCase, tensors: Tensors) -> Tensor:
         return score(subject, case, tensors)

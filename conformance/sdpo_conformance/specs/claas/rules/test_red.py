@@ -113,7 +113,7 @@ def test_red_3(subject: Subject) -> None:
     capabilities=LOSSES,
 )
 def test_red_4(subject: Subject) -> None:
-    corner = BROAD.but(mask=("fractional", "tiny"))
+    corner = BROAD.but(mask=("fractional", "holed", "tiny"))
     subject.for_all(corner, lambda case: subject.agrees(case, ALL, control=full_mask(case)))
 
 
