@@ -213,9 +213,7 @@ SAMPLES: Mapping[str, Callable[[InBatch], bool]] = {
     "shares its teacher prompt": lambda x: any(list(o.teacher_prompt_token_ids) == x.teacher for o in x.earlier),
     "shares its response": lambda x: any(list(o.response_token_ids) == x.response for o in x.earlier),
     "is a duplicate": lambda x: any(o == x.sample for o in x.earlier),
-    "as long as the one before": lambda x: (
-        bool(x.earlier) and len(x.earlier[-1].response_token_ids) == len(x.response)
-    ),
+    "as long as the one before": lambda x: bool(x.earlier) and len(x.earlier[-1].response_token_ids) == len(x.response),
     **holds_token("eos"),
     **holds_token("pad"),
     **holds_token("bos"),
@@ -223,13 +221,20 @@ SAMPLES: Mapping[str, Callable[[InBatch], bool]] = {
     "token 0 in the prompt": lambda x: 0 in x.prompt,
     "V - 1 in the response": lambda x: x.call.model.config.vocab_size - 1 in x.response,
     "V - 1 in the prompt": lambda x: x.call.model.config.vocab_size - 1 in x.prompt,
-    "two neighbouring tokens are equal": lambda x: any(a == b for a, b in zip(x.response, x.response[1:], strict=False)),
+    "two neighbouring tokens are equal": lambda x: any(
+        a == b for a, b in zip(x.response, x.response[1:], strict=False)
+    ),
     "a log-prob of exactly 0": lambda x: 0.0 in x.recorded,
     "the last log-prob is 0": lambda x: x.recorded[-1:] == [0.0],
     "a log-prob above -0.01": lambda x: any(r > -0.01 for r in x.recorded),
     "a log-prob below -15": lambda x: any(r <= -15 for r in x.recorded),
     **{f"sample {n} of the batch": (lambda x, n=n: x.index == n) for n in (1, 2, 3, 4, 5, 7, 11)},  # type: ignore[misc]
 }
+
+
+def lengths(sample: Any) -> tuple[int, int, int]:
+    """Of prompt, teacher prompt and response."""
+    return len(sample.prompt_token_ids), len(sample.teacher_prompt_token_ids), len(sample.response_token_ids)
 
 
 def names(call: Call) -> str:
@@ -265,7 +270,9 @@ CALLS: Mapping[str, Callable[[Call], bool]] = {
     "teacher_top_k < 10": lambda c: c.training.teacher_top_k < 10,
     "everything at its default": lambda c: c.training == DEFAULTS,
     "eos is set": lambda c: config(c, "eos_token_id") is not None,
-    "pad equals eos": lambda c: config(c, "pad_token_id") is not None and config(c, "pad_token_id") == config(c, "eos_token_id"),
+    "pad equals eos": lambda c: (
+        config(c, "pad_token_id") is not None and config(c, "pad_token_id") == config(c, "eos_token_id")
+    ),
     "pad is 0": lambda c: config(c, "pad_token_id") == 0,
     "pad is set in generation_config": lambda c: c.model.generation_config.pad_token_id is not None,
     "the head is tied": lambda c: bool(config(c, "tie_word_embeddings")),
@@ -282,10 +289,8 @@ CALLS: Mapping[str, Callable[[Call], bool]] = {
     "a later call on one model": lambda c: c.before > 0,
     "another model between": lambda c: c.before > 0 and c.since > 0,
     "log-probs of None mixed with others": lambda c: len({s.response_logprobs is None for s in c.samples}) > 1,
-    "responses alike in length": lambda c: len(c.samples) > 1 and len({len(s.response_token_ids) for s in c.samples}) == 1,
-    "everything alike in length": lambda c: (
-        len(c.samples) > 1
-        and len({(len(s.prompt_token_ids), len(s.teacher_prompt_token_ids), len(s.response_token_ids)) for s in c.samples})
-        == 1
+    "responses alike in length": lambda c: (
+        len(c.samples) > 1 and len({len(s.response_token_ids) for s in c.samples}) == 1
     ),
+    "everything alike in length": lambda c: len(c.samples) > 1 and len({lengths(s) for s in c.samples}) == 1,
 }

@@ -403,7 +403,7 @@ def with_special(ids: Sequence[int], spec: ModelSpec, index: int) -> list[int]:
     elif index % 4 == 2:
         found[-1], found[0] = eos, eos
     else:
-        found[middle], found[-1] = eos, 0
+        found[middle], found[-1] = eos, bos
     return found
 
 

@@ -1,0 +1,43 @@
+"""The scenarios reach what docs/evidence.md says, and a few conditional mutants of every kind are caught in quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from tests.evidence import conditional_mutants, trainer_reach
+from tests.evidence.predicates import CALLS, HEADS, INCOMING, LOSS, SAMPLES
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
+
+QUICK = {
+    "trainer": ("call: a second call on one model", "sample: response > 256", "left behind: the adapter frozen"),
+    "loss": ("loss: zeros among fractions", "the incoming gradient is next to 1", "loss: old is exactly 0 somewhere"),
+    "head": ("log-probs: a row of the head is 0", "top-k: a token is certain", "top-k: logits above 200"),
+}
+
+
+def test_the_page_states_the_reach() -> None:
+    page = EVIDENCE.read_text(encoding="utf-8")
+    missing = [line for line in trainer_reach.markdown().splitlines() if line not in page]
+    assert not missing, "python -m tests.evidence.trainer_reach prints the table for docs/evidence.md"
+
+
+def test_scenarios_reach_every_condition() -> None:
+    assert [words for words, scenarios in trainer_reach.visits() if not scenarios] == []
+
+
+def test_there_are_two_hundred_conditions() -> None:
+    left = len(conditional_mutants.LEFT)
+    assert len(CALLS) + len(SAMPLES) + len(LOSS) + len(INCOMING) + 2 * len(HEADS) + left >= 200
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_conditional_mutants_are_caught_in_quick(kind: str) -> None:
+    outcomes = conditional_mutants.kill(kind, "quick", QUICK[kind])
+    assert len(outcomes) == len(QUICK[kind])
+    assert [name for name, failure in outcomes.items() if failure is None] == []
