@@ -451,7 +451,7 @@ def ratio_defects(make: Make) -> tuple[SpecDefect, ...]:
         make(
             "ratio-of-previous-token",
             "The behaviour log-probs are those of the previous token.",
-            "IS-1",
+            "IS-6",
             "old[t] belongs to token t.",
             around("log_ratio", wrong.previous_token),
         ),

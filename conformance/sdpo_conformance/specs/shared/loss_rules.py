@@ -357,7 +357,7 @@ def ratio_rules(v: Views) -> tuple[Rule, ...]:
             v.sources["ratio"],
             "a stale behaviour policy is not corrected for",
             any_mode.but(ratio=("mild", "below"), is_clip="high"),
-            control=v.on_policy,
+            control=v.without_ratio,
         ),
         Rule(
             f"{v.prefix}-IS-2",
@@ -405,7 +405,7 @@ def ratio_rules(v: Views) -> tuple[Rule, ...]:
             "a mean ratio weighs tokens by their neighbours' staleness",
             any_mode.but(ratio=("mild", "below", "above_cap"), size=SMALL),
             VALUE,
-            control=v.on_policy,
+            control=v.without_ratio,
             of_several=True,
         ),
         Rule(

@@ -417,7 +417,7 @@ SWITCHES = (
     defect(
         "terms-floored",
         "Each token's term is floored, not their sum.",
-        "FLOOR-1",
+        "DIV-1 FLOOR-1",
         "clamp_min(0) of the sum.",
         replacing(raw=floored_terms),
     ),
