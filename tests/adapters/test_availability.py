@@ -16,6 +16,11 @@ ADAPTERS = {
     "trl_sdpo": ("trl.experimental.sdpo.sdpo_trainer", "pip install 'trl>=1.16'"),
     "liger_chunked_jsd": ("liger_kernel.chunked_loss", "pip install liger-kernel"),
     "liger_triton_jsd": ("liger_kernel.transformers.fused_linear_jsd", "pip install liger-kernel"),
+    "liger_scaled_cross_entropy": (
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy",
+        "pip install 'liger-kernel[cutedsl]'",
+    ),
+    "torch_linear_cross_entropy": ("torch.nn.functional", "pip install 'torch>=2.13'"),
     "cut_cross_entropy": ("cut_cross_entropy", "pip install cut-cross-entropy"),
 }
 

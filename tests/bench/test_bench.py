@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sdpo_conformance.bench import bench_judging as judging
 from sdpo_conformance.bench import bench_results as results
@@ -19,6 +20,7 @@ from sdpo_conformance.bench.bench_cells import cells_of
 from sdpo_conformance.bench.bench_inputs import forget, inputs_of, rotation
 from sdpo_conformance.bench.markdown import markdown
 from sdpo_conformance.bench.subjects import NotOffered, TimedSubject, bind, load
+from sdpo_conformance.bench.supports import recorded_support
 from sdpo_conformance.bench.workloads import Direction, Selection, Workload, plan, problems
 from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.protocol import Capability, Claims
@@ -338,3 +340,37 @@ def test_documents_survive_json() -> None:
     run = document(row_document())
     assert results.rows_of(json.loads(json.dumps(run))) == results.rows_of(run)
     assert Workload.read(json.loads(json.dumps(WORK.write()))) == WORK
+
+
+def test_zipf_supports_share_ids_and_recorded_ones_are_taken_as_they_are(tmp_path: Path) -> None:
+    even = inputs_of("tiny", 24, 10, "float32", "cpu").teacher_indices
+    zipf = inputs_of("tiny", 24, 10, "float32", "cpu", "zipf").teacher_indices
+    assert zipf.unique().numel() < even.unique().numel()
+    recorded = torch.stack([torch.randperm(20)[:12] for _ in range(5)])
+    path = tmp_path / "recorded.safetensors"
+    save_file({"teacher_indices": recorded}, path)
+    inputs = inputs_of("tiny", 24, 10, "float32", "cpu", str(path))
+    assert torch.equal(inputs.teacher_indices[0, 5:10], recorded[:, :10])
+    at_teacher = (inputs.teacher_hidden @ inputs.head.T).log_softmax(-1)
+    assert torch.allclose(inputs.teacher_logprobs, at_teacher.gather(-1, inputs.teacher_indices))
+    work = plan(Selection(support=str(path)))[0]
+    assert work.task.endswith("support recorded.safetensors")
+    assert Workload.read(work.write()) == work
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), "3 ids a row, the work asks for 10"),
+        (torch.arange(10).repeat(2, 1) + 10**6, "must lie in"),
+        (torch.zeros(2, 10, dtype=torch.int64), "twice in a row"),
+        (torch.rand(2, 10), "needs teacher_indices"),
+    ],
+)
+def test_a_file_of_supports_that_cannot_serve(ids: torch.Tensor, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.safetensors"
+    save_file({"teacher_indices": ids}, path)
+    with pytest.raises(ValueError, match=says):
+        recorded_support(str(path), 24, 10, 100)
+    with pytest.raises(ValueError, match="no such file"):
+        recorded_support(str(tmp_path / "absent"), 24, 10, 100)

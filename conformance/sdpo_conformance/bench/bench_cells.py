@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdpo_conformance.bench.peers import COMPILE
-from sdpo_conformance.bench.workloads import Workload
+from sdpo_conformance.bench.workloads import UNIFORM, Workload, support_name
 from sdpo_conformance.files import write_json
 
 PLAN, CURRENT, SESSION, RECORDS = "plan.json", "current", "session.json", "cells"
@@ -29,6 +29,8 @@ class BenchCell:
         parts = [work.workload, str(work.tokens), str(work.direction)]
         if work.direction.has_objective:
             parts += [f"alpha={work.alpha:g}", f"anchor={work.anchor:g}"]
+        if work.support != UNIFORM:
+            parts.append(f"support={support_name(work.support)}")
         return "-".join([*parts, work.dtype, self.target])
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from sdpo_conformance.bench.workloads import Workload
 
 
 def bench(
@@ -34,6 +37,13 @@ def bench(
     ] = None,
     alpha: Annotated[list[float] | None, typer.Option(help="repeatable")] = None,
     anchor: Annotated[list[float] | None, typer.Option(help="kl_reg_weight; 0 is off (repeatable)")] = None,
+    support: Annotated[
+        str,
+        typer.Option(
+            metavar="uniform|zipf|FILE",
+            help="how tokens share ids of the teacher's support; FILE: recorded teacher_indices (.safetensors)",
+        ),
+    ] = "uniform",
     out: Annotated[Path, typer.Option(help="folder for benchmark.json, results.md and the plots")] = Path(
         ".sdpo-conformance/bench"
     ),
@@ -57,7 +67,7 @@ def bench(
         print("sdpo-conformance bench: on the CPU with --quick; --full runs the whole plan", file=sys.stderr)
         quick = True
     selection = Selection(
-        workload or (), tokens or (), direction or (), alpha or (), anchor or (), dtype, device, quick
+        workload or (), tokens or (), direction or (), alpha or (), anchor or (), dtype, device, quick, support
     )
     try:
         status = run_command(
@@ -101,6 +111,8 @@ def run_command(
     for line in filter(NOTHING_LEFT.__ne__, complaints):
         print(f"sdpo-conformance bench: {line}", file=sys.stderr)
     check_place(selection.device, selection.dtype)
+    works = plan(selection)
+    check_support(works)
     check_tools()
     if NOTHING_LEFT in complaints:
         raise RunError(NOTHING_LEFT)
@@ -108,7 +120,7 @@ def run_command(
     with staged(out) as stage:
         with progress_on_terminal() as progress:
             document = run_bench(
-                plan(selection), targets, stage, time_limit=time_limit, cell_timeout=row_timeout, progress=progress
+                works, targets, stage, time_limit=time_limit, cell_timeout=row_timeout, progress=progress
             )
         if baseline is not None:
             comparable(baseline, document)
@@ -147,6 +159,20 @@ def check_place(device: str, dtype: str) -> None:
             raise RunError(f"--device={device}: PyTorch {torch.__version__} sees no CUDA device")
         if index and int(index) >= torch.cuda.device_count():
             raise RunError(f"--device={device}: there are {torch.cuda.device_count()} CUDA devices")
+
+
+def check_support(works: list[Workload]) -> None:
+    """Raise RunError for a file of supports that cannot serve one of the works."""
+    from sdpo_conformance.bench.supports import recorded_support
+    from sdpo_conformance.bench.workloads import SUPPORTS
+    from sdpo_conformance.running.options import RunError
+
+    for work in works:
+        if work.support not in SUPPORTS:
+            try:
+                recorded_support(work.support, work.tokens, work.top_k, work.head.vocabulary)
+            except ValueError as error:
+                raise RunError(f"--support: {error}") from None
 
 
 def check_tools() -> None:

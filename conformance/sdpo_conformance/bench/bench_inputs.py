@@ -1,8 +1,9 @@
 """The tensors of a workload, drawn on the device they are timed on, and the rotation of copies.
 
 Logits have the spread of a trained model's; teacher, base and sampler are neighbours of the student, so that the
-divergence is small, the ratio scatters around 1 and some ratios are capped. Supports of different tokens share
-ids by chance only, which is the worst case for kernels that gather rows of the head; real text repeats itself.
+divergence is small, the ratio scatters around 1 and some ratios are capped. With uniform supports tokens share
+ids by chance only, which is the worst case for kernels that gather rows of the head; real text repeats itself, as
+zipf and recorded supports do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sdpo_conformance.bench.workloads import HEADS
+from sdpo_conformance.bench.supports import CONSTANT_FEATURE, recorded_support, zipf_prior
+from sdpo_conformance.bench.workloads import HEADS, SUPPORTS, UNIFORM, ZIPF
 from sdpo_conformance.cases.precision import DTYPES
 
 LOGIT_SCALE = 4.0
@@ -69,32 +71,38 @@ class Inputs:
 
 
 @lru_cache(maxsize=1)
-def head_of(workload: str, dtype: str, device: str) -> Tensor:
-    """The head's weight (V, H); the last one asked for is kept."""
+def head_of(workload: str, dtype: str, device: str, prior: bool) -> Tensor:
+    """The head's weight (V, H); the last one asked for is kept. ``prior``: its first column is the Zipf prior over
+    CONSTANT_FEATURE."""
     head = HEADS[workload]
     generator = torch.Generator(device).manual_seed(1)
     weight = torch.empty(head.vocabulary, head.hidden, dtype=DTYPES[dtype], device=device)
     scale = LOGIT_SCALE / head.hidden**0.5
     for part in weight.split(16384):
         part.copy_(torch.randn(part.shape, generator=generator, device=device) * scale)
+    if prior:
+        weight[:, 0] = (zipf_prior(head.vocabulary) / CONSTANT_FEATURE).to(weight)
     return weight
 
 
 @lru_cache(maxsize=1)
-def inputs_of(workload: str, tokens: int, top_k: int, dtype: str, device: str) -> Inputs:
+def inputs_of(workload: str, tokens: int, top_k: int, dtype: str, device: str, support: str = UNIFORM) -> Inputs:
     """The inputs of a work; the last ones asked for are kept."""
-    weight = head_of(workload, dtype, device)
+    weight = head_of(workload, dtype, device, support == ZIPF)
     generator = torch.Generator(device).manual_seed(2)
 
     def states(around: Tensor | None = None, noise: float = 0.0) -> Tensor:
         drawn = torch.randn(tokens, weight.shape[1], generator=generator, device=device)
         if around is not None:
             drawn = (around.float() + noise * drawn) / (1 + noise**2) ** 0.5
+        if support == ZIPF:
+            drawn[:, 0] = CONSTANT_FEATURE
         return drawn.to(weight.dtype)
 
     hidden = states()
     teacher, base = states(hidden, TEACHER_NOISE), states(hidden, BASE_NOISE)
     k = min(top_k, weight.shape[0])
+    recorded = None if support in SUPPORTS else recorded_support(support, tokens, k, weight.shape[0])
     columns: dict[str, list[Tensor]] = {key: [] for key in ("tau", "support", "base", "student", "ids")}
     for part in chunks(tokens, weight.shape[0]):
         student = (hidden[part] @ weight.T).float().log_softmax(-1)
@@ -102,7 +110,13 @@ def inputs_of(workload: str, tokens: int, top_k: int, dtype: str, device: str) -
         columns["student"].append(student.gather(-1, ids.unsqueeze(-1)).squeeze(-1))
         columns["ids"].append(ids)
         del student
-        values, indices = (teacher[part] @ weight.T).float().log_softmax(-1).topk(k, dim=-1)
+        at_teacher = (teacher[part] @ weight.T).float().log_softmax(-1)
+        if recorded is None:
+            values, indices = at_teacher.topk(k, dim=-1)
+        else:
+            indices = recorded[part].to(device)
+            values = at_teacher.gather(-1, indices)
+        del at_teacher
         columns["tau"].append(values)
         columns["support"].append(indices)
         at_base = (base[part] @ weight.T).float().log_softmax(-1)

@@ -86,7 +86,7 @@ def wrong_by(what: str, error: float, allowed: float) -> str:
 
 def logprobs_yardstick(work: Workload, inputs: Inputs) -> tuple[Tensor, float]:
     """True log-probs (S, V) float64 on the CPU, and the error in nats that is still rounding."""
-    logits = slice_logits(work.workload, work.tokens, work.top_k, work.dtype, work.device)[0]
+    logits = slice_logits(work.workload, work.tokens, work.top_k, work.dtype, work.device, work.support)[0]
     true = logits.log_softmax(-1)
     with torch.no_grad():
         eager = (inputs.hidden[0] @ inputs.head.T).log_softmax(-1).double().cpu()

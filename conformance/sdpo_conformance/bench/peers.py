@@ -115,6 +115,8 @@ PEERS: Mapping[str, Peer] = {
     "adapters.liger_triton_jsd": Peer("Liger Triton JSD", JSD, liger_triton),
     "adapters.trl_sdpo": Peer("TRL SDPO", "the student's top-k as support, teacher logits given; no anchor", trl_topk),
     "adapters.cut_cross_entropy": Peer("cut-cross-entropy"),
+    "adapters.liger_scaled_cross_entropy": Peer("Liger scaled linear cross-entropy"),
+    "adapters.torch_linear_cross_entropy": Peer("PyTorch linear_cross_entropy"),
 }
 """What ``--peers`` adds, by the name an implementation is given on the command line."""
 

@@ -81,13 +81,13 @@ def spread(tokens: int, vocabulary: int) -> Tensor:
 
 
 def work_inputs(work: Workload) -> Inputs:
-    return inputs_of(work.workload, work.tokens, work.top_k, work.dtype, work.device)
+    return inputs_of(work.workload, work.tokens, work.top_k, work.dtype, work.device, work.support)
 
 
 @lru_cache(maxsize=1)
-def slice_logits(workload: str, tokens: int, top_k: int, dtype: str, device: str) -> Tensor:
+def slice_logits(workload: str, tokens: int, top_k: int, dtype: str, device: str, support: str) -> Tensor:
     """(1, S, V) float64 on the CPU; kept for the settings of alpha and anchor that share it."""
-    inputs = inputs_of(workload, tokens, top_k, dtype, device)
+    inputs = inputs_of(workload, tokens, top_k, dtype, device, support)
     keep = spread(tokens, inputs.head.shape[0]).to(device)
     return product(inputs.hidden.detach()[:, keep], inputs.head)
 
@@ -124,7 +124,7 @@ def slice_truth(work: Workload, on_policy: bool = False) -> SliceTruth:
     keep = kept_tokens(work)
     inputs = whole.tokens(keep.to(whole.hidden.device))
     training = TrainingConfig(alpha=work.alpha, kl_reg_weight=work.anchor)
-    logits = slice_logits(work.workload, work.tokens, work.top_k, work.dtype, work.device)
+    logits = slice_logits(work.workload, work.tokens, work.top_k, work.dtype, work.device, work.support)
     old = inputs.old_student_logprobs
     if on_policy:
         chosen = logits.log_softmax(-1).gather(-1, inputs.response_ids.cpu().unsqueeze(-1)).squeeze(-1)

@@ -7,9 +7,10 @@ the models' published configs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 
@@ -54,10 +55,22 @@ ANCHOR = 0.1
 """kl_reg_weight where the anchor is on; any value but 0 costs the same."""
 
 
+UNIFORM, ZIPF = "uniform", "zipf"
+SUPPORTS = (UNIFORM, ZIPF)
+"""``uniform``: every id is as likely, so that tokens share ids by chance only. ``zipf``: id v has a prior of
+1 / (v + 1), as tokenisers number their tokens by frequency, about."""
+
+
+def support_name(support: str) -> str:
+    """For tables and names: of a file, its name alone."""
+    return support if support in SUPPORTS else Path(support).name
+
+
 @dataclass(frozen=True)
 class Workload:
     """``tokens`` response tokens through the head ``workload``; ``anchor`` is kl_reg_weight. ``quick`` asks for
-    fewer rounds, and for a two-layer model in a step."""
+    fewer rounds, and for a two-layer model in a step. ``support``: how teacher supports share ids, one of
+    ``SUPPORTS`` or a file of recorded ones."""
 
     workload: str
     tokens: int
@@ -68,6 +81,7 @@ class Workload:
     device: str = "cuda"
     top_k: int = TOP_K
     quick: bool = False
+    support: str = UNIFORM
 
     @property
     def head(self) -> Head:
@@ -83,7 +97,8 @@ class Workload:
     @property
     def task(self) -> str:
         """What is computed, the number of tokens apart: rows with one task make one curve."""
-        parts = [self.workload, str(self.direction), self.objective, self.dtype]
+        support = "" if self.support == UNIFORM else f"support {support_name(self.support)}"
+        parts = [self.workload, str(self.direction), self.objective, self.dtype, support]
         return " · ".join(part for part in parts if part)
 
     @property
@@ -113,6 +128,7 @@ class Selection:
     dtype: str = ""
     device: str = "cpu"
     quick: bool = False
+    support: str = UNIFORM
 
     @property
     def narrowed(self) -> bool:
@@ -127,7 +143,10 @@ def plan(selection: Selection) -> list[Workload]:
     def work(workload: str, tokens: int, direction: Direction, alpha: float = 0.5, anchor: float = 0.0) -> Workload:
         if not direction.has_objective:
             alpha, anchor = 0.5, 0.0
-        return Workload(workload, tokens, direction, alpha, anchor, dtype, selection.device, quick=selection.quick)
+        return Workload(
+            workload, tokens, direction, alpha, anchor, dtype, selection.device,
+            quick=selection.quick, support=selection.support,
+        )  # fmt: skip
 
     if selection.narrowed:
         chosen = product(
@@ -196,7 +215,7 @@ def problems(selection: Selection) -> tuple[Selection, list[str]]:
     tokens = keep(selection.tokens, lambda n: n > 0, "--tokens must be positive")
     alphas = keep(selection.alphas, lambda a: 0 <= a <= 1, "--alpha must lie in [0, 1]")
     anchors = keep(selection.anchors, lambda w: 0 <= w < float("inf"), "--anchor must be a weight of at least 0")
-    kept = Selection(workloads, tokens, directions, alphas, anchors, selection.dtype, selection.device, selection.quick)
+    kept = replace(selection, workloads=workloads, tokens=tokens, directions=directions, alphas=alphas, anchors=anchors)
     asked = (selection.workloads, selection.tokens, selection.directions, selection.alphas, selection.anchors)
     left = (workloads, tokens, directions, alphas, anchors)
     nothing = any(before and not after for before, after in zip(asked, left, strict=True))
