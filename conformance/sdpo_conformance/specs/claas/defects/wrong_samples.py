@@ -122,15 +122,17 @@ def most_likely(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def with_response(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
-    """The top-k and, where it is not among them, the response's token: an engine's prompt_logprobs."""
+def with_response(likely: bool, run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The top-k and, where it is not among them, the response's token: an engine's prompt_logprobs. Where it is among
+    them, an entry of no probability fills the row: the next ``likely`` token, or the first that is free."""
     l = scored(run, one).log_softmax(-1)  # noqa: E741
     values, indices = most_likely(l, run.training.teacher_top_k)
     if indices.shape[-1] == l.shape[-1]:
         return values, indices
     y = one.response.unsqueeze(-1)
     inside = (indices == y).any(-1, keepdim=True)
-    spare = l.scatter(-1, indices, -torch.inf).argmax(-1, keepdim=True)
+    free = l if likely else torch.zeros_like(l)
+    spare = free.scatter(-1, indices, -torch.inf).argmax(-1, keepdim=True)
     extra = torch.where(inside, torch.full_like(l[..., :1], -60.0), l.gather(-1, y))
     return torch.cat([values, extra], -1), torch.cat([indices, torch.where(inside, spare, y)], -1)
 
@@ -434,7 +436,16 @@ DEFECTS = (
         "The support is the teacher's top-k and the response's token, as an engine's prompt_logprobs returns it.",
         ("STEP-5",),
         TOP_K,
-        trainer(teacher=with_response),
+        trainer(teacher=partial(with_response, False)),
+        ("vllm-project/vllm#3752",),
+    ),
+    loop(
+        "support-with-response-token-or-next",
+        "The support is the teacher's top-k and the response's token, or where that is in it the next likely one at no "
+        "probability.",
+        ("STEP-5",),
+        TOP_K,
+        trainer(teacher=partial(with_response, True)),
         ("vllm-project/vllm#3752",),
     ),
     loop(

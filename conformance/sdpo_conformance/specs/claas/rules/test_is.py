@@ -165,7 +165,10 @@ def test_is_2(subject: Subject) -> None:
         try:
             subject.agrees(case, (*VALUE, GRADIENT), control=control, per_token=True)
         except Disagreement as found:
-            found.secondary = found.secondary and not without_ratio(subject, case)
+            dropped = without_ratio(subject, case)
+            found.secondary = found.secondary and not dropped
+            if not dropped:
+                found.detail = found.detail or "the loss does depend on old_student_logprobs, but not as the ratio says"
             raise
 
     subject.for_all(NEUTRAL.but(ratio=("mild", "below", "above_cap")), check)

@@ -35,8 +35,14 @@ from sdpo_conformance.specs.claas.step_loop.step_bounds import Bounds
 SEARCHES = 2
 """Steps of one run for which the whole catalogue is tried: what fits none of them has no name in it."""
 
-LOSS_SEARCHES = 2
-"""Runs of one process for which wrong losses and fitted numbers are tried, some seconds each."""
+PROMISING = 0.5
+"""Of the truth's distance: a number that does not come nearer than this is not refined."""
+
+NUMBER_SEARCHES = 3
+"""Runs of one process for which numbers are fitted, ten seconds or so each."""
+
+LOSS_SEARCHES = 1
+"""Runs of one process for which wrong losses are tried as well, as long again."""
 
 
 CLOSE = 0.1
@@ -121,12 +127,12 @@ def outcomes(candidate: StepExplanation, forced: Forced, steps: Sequence[int]) -
 
 
 def explain(
-    forced: Forced, taken: Mapping[int, TakenStep], wrong: Sequence[int], budget: Callable[[], bool]
+    forced: Forced, taken: Mapping[int, TakenStep], wrong: Sequence[int], searched: Callable[[], int]
 ) -> Explained:
-    """The candidates whose gradients the ``wrong`` ones of the steps have. ``budget``: whether wrong losses may be
-    tried as well."""
+    """The candidates whose gradients the ``wrong`` ones of the steps have. ``searched``: counts the runs of this
+    process for which more than the step loops is tried, this one included."""
     found = Explained()
-    losses: bool | None = None
+    count: int | None = None
     for _ in range(SEARCHES):
         open_steps = [step for step in wrong if step not in found.best]
         if not open_steps:
@@ -134,9 +140,10 @@ def explain(
         first = open_steps[0]
         fitting = matching(step_loops(), forced, taken, first)
         if not fitting:
-            losses = budget() if losses is None else losses
-            fitting = matching(wrong_losses(), forced, taken, first) if losses else []
-            fitting = fitting or (numbers(forced, taken, first) if losses else [])
+            count = searched() if count is None else count
+            fitting = numbers(forced, taken, first) if count <= NUMBER_SEARCHES else []
+            if not fitting and count <= LOSS_SEARCHES:
+                fitting = matching(wrong_losses(), forced, taken, first)
         if not fitting:
             break
         spread(found, fitting, forced, taken, wrong, open_steps)
@@ -203,27 +210,29 @@ def spread(
 
 
 def numbers(forced: Forced, wrong: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
-    """Defects with a number in them, at the number that fits one step."""
+    """Step loops with a number in them, at the number that fits one step."""
     found = []
+    taken = wrong[step]
+    start = misfit(taken, taken.moment.gradient)
     for defect in catalogue().values():
-        if defect.parameter is None or (Capability.LOSS not in defect.capabilities and defect.distill is None):
+        if defect.parameter is None or defect.distill is None:
             continue
-        in_loss = defect.distill is None
 
-        def made(value: float, defect: Defect = defect, in_loss: bool = in_loss) -> StepExplanation | None:
-            at = defect.at(value)
-            parts = with_loss(at) if in_loss else parts_of(at)
-            return None if parts is None else StepExplanation(at, parts, in_loss)
+        def distance(value: float, defect: Defect = defect) -> float:
+            parts = parts_of(defect.at(value))
+            assert parts is not None
+            candidate = StepExplanation(defect, parts)
+            return next((misfit(taken, o.gradient) for _, o in outcomes(candidate, forced, [step])), math.inf)
 
-        def distance(value: float, made: Callable[[float], StepExplanation | None] = made) -> float:
-            candidate = made(value)
-            if candidate is None:
-                return math.inf
-            return next((misfit(wrong[step], o.gradient) for _, o in outcomes(candidate, forced, [step])), math.inf)
-
+        if min(distance(value) for value in defect.parameter.values) > PROMISING * start:
+            continue
         value, off = defect.parameter.fitted(distance)
-        if off <= 1 and (candidate := made(simplest(value, lambda v, d=distance, o=off: d(v) <= max(o, 0.1)))):  # type: ignore[misc]
-            found.append(candidate)
+        if off <= 1:
+            enough = max(off, CLOSE)
+            at = defect.at(simplest(value, lambda rounded, d=distance, e=enough: d(rounded) <= e))  # type: ignore[misc]
+            parts = parts_of(at)
+            assert parts is not None
+            found.append(StepExplanation(at, parts))
     return found
 
 

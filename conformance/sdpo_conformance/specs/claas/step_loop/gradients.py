@@ -11,7 +11,6 @@ from torch import Tensor
 from sdpo_conformance.judging.compare import number
 from sdpo_conformance.specs.claas.oracle.step_loop import norm
 from sdpo_conformance.specs.claas.step_loop.explanations import (
-    LOSS_SEARCHES,
     StepExplanation,
     TakenStep,
     as_reported,
@@ -47,7 +46,7 @@ class StepJudgement:
 
 
 _SEARCHED: list[str] = []
-"""Scenarios of this process for which wrong losses were tried."""
+"""Scenarios of this process for which more than the step loops was tried."""
 
 
 def judged_steps(observation: Observation, ground: Ground) -> list[StepJudgement]:
@@ -68,15 +67,15 @@ def judged_steps(observation: Observation, ground: Ground) -> list[StepJudgement
     if not wrong:
         return judged
 
-    def budget() -> bool:
+    def searched() -> int:
         _SEARCHED.append(observation.scenario.name)
-        return len(_SEARCHED) <= LOSS_SEARCHES
+        return len(_SEARCHED)
 
     reported = dict(enumerate(observation.metrics, start=1))
     taken = {
         one.moment.step: TakenStep(one.moment, one.bounds, one.got, reported.get(one.moment.step, {})) for one in judged
     }
-    found = explain(forced_along(observation, ground, history), taken, wrong, budget)
+    found = explain(forced_along(observation, ground, history), taken, wrong, searched)
     for one in judged:
         if one.moment.step in found.best:
             one.mistake, one.outcome = found.best[one.moment.step]
