@@ -149,7 +149,7 @@ def why_not(folder: Path, status: int, stuck: bool) -> str:
     errors = [line for line in lines if "Error" in line]
     found = (errors or lines or ["no output"])[-1].strip()
     how = "took too long to start" if stuck else f"ended with status {status}"
-    return f"the worker {how}: {found[:200]}; see {folder / LOG}"
+    return f"the worker {how}: {found[:200]}"
 
 
 def collect(folder: Path, cells: Sequence[BenchCell]) -> dict[str, Any]:
