@@ -118,12 +118,23 @@ def response_logprobs(
     """
     import torch
 
+    logits = response_logits(adapted, name, prompt, response)
+    ids = torch.tensor(list(response), device=logits.device)
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    chosen: torch.Tensor = logprobs.gather(-1, ids[:, None])[:, 0].cpu()
+    return chosen
+
+
+def response_logits(
+    adapted: AdaptedModel, name: str | None, prompt: Sequence[int], response: Sequence[int]
+) -> torch.Tensor:
+    """Logits of the response's positions, (T, V) on the model's device; `name` None is the bare model."""
+    import torch
+
     ids = torch.tensor([[*prompt, *response]], device=adapted.device)
     with torch.no_grad(), _adapter(adapted, name):
-        logits = adapted.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-    logprobs = torch.log_softmax(logits.double(), dim=-1)
-    chosen: torch.Tensor = logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
-    return chosen
+        logits: torch.Tensor = adapted.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    return logits
 
 
 def _adapter(adapted: AdaptedModel, name: str | None) -> Any:

@@ -20,6 +20,7 @@ from sdpo_conformance.audit.metrics import RunMetrics, read_metrics
 from sdpo_conformance.audit.model_loading import load_adapted_model
 from sdpo_conformance.audit.optimizer_state import OptimizerState, find_optimizer_state, read_optimizer_state
 from sdpo_conformance.audit.prompts import Prompt, read_prompts
+from sdpo_conformance.audit.sampler_fit import SamplerFit, fit_sampler
 
 #: CLaaS's default (claas/core/types.py, TrainingConfig), for the replay alone, where the settings name none.
 _DEFAULT_IS_CLIP = 5.0
@@ -79,10 +80,10 @@ def audit_run(
     if new is not None and new.fresh:
         raise AuditError(f"{shown(new.path)}: has adapter_config.json but no weights: not a finished adapter")
     asked = read_prompts(files.prompts) if files.prompts and (model or prompts) else ()
-    generation, replay = None, None
+    generation, replay, fit = None, None, None
     if model is not None:
         asked = asked or tuple(Prompt(ids=sample.prompt_token_ids) for sample in request.samples)
-        generation, replay = _with_model(
+        generation, replay, fit = _with_model(
             model, old, new, asked, request.samples, request.training.is_clip, max_new_tokens, device
         )
     elif prompts is not None:
@@ -98,6 +99,7 @@ def audit_run(
         optimizer_after=_optimizer(new),
         generation=generation,
         replay=replay,
+        sampler_fit=fit,
         identical_checkpoints=identical_neighbours(files.checkpoints),
         metrics_refused=refused,
     )
@@ -128,7 +130,7 @@ def _with_model(
     is_clip: float | None,
     max_new_tokens: int,
     device: str,
-) -> tuple[GenerationResult | None, ReplayResult | None]:
+) -> tuple[GenerationResult | None, ReplayResult | None, SamplerFit | None]:
     if after is None:
         raise AuditError("--model needs a finished adapter: name it with --after")
     if not prompts and not samples:
@@ -136,10 +138,11 @@ def _with_model(
     adapted = load_adapted_model(path, before, after, device)
     generation = generate(adapted, prompts, max_new_tokens) if prompts else None
     # Without the adapter from before the run there is no step 1 to repeat.
-    replay = None
+    replay, fit = None, None
     if samples and before is not None:
+        fit = fit_sampler(adapted, samples)
         replay = replay_first_step(adapted, samples, _DEFAULT_IS_CLIP if is_clip is None else is_clip)
-    return generation, replay
+    return generation, replay, fit
 
 
 def _optimizer(adapter: Adapter | None) -> OptimizerState | None:

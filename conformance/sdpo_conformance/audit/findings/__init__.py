@@ -9,6 +9,7 @@ from sdpo_conformance.audit.findings import (
     losses,
     optimizer,
     ratio,
+    recorded_logprobs,
     staleness,
     weights,
 )
@@ -23,6 +24,7 @@ CHECKS: tuple[Check, ...] = (
     *adapter_form.CHECKS,
     *optimizer.CHECKS,
     *behaviour.CHECKS,
+    *recorded_logprobs.CHECKS,
 )
 _ORDER = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 

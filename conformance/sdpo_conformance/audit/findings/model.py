@@ -15,6 +15,7 @@ from sdpo_conformance.audit.optimizer_state import OptimizerState
 if TYPE_CHECKING:
     from sdpo_conformance.audit.generation import GenerationResult
     from sdpo_conformance.audit.loss_replay import ReplayResult
+    from sdpo_conformance.audit.sampler_fit import SamplerFit
 
 SamplerKnowledge = Literal["unknown", "differs", "same"]
 
@@ -64,6 +65,7 @@ class Evidence:
     optimizer_after: OptimizerState | None = None
     generation: GenerationResult | None = None
     replay: ReplayResult | None = None
+    sampler_fit: SamplerFit | None = None
     identical_checkpoints: tuple[tuple[str, str], ...] = ()
     metrics_refused: str = ""
 

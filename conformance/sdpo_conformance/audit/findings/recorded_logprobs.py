@@ -1,0 +1,123 @@
+"""Whose log-probs the samples carry, said from the fit of them to the models at hand."""
+
+from __future__ import annotations
+
+from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
+from sdpo_conformance.audit.models import AFTER
+from sdpo_conformance.audit.replay import SAMPLER_DIFFERS
+from sdpo_conformance.audit.sampler_fit import BASE, Candidate, SamplerFit
+
+#: A fit explains the recorded log-probs where it leaves a fraction of the gap, and little of it at all.
+_EXPLAINED = 0.25
+_LARGEST_LEFT = 0.05
+
+
+def recorded_logprobs(evidence: Evidence) -> Verdicts:
+    """Recorded log-probs that another adapter, temperature, nucleus or position explains."""
+    fit = evidence.sampler_fit
+    if fit is None:
+        if evidence.replay is not None:
+            yield NotJudged("recorded-logprobs", "no recorded log-probs, or fewer than 12 tokens of them")
+        return
+    if fit.gap <= SAMPLER_DIFFERS:
+        yield from _sampled_otherwise(fit)
+        return
+    explained = fit.best.parts > 0 and fit.best_gap <= min(_EXPLAINED * fit.gap, _LARGEST_LEFT)
+    if not explained:
+        yield NotJudged(
+            "recorded-logprobs",
+            f"recorded and recomputed log-probs are {fit.gap:.3g} nats per token apart, which no adapter at hand,"
+            " temperature, top-p or shift explains",
+        )
+        return
+    grave = fit.best.source != "before" or fit.best.shift != 0
+    yield Finding(
+        id="recorded-logprobs",
+        severity=Severity.ERROR if grave else Severity.WARNING,
+        statement=_statement(fit.best),
+        evidence=(
+            f"{fit.tokens} tokens: {fit.best_gap:.3g} nats per token from that, {fit.gap:.3g} from the starting"
+            " adapter's own log-probs",
+        ),
+        cause=_cause(fit.best),
+        next_step=_next_step(fit.best),
+        data={
+            "source": fit.best.source,
+            "temperature": fit.best.temperature,
+            "top_p": fit.best.top_p,
+            "shift": fit.best.shift,
+            "gap": fit.gap,
+            "gap_left": fit.best_gap,
+        },
+    )
+
+
+def _statement(best: Candidate) -> str:
+    told = []
+    if best.source == BASE:
+        told.append("the sampler ran without the adapter: the recorded log-probs are the base model's")
+    elif best.source == AFTER:
+        told.append("the recorded log-probs are the finished adapter's, not those of the policy that sampled")
+    else:
+        told.append("the recorded log-probs are the starting adapter's")
+    if best.shift:
+        told.append(f"shifted by one: each belongs to the {'next' if best.shift > 0 else 'previous'} token")
+    if best.temperature != 1:
+        told.append(f"of logits divided by the temperature {best.temperature:g}")
+    if best.top_p != 1:
+        told.append(f"renormalised over the top-p {best.top_p:g} nucleus")
+    return ", ".join(told)
+
+
+def _cause(best: Candidate) -> str:
+    if best.source == BASE:
+        return "the adapter was never delivered to the engine, or its requests did not name it"
+    if best.source == AFTER:
+        return "the log-probs were recomputed after the update, or the sampler already held the new adapter"
+    if best.shift:
+        return "the logits of position t were read as those of token t: they are of token t + 1"
+    return "the sampler records processed log-probs; a trainer that scores plain logits has another distribution"
+
+
+def _next_step(best: Candidate) -> str:
+    if best.source == BASE:
+        return "check that the engine loads each new adapter and that every request names it; sample again"
+    if best.source == AFTER:
+        return "record the log-probs while sampling (STEP-1)"
+    if best.shift:
+        return "take the logits one position earlier: start - 1 .. -2 of prompt + response (LP-2)"
+    return "divide the trainer's logits by the same temperature and keep the same nucleus, or sample at 1 without top-p"
+
+
+def _sampled_otherwise(fit: SamplerFit) -> Verdicts:
+    """Raw log-probs of tokens that were sampled from a processed distribution."""
+    if fit.nucleus is not None:
+        p, kept = fit.nucleus
+        yield Finding(
+            id="recorded-logprobs",
+            severity=Severity.WARNING,
+            statement=(f"raw log-probs under top-p {p:g}: the ratios are off by the kept mass, {kept:.3f} in the mean"),
+            evidence=(
+                f"not one of {fit.tokens} tokens lies outside the top-p {p:g} nucleus, at odds of less than one in a"
+                " million without it",
+            ),
+            cause="the engine records log-probs before top-p (vLLM's logprobs_mode raw_logprobs, its default)",
+            next_step="ask for processed_logprobs, or sample without top-p",
+            data={"top_p": p, "kept_mass": kept},
+        )
+    elif fit.likelier_temperature is not None:
+        temperature, gain = fit.likelier_temperature
+        yield Finding(
+            id="recorded-logprobs",
+            severity=Severity.WARNING,
+            statement=f"raw log-probs of tokens that were sampled at a temperature of about {temperature:g}",
+            evidence=(f"the {fit.tokens} tokens are {gain:.3g} nats likelier at {temperature:g} than at 1",),
+            cause="the engine records log-probs before the temperature (vLLM's default, raw_logprobs)",
+            next_step="ask for processed_logprobs and score with the same temperature, or sample at temperature 1",
+            data={"temperature": temperature, "gain_nats": gain},
+        )
+
+
+CHECKS = (
+    Check("recorded-logprobs", "recorded log-probs of another policy than the one that sampled", recorded_logprobs),
+)
