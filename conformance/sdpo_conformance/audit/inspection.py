@@ -88,7 +88,7 @@ def audit_run(
         )
     elif prompts is not None:
         raise AuditError("--prompts without --model: name the model to generate with")
-    if sampler == "unknown" and replay is not None and replay.sampler_gap is not None:
+    if sampler == "unknown" and replay is not None and replay.sampler_gap is not None and not (fit and fit.processed):
         sampler = "differs" if replay.sampler_gap > SAMPLER_DIFFERS else "same"
     evidence = Evidence(
         metrics=run_metrics,

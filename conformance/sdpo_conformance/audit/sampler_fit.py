@@ -58,6 +58,12 @@ class SamplerFit:
     likelier_temperature: tuple[float, float] | None
     nucleus: tuple[float, float] | None
 
+    @property
+    def processed(self) -> bool:
+        """Whether the sampler's temperature or top-p explains the records: a trainer may score with the same."""
+        own = self.best.source == BEFORE and not self.best.shift and self.best.parts > 0
+        return own and self.best_gap <= 0.25 * self.gap
+
 
 @dataclass
 class _Sums:

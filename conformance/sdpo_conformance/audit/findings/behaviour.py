@@ -107,6 +107,9 @@ def replay_ratio(evidence: Evidence) -> Verdicts:
         if evidence.replay is not None:
             yield NotJudged("replay-ratio", "the samples carry no recorded log-probs, or mean_is_ratio is not reported")
         return
+    if evidence.sampler_fit is not None and evidence.sampler_fit.processed:
+        yield NotJudged("replay-ratio", "the records are of another temperature or top-p; the trainer may score alike")
+        return
     expected = replay.mean_is_ratio
     if abs(reported - expected) <= _RATIO_TOLERANCE * max(1.0, expected):
         return

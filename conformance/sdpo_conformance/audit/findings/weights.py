@@ -209,6 +209,14 @@ def _all_experts_at_once(module: ModuleChange) -> bool:
     return held
 
 
+def _base_weight(module: ModuleChange, saved: object) -> bool:
+    """A weight of the base model, which PEFT saves along where an embedding is adapted: it is frozen."""
+    if not all(t.place.part in ("weight", "bias") for t in module.tensors):
+        return False
+    names = saved if isinstance(saved, list | tuple) else ()
+    return not any(str(name) in module.place.module.split(".") for name in names)
+
+
 def _tail(path: Sequence[str]) -> Sequence[str]:
     start = next((i for i, part in enumerate(path) if part in ("experts", "expert")), len(path))
     return path[start + 1 :]
@@ -221,7 +229,8 @@ def modules_untouched(evidence: Evidence) -> Verdicts:
         return
     # Untouched experts held in one tensor are lora-b-zero's where they are zeros; VeRA's frozen A and B are no module.
     idle = [m for m in change.modules if _idle(m) and not (m.dead and _all_experts_at_once(m))]
-    idle = [m for m in idle if not all(t.place.frozen for t in m.tensors)]
+    saved = change.after.config.get("modules_to_save") or ()
+    idle = [m for m in idle if not all(t.place.frozen for t in m.tensors) and not _base_weight(m, saved)]
     if change.after.empty or not idle or len(idle) == len(change.modules):
         return  # none, or all: weights-unchanged and lora-b-zero say so
     required = [m for m in idle if not m.place.optional or _all_experts_at_once(m)]

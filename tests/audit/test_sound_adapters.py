@@ -1,0 +1,17 @@
+"""A few kinds of the false alarm count (sound_adapters.py): trained soundly, and not accused."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from .sound_adapters import runs
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "vera", "embedding", "adalora"])
+def test_a_sound_run_of_this_kind_is_not_accused(kind: str) -> None:
+    told = list(runs(1, (kind,)))
+    assert told
+    assert [(name, said) for name, said, _ in told if said] == []
