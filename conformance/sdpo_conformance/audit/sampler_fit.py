@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from sdpo_conformance.audit.config import Sample
 from sdpo_conformance.audit.generation import response_logits
-from sdpo_conformance.audit.models import AFTER, BEFORE, AdaptedModel
+from sdpo_conformance.audit.model_loading import AFTER, BEFORE, AdaptedModel
 
 if TYPE_CHECKING:
     import torch

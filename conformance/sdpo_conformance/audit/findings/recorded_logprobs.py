@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
-from sdpo_conformance.audit.models import AFTER
-from sdpo_conformance.audit.replay import SAMPLER_DIFFERS
+from sdpo_conformance.audit.loss_replay import SAMPLER_DIFFERS
+from sdpo_conformance.audit.model_loading import AFTER
 from sdpo_conformance.audit.sampler_fit import BASE, Candidate, SamplerFit
 
 #: A fit explains the recorded log-probs where it leaves a fraction of the gap, and little of it at all.
