@@ -202,13 +202,17 @@ def mutants(kind: str) -> dict[str, tuple[Capability, Function]]:
 KINDS = ("trainer", "loss", "head")
 
 
-def first_failure(entry: Capability, function: Function, profile: str) -> tuple[str, str] | None:
-    """The first MUST that a mutant fails, and what it says."""
+def first_failure(
+    entry: Capability, function: Function, profile: str, families: tuple[str, ...] = ()
+) -> tuple[str, str] | None:
+    """The first MUST that a mutant fails, and what it says; of these ``families`` alone, if any are named."""
     dtypes = DTYPES[:2] if entry is Capability.DISTILL else DTYPES
     implementation = SimpleNamespace(**{entry.value: function})
     subject = Subject(implementation, entry, Claims(), PROFILES[profile], dtypes=dtypes)
     for requirement in find_spec("claas").requirements().values():
         if entry not in requirement.capabilities or requirement.level != "MUST":
+            continue
+        if families and requirement.family not in families:
             continue
         try:
             subject.run(requirement)
@@ -252,14 +256,16 @@ def visited(kind: str, profile: str) -> dict[str, bool]:
     return seen
 
 
-def kill(kind: str, profile: str, names: Iterable[str] | None = None) -> dict[str, tuple[str, str] | None]:
+def kill(
+    kind: str, profile: str, names: Iterable[str] | None = None, families: tuple[str, ...] = ()
+) -> dict[str, tuple[str, str] | None]:
     """Each mutant's first failure, or None: it survived."""
     from sdpo_conformance.trainer import observation
 
     found: dict[str, tuple[str, str] | None] = {}
     for name, (entry, function) in mutants(kind).items():
         if names is None or name in names:
-            found[name] = first_failure(entry, function, profile)
+            found[name] = first_failure(entry, function, profile, families)
             observation._KEPT.clear()
             gc.collect()
     return found

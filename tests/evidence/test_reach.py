@@ -14,11 +14,14 @@ from tests.evidence.predicates import CALLS, HEADS, INCOMING, LOSS, SAMPLES
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
 
-QUICK = {
-    "trainer": ("call: a second call on one model", "sample: response > 256", "left behind: the adapter frozen"),
-    "loss": ("loss: zeros among fractions", "the incoming gradient is next to 1", "loss: old is exactly 0 somewhere"),
-    "head": ("log-probs: a row of the head is 0", "top-k: a token is certain", "top-k: logits above 200"),
-}
+QUICK = (
+    ("trainer", "left behind: the adapter frozen", "STEP"),
+    ("loss", "loss: zeros among fractions", "RED"),
+    ("head", "log-probs: a row of the head is 0", "LP"),
+    ("head", "top-k: a token is certain", "TK"),
+    ("head", "top-k: logits above 200", "TK"),
+)
+"""Kind, mutant, and the family that catches it."""
 
 
 def test_the_page_states_the_reach() -> None:
@@ -36,8 +39,6 @@ def test_there_are_two_hundred_conditions() -> None:
     assert len(CALLS) + len(SAMPLES) + len(LOSS) + len(INCOMING) + 2 * len(HEADS) + left >= 200
 
 
-@pytest.mark.parametrize("kind", QUICK)
-def test_conditional_mutants_are_caught_in_quick(kind: str) -> None:
-    outcomes = conditional_mutants.kill(kind, "quick", QUICK[kind])
-    assert len(outcomes) == len(QUICK[kind])
-    assert [name for name, failure in outcomes.items() if failure is None] == []
+@pytest.mark.parametrize(("kind", "name", "family"), QUICK)
+def test_conditional_mutant_is_caught_in_quick(kind: str, name: str, family: str) -> None:
+    assert conditional_mutants.kill(kind, "quick", [name], (family,))[name] is not None
