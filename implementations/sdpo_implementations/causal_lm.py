@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo_implementations.shared_forward import SharedForward
+
 
 @dataclass(frozen=True)
 class HeadInput:
-    """``hidden`` (1, T, H) and ``head_weight`` (V, H): the logits are ``hidden @ head_weight.T``."""
+    """``hidden`` (1, N, H) and ``head_weight`` (V, H): the logits are ``hidden @ head_weight.T``."""
 
     hidden: Tensor
     head_weight: Tensor
@@ -44,13 +46,16 @@ def response_logits(model: Any, input_ids: Tensor, response_length: int) -> Tens
     return logits[:, :-1]
 
 
-def response_hidden(model: Any, input_ids: Tensor, response_length: int) -> HeadInput:
-    """The last hidden states at the response and the head's weight, the head's constant factor folded into
-    the hidden states. Only for models that ``require_linear_head`` accepts."""
+def response_hidden(model: Any, forward: SharedForward) -> HeadInput:
+    """The last hidden states at the responses, (1, N, H), and the head's weight, the head's constant factor
+    folded into the hidden states. Only for models that ``require_linear_head`` accepts."""
     language_model = model.get_base_model()
     decoder = getattr(language_model, language_model.base_model_prefix)
-    states = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-    hidden = states[:, -response_length - 1 : -1]
+    states = decoder(input_ids=forward.input_ids, use_cache=False, **forward.arguments).last_hidden_state
+    return head_input(language_model, forward.at_responses(states))
+
+
+def head_input(language_model: Any, hidden: Tensor) -> HeadInput:
     factor = head_factor(language_model.config)
     head_weight = language_model.get_output_embeddings().weight
     return HeadInput(hidden if factor == 1 else hidden * factor, head_weight)
@@ -67,33 +72,82 @@ def head_factor(config: Any) -> float:
     return factor
 
 
-@torch.no_grad()
-def require_linear_head(model: Any, input_ids: Tensor) -> None:
-    """Raise ValueError unless the model's logits are its last hidden states times one weight matrix.
+INSTEAD = "distil from logits instead (sdpo_implementations.reference)"
 
-    Known softcaps and a head bias are refused by name; everything else (an adapter on the head, an unknown
-    multiplier) by comparing both on a few tokens. ``input_ids`` (1, L).
+
+def require_linear_head(model: Any, input_ids: Tensor) -> None:
+    """Raise ValueError unless the model's logits are its last hidden states times one weight matrix, and unless
+    a token's states depend on the tokens up to it alone.
+
+    What PEFT puts before the prompt or on the head, a softcap and a bias are refused by name; everything else
+    (an unknown multiplier, a look ahead) by what one forward of a few tokens shows. ``input_ids`` (1, L).
     """
     language_model = model.get_base_model()
     kind = type(language_model).__name__
-    instead = "distil from logits instead (sdpo_implementations.reference)"
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise ValueError(f"{type(model.active_peft_config).__name__} puts virtual tokens before the prompt; {INSTEAD}")
     config = language_model.config.get_text_config()
     if capped := next((name for name in SOFTCAPS if getattr(config, name, None)), None):
-        raise ValueError(f"{kind} caps its output logits ({capped}): they are not hidden @ head.T; {instead}")
+        raise ValueError(f"{kind} caps its output logits ({capped}): they are not hidden @ head.T; {INSTEAD}")
     head = language_model.get_output_embeddings()
     if head is None or not hasattr(language_model, language_model.base_model_prefix):
-        raise ValueError(f"{kind} has no decoder with a linear output head; {instead}")
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(f"the output head of {kind} has a bias: logits are not hidden @ head.T; {instead}")
-    probe = input_ids[:, :8]
-    read = response_hidden(model, probe, probe.shape[1] - 1) if probe.shape[1] > 1 else None
-    if read is None:
-        return
-    logits = response_logits(model, probe, probe.shape[1] - 1).float()
+        raise ValueError(f"{kind} has no decoder with a linear output head; {INSTEAD}")
+    if type(head) is not torch.nn.Linear:
+        raise ValueError(f"the output head of {kind} is {_described(head)}: logits are not hidden @ head.T; {INSTEAD}")
+    if head.bias is not None:
+        raise ValueError(f"the output head of {kind} has a bias: logits are not hidden @ head.T; {INSTEAD}")
+    _probe(model, language_model, input_ids[:, :PROBED])
+
+
+PROBED = 8
+"""Tokens of the probe."""
+
+
+def _described(head: Any) -> str:
+    """What stands in the place of a plain linear head."""
+    module = type(head).__module__
+    name = f"{module.rpartition('.')[2]}.{type(head).__name__}"
+    if hasattr(head, "modules_to_save"):
+        return f"a copy trained whole (modules_to_save, {name})"
+    if getattr(head, "use_dora", None) and any(head.use_dora.values()):
+        return f"under an adapter on the head with DoRA ({name})"
+    if module.startswith("peft."):
+        return f"under an adapter on the head ({name})"
+    return name
+
+
+@torch.no_grad()
+def _probe(model: Any, language_model: Any, probe: Tensor) -> None:
+    """One forward of two rows that differ from their middle on: logits against hidden @ head.T, and the states
+    before the middle against each other. ``probe`` (1, L)."""
+    middle = max(1, probe.shape[1] // 2)
+    other = torch.cat([probe[:, :middle], probe[:, middle:].roll(1, 1)], dim=1)
+    other[:, middle:] = (other[:, middle:] + 1) % language_model.get_input_embeddings().weight.shape[0]
+    caught: list[Tensor] = []
+    decoder = getattr(language_model, language_model.base_model_prefix)
+    hook = decoder.register_forward_hook(lambda module, arguments, output: caught.append(output.last_hidden_state))
+    try:
+        logits = model(input_ids=torch.cat([probe, other]), use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    kind = type(language_model).__name__
+    if len(caught) != 1:
+        raise ValueError(f"{kind} does not read its logits from one call of its decoder; {INSTEAD}")
+    (states,) = caught
+    tolerance = 8e-3 if states.element_size() < 4 else 1e-3
+    read = head_input(language_model, states)
     product = read.hidden.float() @ read.head_weight.float().T
-    half = logits.new_zeros((), dtype=read.hidden.dtype).element_size() < 4
-    if (logits - product).norm() > (2e-2 if half else 1e-3) * logits.norm():
-        raise ValueError(f"the logits of {kind} are not hidden @ head.T (adapter on the head?); {instead}")
+    if logits.shape != product.shape or _differ(logits, product, tolerance):
+        raise ValueError(f"the logits of {kind} are not hidden @ head.T; {INSTEAD}")
+    if _differ(states[0, :middle].float(), states[1, :middle].float(), tolerance):
+        raise ValueError(f"{kind} lets a token see the tokens after it: samples cannot share a forward; {INSTEAD}")
+
+
+def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """By more than the tolerance of the norm; what is not finite on both sides is the training's to refuse."""
+    if not bool(one.isfinite().all()) and not bool(other.isfinite().all()):
+        return False
+    return not bool((one - other).norm() <= tolerance * one.norm())
 
 
 @contextmanager

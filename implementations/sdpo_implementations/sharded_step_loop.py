@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sdpo_conformance.protocol import METRIC_KEYS, DistillResult, StepMetrics
 from sdpo_implementations.causal_lm import evaluating, state_as_found
+from sdpo_implementations.shared_forward import SharedForward, lay_out
 from sdpo_implementations.step_loop import BETAS, WEIGHT_DECAY, Kernels, LossTerms
 from sdpo_implementations.validation import validate_samples, validate_training
 
@@ -53,7 +54,7 @@ class Held:
     ``LossTerms``."""
 
     weight: float
-    input_ids: Tensor
+    forward: SharedForward
     response_ids: Tensor
     base_logprobs: Tensor
     teacher_logprobs: Tensor
@@ -120,17 +121,17 @@ def prepared(model: Any, samples: Sequence[Any], top_k: int, kernels: Kernels, p
         for index, weight in share(len(samples), place, ranks):
             sample = samples[index]
             response = list(sample.response_token_ids)
-            ids = torch.tensor([[*sample.prompt_token_ids, *response]], device=device)
-            teacher_ids = torch.tensor([[*sample.teacher_prompt_token_ids, *response]], device=device)
+            forward = lay_out([(sample.prompt_token_ids, response)], device)
+            teacher = lay_out([(sample.teacher_prompt_token_ids, response)], device)
             response_ids = torch.tensor([response], device=device)
             with model.disable_adapter():
-                base = kernels.response_logprobs(kernels.read(model, ids, len(response)), response_ids)
-                topk = kernels.teacher_topk(kernels.read(model, teacher_ids, len(response)), max(1, top_k))
+                base = kernels.response_logprobs(kernels.read(model, forward), response_ids)
+                topk = kernels.teacher_topk(kernels.read(model, teacher), max(1, top_k))
             # Every rank makes this pass, or those of FSDP that need it would wait for the others.
-            behaviour = kernels.response_logprobs(kernels.read(model, ids, len(response)), response_ids)
+            behaviour = kernels.response_logprobs(kernels.read(model, forward), response_ids)
             if sample.response_logprobs is not None:
                 behaviour = torch.tensor([list(sample.response_logprobs)], dtype=torch.float32, device=device)
-            held.append(Held(weight, ids, response_ids, base, *topk, behaviour))
+            held.append(Held(weight, forward, response_ids, base, *topk, behaviour))
     return held
 
 
@@ -139,7 +140,7 @@ def accumulated(model: Any, held: Sequence[Held], training: Any, kernels: Kernel
     four metrics, (5,) float64."""
     sums: list[Tensor] = []
     for sample in held:
-        read = kernels.read(model, sample.input_ids, sample.response_ids.shape[1])
+        read = kernels.read(model, sample.forward)
         terms = LossTerms(
             teacher_logprobs=sample.teacher_logprobs,
             teacher_indices=sample.teacher_indices,
@@ -178,7 +179,7 @@ def refresh(model: Any, held: Sequence[Held], kernels: Kernels) -> None:
     """Behaviour log-probs become those of the policy as it now stands."""
     with evaluating(model):
         for sample in held:
-            read = kernels.read(model, sample.input_ids, sample.response_ids.shape[1])
+            read = kernels.read(model, sample.forward)
             sample.behaviour = kernels.response_logprobs(read, sample.response_ids)
 
 

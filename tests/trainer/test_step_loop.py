@@ -20,6 +20,7 @@ from sdpo_conformance.trainer.observation import run
 from sdpo_conformance.trainer.scenarios import BFLOAT16, SCENARIOS, UNRECORDED, samples_of
 from sdpo_implementations import reference, step_loop
 from sdpo_implementations.causal_lm import require_linear_head, response_hidden, response_logits
+from sdpo_implementations.shared_forward import lay_out
 from sdpo_implementations.step_loop import Kernels
 
 FROM_LOGITS = Kernels.from_logits(reference.compute_sdpo_loss)
@@ -174,7 +175,7 @@ IDS = torch.tensor([[5, 7, 11, 13, 17, 19]])
 def test_hidden_states_carry_the_heads_constant_factor(name: str, more: dict[str, Any]) -> None:
     model = wrapped(tiny(name, **more))
     require_linear_head(model, IDS)
-    read = response_hidden(model, IDS, 4)
+    read = response_hidden(model, lay_out([([5, 7], [11, 13, 17, 19])], IDS.device))
     torch.testing.assert_close(read.hidden @ read.head_weight.T, response_logits(model, IDS, 4))
 
 
