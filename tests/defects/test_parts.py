@@ -13,6 +13,7 @@ from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.specs import find_spec
+from sdpo_conformance.specs.claas.bounds import expectations
 from sdpo_conformance.specs.claas.defects.defect import ExecutableDefect, entries
 from sdpo_conformance.specs.claas.defects.loss_parts import Parts
 from sdpo_conformance.specs.claas.loss_case import LossCase, recorded_cases
@@ -25,7 +26,8 @@ RIGHT = ExecutableDefect("right", entries(Parts(), tuple(c for c in Capability i
 @pytest.mark.parametrize(("case", "entry"), recorded_cases(), ids=lambda value: getattr(value, "name", ""))
 def test_recorded_cases(case: LossCase, entry: dict[str, object]) -> None:
     function = getattr(RIGHT, Capability.LOSS.value)
-    assert compare(case, Capability.LOSS, evaluate(function, Capability.LOSS, case), ALL) is None
+    outcome = evaluate(function, Capability.LOSS, case)
+    assert compare(case, outcome, ALL, expectations(case, Capability.LOSS)) is None
 
 
 @pytest.mark.parametrize(

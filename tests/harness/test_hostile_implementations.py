@@ -173,13 +173,15 @@ def test_a_failure_of_the_suite_itself_is_no_verdict() -> None:
     from sdpo_conformance.judging.records import Record, Status
     from sdpo_conformance.protocol import Capability, Claims
     from sdpo_conformance.report.results import verdict
+    from sdpo_conformance.specs import find_spec
     from sdpo_conformance.specs.requirement import Level
 
     records = [
         Record("IS-1", "compute_sdpo_loss", Level.MUST, Status.PASSED),
         Record("IS-2", "compute_sdpo_loss", Level.MUST, Status.INTERNAL_ERROR, reason="ValueError: a bug of ours"),
     ]
-    found = verdict(Implementation("mine", object(), (Capability.LOSS,), Claims()), records, None)
+    implementation = Implementation("mine", object(), (Capability.LOSS,), Claims())
+    found = verdict(implementation, find_spec("claas"), records, None)
     assert not found["conforming"]
     assert not found["passed"]
     assert found["text"].startswith("NO VERDICT: the suite itself failed on IS-2")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sdpo_conformance.audit.config import Sample
+from sdpo_conformance.audit.config import RequestSample
 from sdpo_conformance.audit.generation import response_logits
 from sdpo_conformance.audit.model_loading import AFTER, BEFORE, AdaptedModel
 
@@ -74,7 +74,7 @@ class _Sums:
     kept: dict[float, list[float]]
 
 
-def fit_sampler(adapted: AdaptedModel, samples: Sequence[Sample]) -> SamplerFit | None:
+def fit_sampler(adapted: AdaptedModel, samples: Sequence[RequestSample]) -> SamplerFit | None:
     """Fit the recorded log-probs; None without recorded ones, or with too few tokens to tell anything."""
     recorded = [sample for sample in samples if sample.response_logprobs is not None]
     tokens = sum(len(sample.response_token_ids) for sample in recorded)
@@ -111,7 +111,7 @@ def _gaps(old: Sequence[float], new: Sequence[float], shift: int) -> list[float]
     return [abs(a - b) if math.isfinite(a - b) else 20.0 for a, b in zip(old, new, strict=True)]
 
 
-def _score(adapted: AdaptedModel, source: str, sample: Sample) -> _Sums:
+def _score(adapted: AdaptedModel, source: str, sample: RequestSample) -> _Sums:
     import torch
 
     name = None if source == BASE else source

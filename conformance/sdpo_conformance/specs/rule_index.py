@@ -131,7 +131,8 @@ def defects_of(path: Path) -> Iterator[CataloguedDefect]:
             continue
         if isinstance(name, str) and isinstance(violates, tuple):
             changes = changes_of(given["change"], lines, functions) if "change" in given else {}
-            yield CataloguedDefect(name, sentence, violates, fix, usable, path.stem, changes)
+            usable_for = usable if isinstance(usable, str) else ""  # a helper has something else in that place
+            yield CataloguedDefect(name, sentence, violates, fix, usable_for, path.stem, changes)
 
 
 def changes_of(node: ast.AST, lines: list[str], functions: Mapping[str, str]) -> dict[str, str]:
