@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 from variants import DEFECTIVE
 
 from sdpo_conformance.specs.claas.oracle.step_loop import AdamW
@@ -42,6 +47,21 @@ def test_the_right_loop_replays_to_the_truth(right_runs: list[Ground]) -> None:
     for forced, steps in right_runs:
         for (moment, bounds), (_, outcome) in zip(steps, replayed(RIGHT, forced), strict=True):
             assert furthest(outcome.gradient, moment.gradient, bounds.gradient)[0] < 0.01
+
+
+def test_a_loss_that_writes_into_its_input_leaves_the_truth_alone(right_runs: list[Ground]) -> None:
+    def scribbling(loss_input: Any) -> Mapping[str, Any]:
+        found = RIGHT.loss(loss_input)
+        for tensor in (loss_input.old_student_logprobs, loss_input.base_logprobs, loss_input.teacher_logprobs):
+            tensor.zero_()
+        return found
+
+    forced, _ = right_runs[0]
+    ground = forced.ground
+    kept = [*ground.recorded, *(t for one in ground.prepared for t in (one.base_logprobs, one.teacher_logprobs))]
+    before = [tensor.clone() for tensor in kept]
+    list(replayed(replace(RIGHT, loss=scribbling), forced))
+    assert all(torch.equal(one, two) for one, two in zip(before, kept, strict=True))
 
 
 BESIDE_THE_GRADIENT = ("STEP-6", "STEP-9", "STEP-10", "STEP-11", "STEP-12")

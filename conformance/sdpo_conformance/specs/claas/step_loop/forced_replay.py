@@ -101,10 +101,13 @@ def started(parts: TrainerParts, forced: Forced) -> Run:
     run = Run(model, ground.scenario.training, list(adapter.values()), batch, forward=parts.forward)
     alone = "forward" not in other
     for one, known, recorded in zip(batch, ground.prepared, ground.recorded, strict=True):
-        one.base = known.base_logprobs if alone and "base" not in other else parts.base(run, one)
-        support = (known.teacher_logprobs, known.teacher_indices)
+        # copies: a wrong loss may write into what it is given
+        one.base = known.base_logprobs.clone() if alone and "base" not in other else parts.base(run, one)
+        support = (known.teacher_logprobs.clone(), known.teacher_indices.clone())
         one.support = support if alone and "teacher" not in other else parts.teacher(run, one)
-        one.behaviour = recorded if alone and "first_behaviour" not in other else parts.first_behaviour(run, one)
+        one.behaviour = (
+            recorded.clone() if alone and "first_behaviour" not in other else parts.first_behaviour(run, one)
+        )
     if other & {"make_optimizer", "before_step"}:
         run.optimizer = parts.make_optimizer(run, torch.optim.AdamW)
     return run
@@ -151,7 +154,7 @@ def backward(parts: TrainerParts, forced: Forced, run: Run) -> Tensor:
         run.results = [right.sample_loss(run, one, parts.loss) for one in run.batch]
         return totalled(parts, run)
     _, logits = forced.student(run.step)
-    scores = [z.detach().requires_grad_() for z in logits]
+    scores = [z.detach().clone().requires_grad_() for z in logits]
     run.results = [right.sample_loss(run, one, parts.loss, z) for one, z in zip(run.batch, scores, strict=True)]
     total = totalled(parts, run)
     incoming = [torch.zeros_like(z) if z.grad is None else z.grad for z in scores]
