@@ -28,7 +28,7 @@ _FEWEST_TOKENS = 12
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SamplerHypothesis:
     """One explanation of the recorded log-probs; `shift` is 1 where they belong to the next token."""
 
     source: str
@@ -53,7 +53,7 @@ class SamplerFit:
 
     tokens: int
     gap: float
-    best: Candidate
+    best: SamplerHypothesis
     best_gap: float
     likelier_temperature: tuple[float, float] | None
     nucleus: tuple[float, float] | None
@@ -81,7 +81,7 @@ def fit_sampler(adapted: AdaptedModel, samples: Sequence[RequestSample]) -> Samp
     if tokens < _FEWEST_TOKENS or BEFORE not in adapted.adapters:
         return None
     sources = [BEFORE, BASE, *([AFTER] if AFTER in adapted.adapters else [])]
-    gaps: dict[Candidate, list[float]] = {}
+    gaps: dict[SamplerHypothesis, list[float]] = {}
     own = _Sums({}, [], {p: [] for p in TOP_P})
     for sample in recorded:
         old = [float(value) for value in sample.response_logprobs or ()]
@@ -89,7 +89,9 @@ def fit_sampler(adapted: AdaptedModel, samples: Sequence[RequestSample]) -> Samp
             sums = _score(adapted, source, sample)
             for (temperature, top_p), new in sums.logprobs.items():
                 for shift in (0, 1, -1) if temperature == top_p == 1 else (0,):
-                    gaps.setdefault(Candidate(source, temperature, top_p, shift), []).extend(_gaps(old, new, shift))
+                    gaps.setdefault(SamplerHypothesis(source, temperature, top_p, shift), []).extend(
+                        _gaps(old, new, shift)
+                    )
             if source == BEFORE:
                 for pair, new in sums.logprobs.items():
                     own.logprobs.setdefault(pair, []).extend(new)
@@ -101,7 +103,7 @@ def fit_sampler(adapted: AdaptedModel, samples: Sequence[RequestSample]) -> Samp
     # Among candidates that fit about equally well the one that supposes least is believed.
     close = [c for c, gap in means.items() if gap <= 1.5 * least + 2e-3]
     best = min(close, key=lambda c: (c.parts, means[c]))
-    return SamplerFit(tokens, means[Candidate(BEFORE)], best, means[best], _temperature(own), _nucleus(own))
+    return SamplerFit(tokens, means[SamplerHypothesis(BEFORE)], best, means[best], _temperature(own), _nucleus(own))
 
 
 def _gaps(old: Sequence[float], new: Sequence[float], shift: int) -> list[float]:

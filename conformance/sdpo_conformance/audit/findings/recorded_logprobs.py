@@ -5,7 +5,7 @@ from __future__ import annotations
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.loss_replay import SAMPLER_DIFFERS
 from sdpo_conformance.audit.model_loading import AFTER
-from sdpo_conformance.audit.sampler_fit import BASE, Candidate, SamplerFit
+from sdpo_conformance.audit.sampler_fit import BASE, SamplerFit, SamplerHypothesis
 
 #: A fit explains the recorded log-probs where it leaves a fraction of the gap, and little of it at all.
 _EXPLAINED = 0.25
@@ -52,7 +52,7 @@ def recorded_logprobs(evidence: Evidence) -> Verdicts:
     )
 
 
-def _statement(best: Candidate) -> str:
+def _statement(best: SamplerHypothesis) -> str:
     told = []
     if best.source == BASE:
         told.append("the sampler ran without the adapter: the recorded log-probs are the base model's")
@@ -69,7 +69,7 @@ def _statement(best: Candidate) -> str:
     return ", ".join(told)
 
 
-def _cause(best: Candidate) -> str:
+def _cause(best: SamplerHypothesis) -> str:
     if best.source == BASE:
         return "the adapter was never delivered to the engine, or its requests did not name it"
     if best.source == AFTER:
@@ -79,7 +79,7 @@ def _cause(best: Candidate) -> str:
     return "the sampler records processed log-probs; a trainer that scores plain logits has another distribution"
 
 
-def _next_step(best: Candidate) -> str:
+def _next_step(best: SamplerHypothesis) -> str:
     if best.source == BASE:
         return "check that the engine loads each new adapter and that every request names it; sample again"
     if best.source == AFTER:
