@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 INDEX_FILE = "adapter_model.safetensors.index.json"
+#: What mlx-lm and diffusers call it.
+OTHER_WEIGHTS_FILES = ("adapters.safetensors", "pytorch_lora_weights.safetensors")
 #: Sub-folders of frozen adapters beside the trained one.
 _NOT_TRAINED = ("reference", "ref", "teacher")
-_PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+#: Pickled weights, which are refused.
+PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: Elements read at once: 32 MiB in float64, whatever the tensor's size.
 BLOCK_ELEMENTS = 2**22
@@ -75,15 +79,21 @@ def open_adapter(path: Path) -> Adapter:
         index = path / INDEX_FILE
         if index.exists() and not (path / WEIGHTS_FILE).exists():
             return _from_files(path, index, _shards(index), _read_config_of(path))
-        weights, config_path = path / WEIGHTS_FILE, path / CONFIG_FILE
-        config = _read_config(config_path) if config_path.exists() else {}
+        weights = path / WEIGHTS_FILE
+        config = _read_config_of(path)
         if not weights.exists():
-            for name in _PICKLED:
+            for name in PICKLED:
                 if (path / name).exists():
                     raise AuditError(_refusal(path / name))
             others = sorted(path.glob("*.safetensors"))
-            if len(others) == 1:
-                weights = others[0]
+            usual = [other for other in others if other.name in OTHER_WEIGHTS_FILES]
+            if shards := _unlisted_shards(others):
+                return _from_files(path, shards[0], shards, config)
+            if usual or len(others) == 1:
+                weights = usual[0] if usual else others[0]
+            elif others:
+                told = ", ".join(shown(other.name) for other in others[:5])
+                raise AuditError(f"{shown(path)}: holds several .safetensors files ({told}); name the one to look at")
             elif config:
                 return Adapter(path, None, {}, config)
             else:
@@ -91,8 +101,7 @@ def open_adapter(path: Path) -> Adapter:
     else:
         if path.suffix.lower() in _PICKLE_SUFFIXES:
             raise AuditError(_refusal(path))
-        weights, config_path = path, path.with_name(CONFIG_FILE)
-        config = _read_config(config_path) if config_path.exists() else {}
+        weights, config = path, _read_config_of(path.parent)
     return _from_files(path, weights, (weights,), config)
 
 
@@ -117,7 +126,7 @@ def _from_files(path: Path, weights: Path, files: Sequence[Path], config: Mappin
 
 def _named_folder(path: Path) -> Path:
     """The folder itself, or the one sub-folder that holds an adapter: PEFT saves each named adapter in its own."""
-    names = (WEIGHTS_FILE, CONFIG_FILE, INDEX_FILE, *_PICKLED)
+    names = (WEIGHTS_FILE, CONFIG_FILE, INDEX_FILE, *PICKLED)
     if any((path / name).exists() for name in names) or any(path.glob("*.safetensors")):
         return path
     inner = sorted(entry for entry in path.iterdir() if entry.is_dir() and any((entry / n).exists() for n in names))
@@ -144,6 +153,23 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
+def _unlisted_shards(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Files numbered 1 of N to N of N without an index that names them; () where there are none.
+
+    Raises AuditError where one is missing.
+    """
+    numbered = {file: match for file in files if (match := re.search(r"-(\d{1,5})-of-(\d{1,5})$", file.stem))}
+    if not numbered:
+        return ()
+    total = max(int(match[2]) for match in numbered.values())
+    have = {int(match[1]) for match in numbered.values()}
+    if len(have) < total:
+        raise AuditError(
+            f"{shown(next(iter(numbered)).parent)}: holds {len(have)} of {total} shards of an adapter; copy every shard"
+        )
+    return tuple(numbered)
+
+
 def _read_config_of(folder: Path) -> Mapping[str, Any]:
     return _read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
 
@@ -161,7 +187,20 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     config = parse_json(read_text(path), shown(path))
     if not isinstance(config, Mapping):
         raise AuditError(f"{shown(path)}: expected a JSON object")
-    return config
+    return _as_peft(config)
+
+
+def _as_peft(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """mlx-lm's config in PEFT's words: its scale multiplies B A whatever the rank (mlx_lm/tuner/lora.py)."""
+    given = config.get("lora_parameters")
+    if not isinstance(given, Mapping) or "peft_type" in config or "r" in config:
+        return config
+    rank, scale = given.get("rank"), given.get("scale")
+    words = {"lora_dropout": given.get("dropout"), "base_model_name_or_path": config.get("model"), "r": rank}
+    if isinstance(rank, int) and isinstance(scale, int | float):
+        words["lora_alpha"] = scale * rank
+    words["use_dora"] = config.get("fine_tune_type") == "dora"
+    return {**config, **{name: value for name, value in words.items() if value is not None}}
 
 
 class TensorReader:

@@ -65,8 +65,8 @@ class ModuleChange:
 
     @property
     def dead(self) -> bool:
-        """Whether a part that an untrained adapter has at zero is zero after the run: the module does nothing."""
-        return any(t.place.starts_at_zero and t.numel and t.zero_after for t in self.tensors)
+        """Whether a factor of its update is zero after the run: the module does nothing."""
+        return any(t.place.factor and t.numel and t.zero_after for t in self.tensors)
 
     @property
     def max_abs_delta(self) -> float | None:
@@ -163,30 +163,31 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
 
 
 def _rekeyed(before: Adapter | None, after: Adapter) -> tuple[Adapter | None, str]:
-    """`before` under the names of `after`, where the two differ in nothing but a prefix; and that prefix."""
+    """`before` under the names of `after`, where the two differ in what stands before the layers; and how they do."""
     if before is None or before.fresh or set(before.tensors) & set(after.tensors):
         return before, ""
-    for first, second in ((before, after), (after, before)):
-        prefix = _prefix(next(iter(first.tensors)), second.tensors)
-        if prefix and all(key.removeprefix(prefix) in second.tensors for key in first.tensors):
-            if first is before:
-                names = {key: key.removeprefix(prefix) for key in before.tensors}
-            else:
-                names = {key.removeprefix(prefix): key for key in after.tensors}
-                names = {key: names[key] for key in before.tensors if key in names}
-            if len(names) == len(before.tensors):
-                tensors = {names[key]: entry for key, entry in before.tensors.items()}
-                files = {names[key]: place for key, place in before.files.items()}
-                return replace(before, tensors=tensors, files=files), prefix
-    return before, ""
+    old, new = ({_within(key): key for key in adapter.tensors} for adapter in (before, after))
+    if set(old) != set(new) or len(old) != len(before.tensors) or len(new) != len(after.tensors):
+        return before, ""
+    names = {old[inner]: new[inner] for inner in old}
+    first = next(iter(old))
+    told = f"{_head(old[first], first)} to {_head(new[first], first)}"
+    tensors = {names[key]: entry for key, entry in before.tensors.items()}
+    files = {names[key]: place for key, place in before.files.items()}
+    return replace(before, tensors=tensors, files=files), told
 
 
-def _prefix(key: str, others: Mapping[str, object]) -> str:
+def _within(key: str) -> str:
+    """The name from the word before the first number on (`layers.0. ...`); its last two parts where there is none."""
     parts = key.split(".")
-    for count in range(1, min(4, len(parts))):
-        if ".".join(parts[count:]) in others:
-            return ".".join(parts[:count]) + "."
-    return ""
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if first is None:
+        return ".".join([part for part in parts if part not in ("base_model", "model")][-2:])
+    return ".".join(parts[max(0, first - 1) :])
+
+
+def _head(key: str, inner: str) -> str:
+    return repr(key.removesuffix(inner)) if key != inner else "none"
 
 
 def _module(

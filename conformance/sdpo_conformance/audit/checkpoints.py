@@ -1,36 +1,84 @@
-"""Checkpoints of one run held against each other, byte by byte."""
+"""Checkpoints of one run: which they are, and those held against each other, byte by byte."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from sdpo_conformance.audit.adapter import open_adapter
+from sdpo_conformance.audit.adapter import INDEX_FILE, OTHER_WEIGHTS_FILES, PICKLED, WEIGHTS_FILE, Adapter, open_adapter
+from sdpo_conformance.audit.header import read_header
 from sdpo_conformance.audit.run_files import open_regular
 
+#: transformers' checkpoint-2, verl's global_step_2, NeMo-RL's step_2, Automodel's epoch_0_step_2, torchtune's epoch_0,
+#: Megatron's iter_0000002.
+_FOLDER = re.compile(r"(?:checkpoint[-_]|global_step_?|step_?|iter_?|epoch_?\d+[-_]step_?|epoch_?)(\d{1,12})")
+#: mlx-lm's 0000100_adapters.safetensors.
+_FILE = re.compile(r"(\d{1,12})_adapters\.safetensors")
+#: Where in a checkpoint's folder the adapter is: verl, SkyRL, NeMo-RL, Automodel, prime-rl.
+_INSIDE = ("", "actor/lora_adapter", "lora_adapter", "policy/lora_adapter", "adapter", "policy", "model", "weights",
+           "policy/weights", "policy/weights/model", "lora_adapters", "policy/adapter")  # fmt: skip
+_FROZEN = ("reference", "ref", "teacher")
 _CHUNK_BYTES = 2**20
 
 
+def find_checkpoints(run: Path) -> tuple[Path, ...]:
+    """Every checkpoint's adapter in a run's folder, by step: folders, and mlx-lm's numbered files."""
+    found: list[tuple[int, Path]] = []
+    for path in run.iterdir():
+        if match := _FILE.fullmatch(path.name):
+            found.append((int(match[1]), path))
+        elif (match := _FOLDER.fullmatch(path.name)) and path.is_dir():
+            folder = next((path / place for place in _INSIDE if holds_weights(path / place)), None)
+            if folder := folder or _named(path):
+                found.append((int(match[1]), folder))
+    return tuple(folder for _, folder in sorted(found))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is called as a checkpoint is."""
+    return bool(_FOLDER.fullmatch(path.name))
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether an adapter's weights are in the folder, readable or refused."""
+    return any((folder / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE, *OTHER_WEIGHTS_FILES, *PICKLED))
+
+
+def _named(path: Path) -> Path | None:
+    """The one sub-folder with a trained adapter: PEFT saves each named adapter in its own."""
+    named = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and holds_weights(entry)]
+    trained = [entry for entry in named if entry.name not in _FROZEN]
+    return trained[0] if len(trained) == 1 else None
+
+
 def identical_neighbours(checkpoints: Sequence[Path]) -> tuple[tuple[str, str], ...]:
-    """Neighbouring checkpoints whose adapters' files are equal, by the names of their folders in the run."""
+    """Neighbouring checkpoints whose adapters hold equal tensors, by their names in the run."""
     if len(checkpoints) < 2:
         return ()
     adapters = [open_adapter(folder) for folder in checkpoints]
-    marks = [tuple(_mark(file) for file in dict.fromkeys(adapter.files.values())) for adapter in adapters]
-    names = [_name(folder) for folder in checkpoints]
+    if any(len(adapter.empty) == len(adapter.tensors) for adapter in adapters):
+        return ()  # nothing of nothing is equal; tensor-empty says so
+    marks = [_mark(adapter) for adapter in adapters]
+    names = [_name(path) for path in checkpoints]
     return tuple((names[i], names[j]) for i, j in pairwise(range(len(marks))) if marks[i] == marks[j])
 
 
-def _mark(path: Path) -> bytes:
+def _mark(adapter: Adapter) -> bytes:
+    """A digest of every tensor's name, type, shape and bytes; the file's other metadata (a step, a date) apart."""
     digest = hashlib.blake2b()
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+    for path in dict.fromkeys(adapter.files.values()):
+        for entry in sorted(read_header(path).values(), key=lambda entry: (entry.start, entry.name)):
+            digest.update(repr((entry.name, entry.dtype, entry.shape)).encode())
+        with open_regular(path) as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
     return digest.digest()
 
 
-def _name(folder: Path) -> str:
-    parts = folder.parts
-    return next((part for part in reversed(parts) if any(c.isdigit() for c in part) and "step" in part), folder.name)
+def _name(path: Path) -> str:
+    numbered = (part for part in reversed(path.parts) if _FOLDER.fullmatch(part) or _FILE.fullmatch(part))
+    return next(numbered, path.name)

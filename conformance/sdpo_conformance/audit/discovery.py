@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from sdpo_conformance.audit.adapter import INDEX_FILE, WEIGHTS_FILE
+from sdpo_conformance.audit.adapter import WEIGHTS_FILE
+from sdpo_conformance.audit.checkpoints import find_checkpoints, holds_weights, is_checkpoint
 from sdpo_conformance.audit.errors import AuditError, shown
+from sdpo_conformance.audit.metrics.log_places import METRICS_NAMES, event_folder, mlflow_folder, unnamed_log
 
-METRICS_NAMES = (
-    "metrics.json", "metrics.jsonl", "per_step_metrics.json", "per_step_metrics.jsonl",
-    "distill_response.json", "distill_response.jsonl", "response.json", "responses.jsonl",
-    "trainer_state.json", "trainer_log.jsonl", "logging.jsonl", "history.jsonl", "wandb-history.jsonl",
-    "log.jsonl", "train_log.jsonl", "metrics.csv", "history.csv", "progress.csv", "metrics",
-)  # fmt: skip
 BEFORE_NAMES = ("before", "adapter_before", "lora_before", "adapter_in", "lora_in", "initial", "input")
 AFTER_NAMES = ("after", "adapter_after", "lora_after", "adapter_out", "lora_out", "final", "output")
 REQUEST_NAMES = ("distill_request.json", "request.json", "training.json", "training_config.json", "run.json")
 PROMPT_NAMES = ("prompts.jsonl", "prompts.json", "prompts.txt")
-_PICKLED = "adapter_model.bin"
+#: Folders below RUN that are looked into, and how deep: verl writes checkpoints/project/experiment/global_step_N.
+_DEEPEST = 3
+_MOST_FOLDERS = 500
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ def discover(
 ) -> RunFiles:
     """Fill in, from the run's folder, whatever was not named. A RUN that is a file is the metrics file.
 
-    Raises AuditError when the folder does not exist or neither metrics nor a finished adapter is there.
+    Raises AuditError when the folder does not exist, neither metrics nor a finished adapter is there, or several
+    runs are.
     """
     ignored: list[str] = []
     checkpoints: tuple[Path, ...] = ()
@@ -59,20 +59,17 @@ def discover(
         else:
             raise AuditError(f"{shown(run)}: is not a folder; RUN is the folder that the run left behind")
     if run is not None:
-        checkpoints = _checkpoints(run)
-        metrics = (
-            metrics
-            or _first(run, METRICS_NAMES, ignored)
-            or _in_checkpoint(run, "trainer_state.json")
-            or _event_file(run)
-        )
         before = before or _adapter(run, BEFORE_NAMES, ignored)
         after = after or _adapter(run, AFTER_NAMES, ignored)
+        checkpoints = find_checkpoints(run)
+        if not checkpoints and after is None and not holds_weights(run):
+            checkpoints = _below(run, find_checkpoints, "checkpoints") or ()
+        metrics = metrics or _metrics(run, checkpoints, ignored)
         if after is None and len(checkpoints) > 1:
             # The folder's own adapter may be the best checkpoint rather than the last one.
             after = checkpoints[-1]
             before = before or checkpoints[0]
-        after = after or _own_adapter(run) or (checkpoints[-1] if checkpoints else None)
+        after = after or (run if holds_weights(run) else None) or (checkpoints[-1] if checkpoints else None)
         request = request or _first(run, REQUEST_NAMES, ignored)
         prompts = prompts or _first(run, PROMPT_NAMES, ignored)
     if metrics is None and after is None:
@@ -85,6 +82,44 @@ def discover(
     return RunFiles(run, metrics, before, after, request, prompts, tuple(ignored), checkpoints)
 
 
+def _metrics(run: Path, checkpoints: Sequence[Path], ignored: list[str]) -> Path | None:
+    """By name; else of the last checkpoint; else any file in RUN that reads like a log; else the same below RUN."""
+    named = _first(run, METRICS_NAMES, ignored)
+    if named is not None:
+        return named
+    for checkpoint in reversed(checkpoints):
+        if (checkpoint / "trainer_state.json").exists():
+            return checkpoint / "trainer_state.json"
+    return unnamed_log(run) or mlflow_folder(run) or event_folder(run) or _below(run, _log_in, "logs")
+
+
+def _log_in(folder: Path) -> Path | None:
+    return _first(folder, METRICS_NAMES, []) or unnamed_log(folder) or mlflow_folder(folder) or event_folder(folder)
+
+
+def _below(run: Path, look: Callable[[Path], Found | None], what: str) -> Found | None:
+    """What the folders below RUN hold, nearest first. Raises AuditError where several of one depth do."""
+    level, seen = [run], 0
+    for _ in range(_DEEPEST):
+        level = [entry for folder in level for entry in _folders(folder)]
+        seen += len(level)
+        if seen > _MOST_FOLDERS:
+            return None
+        found = [(folder, result) for folder in level if (result := look(folder))]
+        if len(found) > 1:
+            told = ", ".join(shown(folder.relative_to(run)) for folder, _ in found[:4])
+            raise AuditError(f"{shown(run)}: holds {what} of several runs ({told}); name the folder of one of them")
+        if found:
+            return found[0][1]
+    return None
+
+
+def _folders(folder: Path) -> list[Path]:
+    entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink())
+    known = (*BEFORE_NAMES, *AFTER_NAMES)
+    return [e for e in entries if e.name not in known and not e.name.startswith(".") and not is_checkpoint(e)]
+
+
 def _first(run: Path, names: Sequence[str], ignored: list[str]) -> Path | None:
     found = [run / name for name in names if (run / name).exists() or (run / name).is_symlink()]
     ignored.extend(path.name for path in found[1:])
@@ -94,48 +129,3 @@ def _first(run: Path, names: Sequence[str], ignored: list[str]) -> Path | None:
 def _adapter(run: Path, names: Sequence[str], ignored: list[str]) -> Path | None:
     candidates = [name for stem in names for name in (stem, f"{stem}.safetensors")]
     return _first(run, candidates, ignored)
-
-
-def _own_adapter(run: Path) -> Path | None:
-    """The run's folder itself as a PEFT folder, or its last checkpoint."""
-    for folder in (run, _last_checkpoint(run)):
-        if folder is not None and _holds_weights(folder):
-            return folder
-    return None
-
-
-def _holds_weights(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE, _PICKLED))
-
-
-def _checkpoints(run: Path) -> tuple[Path, ...]:
-    """Every checkpoint's adapter, by step: transformers' checkpoint-N, verl's global_step_N/actor/lora_adapter."""
-    found: list[tuple[int, Path]] = []
-    for path in run.iterdir():
-        if match := re.fullmatch(r"(?:checkpoint-|global_step_?|step_?)(\d{1,12})", path.name):
-            inner = (path, path / "actor" / "lora_adapter", path / "lora_adapter", path / "adapter", path / "policy")
-            folder = next((place for place in inner if _holds_weights(place)), None)
-            if folder is None and path.is_dir():
-                named = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and _holds_weights(entry)]
-                trained = [entry for entry in named if entry.name not in ("reference", "ref", "teacher")]
-                folder = trained[0] if len(trained) == 1 else None
-            if folder is not None:
-                found.append((int(match[1]), folder))
-    return tuple(folder for _, folder in sorted(found))
-
-
-def _event_file(run: Path) -> Path | None:
-    places = [run, run / "runs", run / "tensorboard", run / "logs", run / "tensorboard_log"]
-    places += [entry for place in places[1:] if place.is_dir() for entry in sorted(place.iterdir()) if entry.is_dir()]
-    found = [entry for place in places if place.is_dir() for entry in sorted(place.glob("*.tfevents.*"))]
-    return found[-1] if found else None
-
-
-def _in_checkpoint(run: Path, name: str) -> Path | None:
-    checkpoint = _last_checkpoint(run)
-    return checkpoint / name if checkpoint is not None and (checkpoint / name).exists() else None
-
-
-def _last_checkpoint(run: Path) -> Path | None:
-    numbered = [(int(m[1]), path) for path in run.iterdir() if (m := re.fullmatch(r"checkpoint-(\d{1,12})", path.name))]
-    return max(numbered)[1] if numbered else None

@@ -13,19 +13,20 @@ _PARTS = {
     "lora_A": "A", "lora_a": "A", "lora_down": "A", "lora_B": "B", "lora_b": "B", "lora_up": "B",
     "lora_embedding_A": "embedding A", "lora_embedding_B": "embedding B",
 }  # fmt: skip
-#: Parts that PEFT starts at zero besides lora_B, so that zeros in them mean "never trained": LoHa, LoKr, VeRA,
-#: AdaLoRA, OFT, SHiRA (peft/tuners/*/layer.py at 0.21).
-_ZERO_AT_START = frozenset(
-    (
-        "hada_w2_a",
-        "lokr_w1",
-        "lokr_w1_a",
-        "vera_lambda_b",
-        "lora_E",
-        "oft_R",
-        "oft_r",
-        "shira_weight",
-    )
+#: Parts that PEFT starts at zero besides lora_B (peft/tuners/*/layer.py at 0.21; oft_r and bone_block of older ones).
+_ZERO_AT_START = frozenset((
+    "hada_w2_b", "lokr_w1", "lokr_w1_a", "vera_lambda_b", "lora_E", "oft_R", "oft_r", "boft_R", "shira_weight",
+    "miss_block", "bone_block", "randlora_lambda", "waveft_spectrum", "delora_B", "gralora_B", "poly_lora_B",
+))  # fmt: skip
+#: Parts besides these that the update is a product of. Implementations differ in which of them starts at zero
+#: (LyCORIS: hada_w2_a, lokr_w2_b), but zeros in any of them leave the base model as it is.
+_OTHER_FACTORS = frozenset((
+    "A", "embedding B", "hada_w1_a", "hada_w1_b", "hada_w2_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+    "vera_lambda_d", "randlora_gamma", "delora_A", "delora_lambda", "gralora_A", "poly_lora_A",
+))  # fmt: skip
+_OTHER_KIND = re.compile(
+    r"\.((?:hada|lokr|vera|oft|boft|shira|miss|bone|randlora|waveft|fourierft|delora|gralora|poly_lora|vblora|ia3|hra|"
+    r"c3a|road)_\w+)(?=\.|$)"
 )
 #: What a wrapper leaves in a name when the wrapped module is saved in place of its inside.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -37,6 +38,7 @@ WRAPPED_BY = {
 }
 _NUMBERED = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 #: Modules that a sound run need not reach: experts no token was routed to, towers the batch had no input for.
+_TOWER = re.compile(r"(?:^|[._])(vision|visual|image|audio|speech)(?:[._]|$)")
 _OPTIONAL = re.compile(r"(?:^|[._])(experts?|vision|visual|image|audio|speech)(?:[._]|$)")
 
 
@@ -61,14 +63,29 @@ class TensorPlace:
         return self.part in ("B", "embedding A") or self.part in _ZERO_AT_START
 
     @property
+    def factor(self) -> bool:
+        """Whether the module's update is a product with this part, so that zeros here make it do nothing."""
+        return self.starts_at_zero or self.part in _OTHER_FACTORS
+
+    @property
     def frozen(self) -> bool:
-        """Whether the part is never trained: the random projections that VeRA's modules share."""
-        return self.part in ("vera_A", "vera_B", "randlora_A", "randlora_B")
+        """Whether the part is never trained: VeRA's and RandLoRA's random projections, SHiRA's places."""
+        return self.part in ("vera_A", "vera_B", "randlora_A", "randlora_B", "shira_indices", "alpha")
 
     @property
     def optional(self) -> bool:
         """Whether a sound run may leave it untouched (an expert, a tower of another modality)."""
         return bool(_OPTIONAL.search(self.module.lower()))
+
+    @property
+    def tower(self) -> bool:
+        """Whether it is in a tower of another modality, which a batch of text does not reach."""
+        return bool(_TOWER.search(self.module.lower()))
+
+    @property
+    def expert(self) -> bool:
+        """Whether it is one expert among several, in a tensor of its own."""
+        return bool(re.search(r"(?:^|[._])experts?\.\*", self.kind.lower()))
 
 
 def canonical_key(key: str) -> str:
@@ -90,6 +107,7 @@ def unwrapped(key: str) -> tuple[str, tuple[str, ...]]:
 def place_of(key: str) -> TensorPlace:
     """Parse a (canonical) tensor name."""
     match, grouped, megatron = _LORA_PART.search(key), _GROUPED.search(key), _MEGATRON.search(key)
+    other = _OTHER_KIND.search(key)
     if match:
         module = key[: match.start()]
         part = "bias" if key.endswith(".bias") else _PARTS.get(match.group(1), "magnitude")
@@ -97,6 +115,8 @@ def place_of(key: str) -> TensorPlace:
         module, part = f"{key[: grouped.start()]}.{grouped['kind']}", grouped["part"]
     elif megatron:
         module, part = key[: megatron.start()], "A" if megatron["way"] == "in" else "B"
+    elif other:
+        module, part = key[: other.start()], other.group(1)
     else:
         module, _, part = key.rpartition(".")
         module = module or key

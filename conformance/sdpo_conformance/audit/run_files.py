@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import stat
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,11 +38,11 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_text(path: Path, limit: int = JSON_LIMIT_BYTES) -> str:
-    """The text of a UTF-8 file of at most `limit` bytes, without a byte-order mark."""
+    """The text of a UTF-8 file of at most `limit` bytes (unpacked, of a .gz), without a byte-order mark."""
     with open_regular(path) as file:
         try:
-            data = file.read(limit + 1)
-        except OSError as error:
+            data = (gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file).read(limit + 1)
+        except (OSError, EOFError, zlib.error) as error:
             raise AuditError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
     if len(data) > limit:
         raise AuditError(f"{shown(path)}: is larger than {limit // 2**20} MiB, the most that is read as text")

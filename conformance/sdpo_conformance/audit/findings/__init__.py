@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from sdpo_conformance.audit.findings import (
+    adapter_config,
     adapter_form,
     behaviour,
     liveness,
+    loss_sum,
     losses,
     optimizer,
     ratio,
     recorded_logprobs,
     staleness,
+    untrained,
+    weight_growth,
     weights,
 )
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity
@@ -19,9 +23,13 @@ CHECKS: tuple[Check, ...] = (
     *staleness.CHECKS,
     *ratio.CHECKS,
     *losses.CHECKS,
+    *loss_sum.CHECKS,
     *liveness.CHECKS,
     *weights.CHECKS,
+    *untrained.CHECKS,
+    *weight_growth.CHECKS,
     *adapter_form.CHECKS,
+    *adapter_config.CHECKS,
     *optimizer.CHECKS,
     *behaviour.CHECKS,
     *recorded_logprobs.CHECKS,

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 
 from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
+from sdpo_conformance.audit.metrics import RunMetrics, Step
 
 _FEWEST_ROWS = 2
+_FEWEST_ZEROS = 3
+#: A loss that is logged to four decimals and converges passes through values below this before it reads 0.
+_SUDDEN = 0.01
 _SHOWN_NAMES = 8
 #: A sampler in half precision keeps the mean ratio of a batch within a few percent of 1.
 _RATIO_OFF = 0.05
 _RATIO_SPREAD = 0.2
+
+
+def dead_rows(metrics: RunMetrics) -> int:
+    """How many rows at the end have a gradient norm that is no number, and a loss of exactly 0 or none; 0 for one."""
+    dead = 0
+    for step in reversed(_reporting(metrics)):
+        loss, norm = step.values.get("total_loss", 0.0), step.values.get("grad_norm")
+        if norm is None or math.isfinite(norm) or (math.isfinite(loss) and loss != 0):
+            break
+        dead += 1
+    return dead if dead >= _FEWEST_ROWS else 0
+
+
+def _reporting(metrics: RunMetrics) -> list[Step]:
+    return [step for step in metrics.steps if "total_loss" in step.values or "grad_norm" in step.values]
 
 
 def dead_run(evidence: Evidence) -> Verdicts:
@@ -20,23 +40,19 @@ def dead_run(evidence: Evidence) -> Verdicts:
     metrics = evidence.metrics
     if metrics is None:
         return
-    steps = [step for step in metrics.steps if "total_loss" in step.values or "grad_norm" in step.values]
-    dead = 0
-    for step in reversed(steps):
-        loss, norm = step.values.get("total_loss", 0.0), step.values.get("grad_norm")
-        if norm is None or math.isfinite(norm) or (math.isfinite(loss) and loss != 0):
-            break
-        dead += 1
-    if dead < _FEWEST_ROWS:
+    steps = _reporting(metrics)
+    dead = dead_rows(metrics)
+    if not dead:
+        yield from _nothing_left(steps)
         return
     first = steps[len(steps) - dead]
-    zero = first.values.get("total_loss") == 0
+    zero = first.values.get("total_loss") == 0 or steps[-1].values.get("total_loss") == 0
     yield Finding(
         id="dead-run",
         severity=Severity.ERROR,
         statement=(
-            f"the run is dead from step {first.number} on: grad_norm is not a number"
-            + (" and the loss is exactly 0" if zero else "")
+            f"the run is dead from step {first.number} on: grad_norm is not a number and the loss is "
+            + ("exactly 0" if zero else "none")
         ),
         evidence=(f"{dead} of {len(steps)} rows, to the last",),
         cause=(
@@ -53,6 +69,33 @@ def dead_run(evidence: Evidence) -> Verdicts:
     )
 
 
+def _nothing_left(steps: Sequence[Step]) -> Verdicts:
+    """A loss that is suddenly exactly 0, without a gradient or word of one, and stays so: that is no convergence."""
+    dead = 0
+    for step in reversed(steps):
+        if step.values.get("total_loss") != 0 or step.values.get("grad_norm", 0.0) != 0:
+            break
+        dead += 1
+    if dead < _FEWEST_ZEROS or dead == len(steps) or 4 * dead < len(steps):
+        return
+    before = steps[len(steps) - dead - 1].values.get("total_loss", 0.0)
+    if not abs(before) >= _SUDDEN:
+        return
+    first = steps[len(steps) - dead]
+    yield Finding(
+        id="dead-run",
+        severity=Severity.WARNING,
+        statement=f"the loss falls from {before:.4g} to exactly 0 at step {first.number} and stays there",
+        evidence=(f"{dead} of {len(steps)} rows, to the last",),
+        cause=(
+            "a loss of NaN that the logger replaces by 0 (transformers' logging_nan_inf_filter), or batches in which"
+            " no token counts"
+        ),
+        next_step="log grad_norm, set logging_nan_inf_filter=False, and count the tokens of those batches",
+        data={"first_step": first.number, "rows": dead},
+    )
+
+
 def sampler_ratio(evidence: Evidence) -> Verdicts:
     """The ratio of trainer to sampler away from 1 by the same factor in every batch."""
     metrics = evidence.metrics
@@ -61,7 +104,7 @@ def sampler_ratio(evidence: Evidence) -> Verdicts:
     if metrics.has("sampler_ratio"):
         name = "sampler_ratio"
         values = [step.values[name] for step in metrics.steps if name in step.values]
-    elif metrics.native and metrics.batching == "explicit":
+    elif metrics.native and (metrics.batching == "explicit" or len(metrics.batches) > 2):
         firsts = [batch.steps[0].values.get("mean_is_ratio", math.nan) for batch in metrics.batches if batch.steps]
         name, values = "mean_is_ratio", firsts
         if len(values) < 3:

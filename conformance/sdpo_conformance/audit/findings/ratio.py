@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.metrics import Batch, RunMetrics
 
@@ -204,7 +205,7 @@ def _why_not_judged(metrics: RunMetrics | None) -> str:
     if all(len(batch.steps) < 2 for batch in metrics.batches):
         return "one step per batch: there is nothing to refresh"
     if not metrics.has("mean_is_ratio"):
-        return "mean_is_ratio is not reported"
+        return _other_ratio(metrics)
     if metrics.averaged_over > 1:
         return f"rows average over batches: each stands for {metrics.averaged_over} steps (logging_steps)"
     if metrics.batching == "unknown":
@@ -213,6 +214,15 @@ def _why_not_judged(metrics: RunMetrics | None) -> str:
             "or name a file that has it with --config"
         )
     return ""
+
+
+def _other_ratio(metrics: RunMetrics) -> str:
+    """What is there in place of mean_is_ratio."""
+    if not metrics.ratio_names:
+        return "no importance ratio is reported under any name that is known"
+    names = ", ".join(shown(name) for name in metrics.ratio_names[:3])
+    who = "the log" if metrics.tool in ("wandb", "another tool") else metrics.tool
+    return f"{who} reports its ratio as {names}: of batches sampled anew, which shows nothing of a refresh"
 
 
 def _cap(evidence: Evidence) -> float | None:

@@ -14,8 +14,18 @@ def is_event_file(path: Path) -> bool:
     return ".tfevents." in path.name and path.is_file()
 
 
+def holds_event_files(path: Path) -> bool:
+    """Whether a folder holds event files and no JSON, which would be read first."""
+    if not path.is_dir():
+        return False
+    entries = list(path.iterdir())
+    return any(map(is_event_file, entries)) and not any(entry.suffix in (".json", ".jsonl") for entry in entries)
+
+
 def read_event_file(path: Path) -> list[dict[str, Any]]:
-    """One row per step with every scalar of that step. Raises AuditError without the tensorboard package."""
+    """One row per step with every scalar of that step, of a file or of all that a folder holds (a resumed run writes
+    several). Raises AuditError without the tensorboard package.
+    """
     try:
         accumulators = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
         make_ndarray = importlib.import_module("tensorboard.util.tensor_util").make_ndarray

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from itertools import pairwise
@@ -11,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.metrics.event_files import is_event_file, read_event_file
+from sdpo_conformance.audit.metrics.event_files import holds_event_files, is_event_file, read_event_file
 from sdpo_conformance.audit.metrics.metric_names import FIELDS, field_of
-from sdpo_conformance.audit.metrics.row_shapes import RowReader, record_problems
+from sdpo_conformance.audit.metrics.mlflow_files import is_mlflow_folder, read_mlflow_folder
+from sdpo_conformance.audit.metrics.record_problems import record_problems
+from sdpo_conformance.audit.metrics.row_reader import RowReader
 from sdpo_conformance.audit.metrics.step_record import Batch, Batching, RunMetrics
+from sdpo_conformance.audit.metrics.tables import is_table, read_table
 from sdpo_conformance.audit.run_files import parse_json, read_text
 
 _SHOWN_NAMES = 8
@@ -26,7 +27,9 @@ def read_metrics(path: Path) -> RunMetrics:
     A folder's `sample*` files are one series per sample; its other .json and .jsonl files are one batch each,
     in natural order. Raises AuditError when nothing there holds per-step metrics.
     """
-    return _read_folder(path) if path.is_dir() else _read_file(path)
+    if path.is_dir() and not is_mlflow_folder(path) and not holds_event_files(path):
+        return _read_folder(path)
+    return _read_file(path)
 
 
 def _read_file(path: Path) -> RunMetrics:
@@ -40,10 +43,12 @@ def _read_file(path: Path) -> RunMetrics:
             f"{where}: is wandb's own binary log; export it as JSON lines (wandb.Api().run(...).scan_history(),"
             " one row a line) and audit that file"
         )
-    if is_event_file(path):
+    if is_event_file(path) or holds_event_files(path):
         kind, batches, batching = "TensorBoard event file", reader.log(read_event_file(path)), "unknown"
-    elif path.suffix.lower() in (".csv", ".tsv"):
-        kind, batches, batching = reader.rows_or_responses(_table(path), "CSV")
+    elif is_mlflow_folder(path):
+        kind, batches, batching = "MLflow file store", reader.log(read_mlflow_folder(path)), "unknown"
+    elif is_table(path):
+        kind, batches, batching = reader.rows_or_responses(read_table(path), "CSV")
     else:
         documents = _documents(read_text(path), where, reader)
         if len(documents) == 1 and not (isinstance(documents[0], dict) and isinstance(documents[0].get("data"), dict)):
@@ -67,6 +72,7 @@ def _read_file(path: Path) -> RunMetrics:
         tool=reader.tool,
         averaged_over=_averaged_over(batches, logging_steps) if batching == "unknown" else 1,
         unknown_fields=reader.unknown_fields,
+        ratio_names=reader.ratio_names,
         notes=tuple(reader.notes),
     )
 
@@ -94,10 +100,7 @@ def _averaged_over(batches: list[Batch], logging_steps: int) -> int:
 
 
 def _read_folder(path: Path) -> RunMetrics:
-    events = sorted(entry for entry in path.iterdir() if is_event_file(entry))
     files = [entry for entry in path.iterdir() if entry.suffix in (".json", ".jsonl")]
-    if events and not files:
-        return _read_file(events[-1])
     if not files:
         raise AuditError(f"{shown(path)}: is a folder without .json or .jsonl files; expected metrics")
     files.sort(key=lambda entry: [int(c) if c.isdigit() else c for c in _split_digits(entry.name)])
@@ -136,7 +139,7 @@ def _documents(text: str, where: str, reader: RowReader) -> list[Any]:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip(" \t\0")]
         if len(lines) > 1 and (error.msg == "Extra data" or _is_whole(lines[0][1])):
             found = [parse_json(line, f"{where}: line {number}") for number, line in lines[:-1]]
             number, last = lines[-1]
@@ -147,9 +150,28 @@ def _documents(text: str, where: str, reader: RowReader) -> list[Any]:
                     raise
                 reader.notes.append(f"line {number}, the last, is cut off and was left out")
             return found
+        if history := _cut_history(text):
+            reader.notes.append(f"the file is cut off inside log_history: its first {len(history)} rows are kept")
+            return [{"log_history": history}]
     except (ValueError, RecursionError):
         pass
     return [parse_json(text, where)]
+
+
+def _cut_history(text: str) -> list[Any]:
+    """The whole rows of a trainer_state.json that ends inside its log_history."""
+    start = re.search(r'"log_history"\s*:\s*\[', text)
+    if start is None or (text.rstrip().endswith("}") and text.count("{") == text.count("}")):
+        return []
+    rows: list[Any] = []
+    position = start.end()
+    while match := re.compile(r"[\s,]*(?=\{)").match(text, position):
+        try:
+            row, position = json.JSONDecoder().raw_decode(text, match.end())
+        except (ValueError, RecursionError):
+            break
+        rows.append(row)
+    return rows
 
 
 def _is_whole(line: str) -> bool:
@@ -158,43 +180,3 @@ def _is_whole(line: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV, without its blank cells. wandb's export names columns "run - metric" and adds __MIN, __MAX."""
-    text = read_text(path)
-    separator = "\t" if path.suffix.lower() == ".tsv" or "\t" in text.splitlines()[0] else ","
-    try:
-        parsed = list(csv.DictReader(io.StringIO(text), delimiter=separator))
-    except csv.Error as error:
-        raise AuditError(f"{shown(path)}: is not a table that can be read: {shown(error)}") from None
-    rows = []
-    tag = re.search(r"tag-(.+)$", path.stem)
-    for record in parsed:
-        row: dict[str, Any] = {}
-        for key, value in record.items():
-            if not isinstance(key, str) or not isinstance(value, str) or not value.strip():
-                continue
-            name = key.strip().rsplit(" - ", 1)[-1]
-            if name.endswith(("__MIN", "__MAX")):
-                continue
-            if name == "Value" and tag:  # TensorBoard exports one tag per file and names it in the file's name
-                name = tag[1].replace("_", "/", 1) if tag[1].startswith(("train_", "eval_")) else tag[1]
-            row[name] = value
-        if row:
-            rows.append(_numbered(row))
-    return rows
-
-
-def _numbered(row: dict[str, Any]) -> dict[str, Any]:
-    """Step numbers of a table are text, some as "3.0"."""
-    for key in ("step", "Step", "_step", "global_step", "train/global_step", "iteration", "iter"):
-        value = row.get(key)
-        if isinstance(value, str):
-            try:
-                number = float(value)
-            except ValueError:
-                continue
-            if number.is_integer():
-                row[key] = int(number)
-    return row

@@ -9,7 +9,7 @@ is not 1 after a refresh, since every batch is sampled anew. `sampler_gap` is th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 FIELDS = (
@@ -51,7 +51,10 @@ _MEANINGS: Mapping[str, str] = {
     "train_rollout_logprob_abs_diff": "sampler_gap", "actor_lr": "learning_rate", "actor_grad_norm": "grad_norm",
     "ppo_actor/update/grad_norm": "grad_norm", "ppo_actor/update/lr": "learning_rate",
     "ppo_actor/update/loss/avg": "total_loss", "ppo_actor/update/importance_weight/avg": "policy_ratio",
-    "grad/norm/total": "grad_norm", "optim/learning_rate": "learning_rate",
+    "rollout_train_logprobs_abs_diff_mean": "sampler_gap", "policy_kl": "kl_reg", "tis": "sampler_ratio",
+    "ois": "policy_ratio", "lr-pg_0": "learning_rate", "mismatch_kl/all/mean": "sampler_kl", "vllm_kl": "sampler_kl",
+    "ppo_actor/update/behave_imp_weight/avg": "sampler_ratio", "policy_lr": "learning_rate",
+    "raw_grad_norm": "grad_norm", "grad/norm/total": "grad_norm", "optim/learning_rate": "learning_rate",
 }  # fmt: skip
 #: Prefixes that say where a value was logged, not what it is.
 _PLACES = ("train/", "training/", "train_", "trainer/", "actor/", "policy/", "metrics/")
@@ -61,11 +64,16 @@ _BOOKKEEPING = re.compile(
     r"elapsed_time|remaining_time|num_tokens|total_flos|total_tokens|throughput|memory.*|train_speed.*|model_info|"
     r"completions?|completion_length|completion|prompts?|rewards?|reward_std|frac_reward_zero_std|clip_ratio|entropy|"
     r"mean_token_accuracy|accuracy|lora_id|metadata|tokens_trained|steps_per_batch|steps_per_batch_applied|"
+    r"_?notes?|cfg|config|tags?|token_acc|ppl|perplexity|mem|tps|num_label_tokens|num_sequences|num_loss_tokens|loss:sum|"
+    r"tokens_per_second.*|model_parameter_info|last_model_checkpoint|best_model_checkpoint|best_metric|log_history|"
+    r"progress|gen_kl_error|token_mult_prob_error|global_valid_\w+|mean_(prompt|gen|total|gen_tokens)\w*|tis_\w+|"
+    r"pg_clipfrac\w*|ppo_kl|ppo_clip_ratio|entropy_loss|policy_entropy|clipfrac\w*|approx_kl\w*|num_\w+|advantages?|"
     r"train_(runtime|samples_per_second|steps_per_second|loss|tokens_per_second)|"
     r"(eval|val|valid|validation|test|env|critic|response_length|prompt_length|response|prompt|perf|timing_s|timing_per_"
     r"token_ms|timing|time|progress|global_seqlen|rewards?|completions?|profiling|system|num_turns|rollout|rollout_corr|"
     r"mismatch|sampling|self_distillation|sdpo|sdft|clip_ratio|tools?|logps|logits|actor|optim|optimizer|generation|"
-    r"ppo_actor|performance|data|objective|policy|loss|importance_ratio|mismatch_kl|kl|val-core|val-aux|debug)[/_-].*)$"
+    r"ppo_actor|grpo_actor|timeperf|generate|ray|entropy|is_masked|tokens|rewards?|memory|perf_stats|trainer|stop|"
+    r"performance|data|objective|policy|loss|importance_ratio|mismatch_kl|kl|val-core|val-aux|debug)[/_-].*)$"
 )
 _SUMMARY = ("train_runtime", "train_samples_per_second")
 _RATIO_NAMES = re.compile(
@@ -107,9 +115,14 @@ def is_bookkeeping(key: str) -> bool:
     return bool(_BOOKKEEPING.match(name) or _BOOKKEEPING.match(bare)) or key == "global_step/max_steps"
 
 
-def names_ratio(keys: Iterable[str]) -> bool:
-    """Whether any known tool's name of an importance ratio, or of what follows from one, is among the names."""
-    return any(_RATIO_NAMES.search(key.lower()) for key in keys)
+def names_ratio(key: str) -> bool:
+    """Whether any known tool uses the name for an importance ratio, or for what follows from one."""
+    return bool(_RATIO_NAMES.search(key.lower()))
+
+
+def is_evaluation_name(key: str) -> bool:
+    """Whether the name is of an evaluation's number."""
+    return bool(_EVALUATION.match(key.lower()))
 
 
 def is_summary(row: Mapping[str, Any]) -> bool:

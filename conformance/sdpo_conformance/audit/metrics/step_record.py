@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -36,8 +36,8 @@ class RunMetrics:
     `batching` says how the batches' ends are known: "explicit" (the file or the settings say), "assumed" (bare
     rows, taken as one batch while their step grows) or "unknown" (the log counts global steps). `tool` is whose
     names the fields carry, "CLaaS" for the algorithm's own. `averaged_over` is how many optimizer steps one row
-    stands for, where that is more than one; `unknown_fields` are names that no known tool uses, and `problems`
-    faults of the record itself, in words.
+    stands for, where that is more than one; `unknown_fields` are names that no known tool uses, `ratio_names` those of
+    an importance ratio or of what follows from one, and `problems` faults of the record itself, in words.
     """
 
     path: Path
@@ -48,6 +48,7 @@ class RunMetrics:
     tool: str = "CLaaS"
     averaged_over: int = 1
     unknown_fields: tuple[str, ...] = ()
+    ratio_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,3 +84,10 @@ class RunMetrics:
         if (numbers[0] - start) % steps_per_batch:  # the log begins inside a batch: its first step is not there
             return replace(self, batching="unknown")
         return replace(self, batches=tuple(Batch(part) for part in parts), batching="explicit")
+
+
+def labelled_steps(metrics: RunMetrics) -> Iterator[tuple[str, Step]]:
+    """Every step with its name in a sentence."""
+    for index, batch in enumerate(metrics.batches):
+        for step in batch.steps:
+            yield metrics.label(index, step), step

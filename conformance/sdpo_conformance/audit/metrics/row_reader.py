@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -13,10 +14,13 @@ from sdpo_conformance.audit.metrics.metric_names import (
     FIELDS,
     field_of,
     is_bookkeeping,
+    is_evaluation_name,
     is_summary,
+    names_ratio,
     preference,
     tool_of,
 )
+from sdpo_conformance.audit.metrics.sample_rows import mean, merge_samples, number_samples
 from sdpo_conformance.audit.metrics.step_record import Batch, Batching, Step
 
 _SAMPLE_KEYS = ("sample", "sample_id", "sample_idx", "sample_index")
@@ -26,6 +30,8 @@ _STEP_KEYS = (
     "current_steps", "global_step/max_steps", "progress/batch", "iteration", "iter", "_step", "Step",
 )  # fmt: skip
 _LARGEST_STEP = 10**12
+#: What json.dumps(..., default=str) makes of a tensor.
+_TENSOR = re.compile(r"^tensor\(([^,()]{1,40})(?:,[^()]*)?\)$")
 
 
 class RowReader:
@@ -36,6 +42,7 @@ class RowReader:
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.seen: set[str] = set()
+        self.unreported: set[str] = set()
 
     @property
     def tool(self) -> str:
@@ -45,13 +52,23 @@ class RowReader:
     @property
     def unknown_fields(self) -> tuple[str, ...]:
         """Names that no known tool uses."""
-        return tuple(sorted(key for key in self.seen if field_of(key) is None and not is_bookkeeping(key)))
+        return tuple(
+            sorted(key for key in self.seen if key.strip() and field_of(key) is None and not is_bookkeeping(key))
+        )
 
-    def look(self, rows: Iterable[Any]) -> None:
-        """Note the names that the rows carry."""
-        for row in rows:
-            if isinstance(row, Mapping):
-                self.seen.update(str(key) for key in row)
+    @property
+    def ratio_names(self) -> tuple[str, ...]:
+        """Names of an importance ratio, whosever, and then of what follows from one."""
+        found = sorted(key for key in self.seen if names_ratio(key))
+        return tuple(sorted(found, key=lambda key: field_of(key) not in ("sampler_ratio", "policy_ratio")))
+
+    def look(self, rows: Sequence[Any]) -> None:
+        """Note the names that the rows carry, and those that are null in every row although the loss is a number."""
+        kept = [row for row in rows if isinstance(row, Mapping)]
+        self.seen.update(str(key) for row in kept for key in row)
+        if any(field_of(key) == "total_loss" and _finite(value) for row in kept for key, value in row.items()):
+            told = {key for row in kept for key, value in row.items() if value is not None}
+            self.unreported = {str(key) for row in kept for key in row if key not in told}
 
     def document(self, document: Any) -> tuple[str, list[Batch], Batching]:
         if isinstance(document, Mapping):
@@ -97,7 +114,7 @@ class RowReader:
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 raise AuditError(f"{self.where}: entry {index + 1} is {shown(repr(row))}, not an object of metrics")
-            if is_summary(row) or not _has_metrics(row):
+            if _is_evaluation(row):
                 continue
             number = self.step_number(_step_of(row), index)
             fields = {name for key in row if (name := field_of(key))}
@@ -162,10 +179,13 @@ class RowReader:
             read.append((number, sample, self.step(row, number)))
         numbers = [number for number, _, _ in read]
         if any(sample is not None for _, sample, _ in read):
-            return _merge_samples(read)
-        ascending = all(a <= b for a, b in pairwise(numbers))
+            return merge_samples(read)
+        back = [b for a, b in pairwise(numbers) if b < a]
+        if back and min(back) > numbers[0]:
+            return self.log(rows)  # a batch begins where the first one did; further on, a resumed run goes on
+        ascending = not back
         if ascending and 1 < len(set(numbers)) < len(numbers) and len(set(Counter(numbers).values())) == 1:
-            return _merge_samples(_number_samples(read))
+            return merge_samples(number_samples(read))
         batches: list[list[Step]] = []
         for number, _, step in read:
             if not batches or number <= batches[-1][-1].number:
@@ -200,7 +220,7 @@ class RowReader:
         for name in FIELDS:
             column = [entry[name] for entry in samples.values() if name in entry]
             if column and name not in values:
-                values[name] = _mean(column)
+                values[name] = mean(column)
         return Step(number, values, samples)
 
     def values(self, row: Mapping[str, Any], place: str) -> dict[str, float]:
@@ -208,9 +228,13 @@ class RowReader:
         chosen: dict[str, str] = {}
         for key, value in row.items():
             name = field_of(key)
-            if name is None or isinstance(value, list):
+            if name is None or isinstance(value, list) or (value is None and key in self.unreported):
                 continue
             if name in chosen and preference(chosen[name]) <= preference(key):
+                continue
+            if self.tool != "CLaaS" and not isinstance(value, float | int | str | None):
+                note = f"{shown(key)} holds no numbers and was left out"
+                self.notes.extend([] if note in self.notes else [note])
                 continue
             found[name] = self.number(value, f"{place}: {name}")
             chosen[name] = key
@@ -222,54 +246,12 @@ class RowReader:
             return math.nan
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             try:
-                return float(value)
+                return float(_TENSOR.sub(r"\1", value) if isinstance(value, str) else value)
             except OverflowError:
                 return math.inf if isinstance(value, int) and value > 0 else -math.inf
             except ValueError:
                 pass
         raise AuditError(f"{self.where}: {place} is {shown(repr(value))}, not a number")
-
-
-def _number_samples(read: list[tuple[int, str | None, Step]]) -> list[tuple[int, str | None, Step]]:
-    counts: Counter[int] = Counter()
-    numbered: list[tuple[int, str | None, Step]] = []
-    for number, _, step in read:
-        counts[number] += 1
-        numbered.append((number, str(counts[number]), step))
-    return numbered
-
-
-def _merge_samples(read: list[tuple[int, str | None, Step]]) -> list[Batch]:
-    """Rows of one step become one step, the mean over its samples: CLaaS's reduction over samples."""
-    merged: dict[int, dict[str, Mapping[str, float]]] = {}
-    for number, sample, step in read:
-        merged.setdefault(number, {})[sample or "?"] = step.values
-    steps = []
-    for number in sorted(merged):
-        samples = merged[number]
-        columns = {name: [v[name] for v in samples.values() if name in v] for name in FIELDS}
-        steps.append(Step(number, {name: _mean(column) for name, column in columns.items() if column}, samples))
-    return [Batch(tuple(steps))]
-
-
-def record_problems(batches: Sequence[Batch]) -> list[str]:
-    """Gaps and contradictions of a record of the algorithm's own."""
-    problems = []
-    steps = [step for batch in batches for step in batch.steps]
-    for name in FIELDS[:-1]:
-        lacking = [step.number for step in steps if name not in step.values]
-        if lacking and len(lacking) < len(steps):
-            told = ", ".join(str(number) for number in lacking[:5]) + (", …" if len(lacking) > 5 else "")
-            problems.append(f"{name} is missing at step {told}")
-    for batch in batches:
-        reported = len(batch.steps)
-        if batch.declared_steps is not None and reported > 1 and reported != batch.declared_steps:
-            problems.append(f"{batch.declared_steps} steps were declared and {reported} reported")
-        for name, value in batch.summary.items():
-            last = batch.steps[-1].values.get(name) if batch.steps else None
-            if last is not None and not math.isclose(last, value, rel_tol=1e-6, abs_tol=1e-12) and value == value:
-                problems.append(f"the response's {name} is {value:g} but its last step says {last:g}")
-    return problems
 
 
 def _has_metrics(row: Mapping[str, Any]) -> bool:
@@ -292,8 +274,22 @@ def _unwrapped(row: Any) -> Any:
 
 
 def _is_evaluation(row: Any) -> bool:
-    """A row without any metric of a step, among rows that have some."""
-    return isinstance(row, Mapping) and bool(row) and (is_summary(row) or not _has_metrics(row))
+    """A row that is no training step: none of its metrics there, or none a number beside an evaluation's that are."""
+    if not isinstance(row, Mapping) or not row:
+        return False
+    if is_summary(row) or not _has_metrics(row):
+        return True
+    own = any(_finite(value) for key, value in row.items() if field_of(key) not in (None, "learning_rate"))
+    return not own and any(_finite(value) for key, value in row.items() if is_evaluation_name(str(key)))
+
+
+def _finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False
 
 
 def _whole(value: object) -> int | None:
@@ -302,8 +298,3 @@ def _whole(value: object) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     return int(value) if isinstance(value, float) and value.is_integer() else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The mean; infinite, not an exception, where the sum overflows."""
-    return sum(values) / len(values)
