@@ -1,4 +1,4 @@
-"""A few kinds of the false alarm count (sound_adapters.py): trained soundly, and not accused."""
+"""A few kinds of the false alarm count (tests/evidence/audit_false_alarms.py): trained soundly, and not accused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from .sound_adapters import runs
+from ..evidence.audit_false_alarms import runs
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "vera", "embedding", "adalora"])

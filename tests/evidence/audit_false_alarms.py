@@ -1,6 +1,6 @@
 """False alarms of the audit, counted: every PEFT kind that installs, under three loggers, trained for a few steps.
 
-PYTHONPATH=conformance:implementations python -m tests.audit.sound_adapters [SEEDS [KIND ...]]
+python -m tests.evidence.audit_false_alarms [SEEDS [KIND ...]]
 """
 
 from __future__ import annotations
@@ -51,6 +51,20 @@ def kinds() -> dict[str, Callable[[], Any]]:
         "miss": lambda: peft.MissConfig(r=4, target_modules=TARGETS),
         "c3a": lambda: peft.C3AConfig(block_size=4, target_modules=TARGETS),
         "randlora": lambda: peft.RandLoraConfig(r=4, target_modules=["q_proj"]),
+        "delora": lambda: peft.DeloraConfig(r=4, target_modules=TARGETS),
+        "waveft": lambda: peft.WaveFTConfig(n_frequency=20, target_modules=TARGETS),
+        "gralora": lambda: peft.GraloraConfig(r=4, target_modules=TARGETS),
+        "road": lambda: peft.RoadConfig(group_size=16, target_modules=TARGETS),
+        "poly": lambda: peft.PolyConfig(r=4, target_modules=TARGETS, n_tasks=1, n_skills=1),
+        "osf": lambda: peft.OSFConfig(target_modules=TARGETS),
+        "tokens": lambda: peft.TrainableTokensConfig(token_indices=list(range(2, 64))),
+        "lora_tokens": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, trainable_token_indices=list(range(2, 64))),
+        "olora": lambda: peft.LoraConfig(r=4, init_lora_weights="olora", target_modules=TARGETS),
+        "bias_all": lambda: peft.LoraConfig(r=4, bias="all", target_modules=TARGETS),
+        "loha_rank_pattern": lambda: peft.LoHaConfig(r=4, rank_pattern={"v_proj": 8}, target_modules=TARGETS),
+        "target_parameters": lambda: peft.LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"]),
+        "exclude": lambda: peft.LoraConfig(r=4, target_modules="all-linear", exclude_modules=["k_proj"]),
+        "layers": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, layers_to_transform=[0]),
         "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
         "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     }
@@ -63,7 +77,7 @@ def train(
     """Train a tiny model by plain AdamW, save before and after (or checkpoints), and return the log."""
     import peft
 
-    from .training import tiny_model
+    from ..audit.training import tiny_model
 
     torch.manual_seed(seed)
     model = peft.get_peft_model(tiny_model(seed), config)
