@@ -88,7 +88,7 @@ def conformance(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests of the harness and of the bundled implementations: nox -s tests -- [pytest options]."""
-    environment = prepare(session, "-e", ".[test]")
+    environment = {**prepare(session, "-e", ".[test]"), "PYTHONDONTWRITEBYTECODE": ""}  # many short processes
     session.run("python", "-m", "pytest", "-n", "auto", *session.posargs, env=environment)
 
 

@@ -83,16 +83,17 @@ def run_worker(
             env=environment,
             start_new_session=True,
         )
-        stuck, seen, since = False, -1, time.monotonic() + STARTING_SECONDS
+        stuck, seen, since = False, (False, -1), time.monotonic()
         try:
             while process.poll() is None:
                 time.sleep(0.1)
                 done = len(list((folder / RECORDS).glob("*.json")))
                 if progress is not None:
                     progress(done, len(cells))
-                if done != seen:
-                    seen, since = done, max(since, time.monotonic())
-                if time.monotonic() - since > cell_timeout:
+                begun = (folder / CURRENT).exists()
+                if (begun, done) != seen:
+                    seen, since = (begun, done), time.monotonic()
+                if time.monotonic() - since > (cell_timeout if begun else STARTING_SECONDS):
                     stuck = True
                     break
         finally:

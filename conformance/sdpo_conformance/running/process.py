@@ -144,6 +144,7 @@ def pytest_command(implementation: str, options: RunOptions) -> list[str]:
         "-c",
         str(Path(__file__).parent / "pytest.ini"),
         "--noconftest",
+        "--assert=plain",
         "-p",
         "xdist",
         "-p",

@@ -7,7 +7,6 @@ from typing import Any
 
 from sdpo_conformance.protocol import DistillResult
 from sdpo_implementations.reference.loss import compute_sdpo_loss
-from sdpo_implementations.sharded_step_loop import distill_on_ranks
 from sdpo_implementations.step_loop import Kernels
 from sdpo_implementations.step_loop import distill as step_loop
 
@@ -18,6 +17,8 @@ def distill(
     """``sdpo_implementations.step_loop.distill`` from logits: any causal language model. With a 1-D ``mesh``, the
     samples, the same on every rank, are cut over its ranks (``sharded_step_loop``)."""
     if mesh is not None:
+        from sdpo_implementations.sharded_step_loop import distill_on_ranks  # a second to import
+
         kernels = Kernels.from_logits(compute_sdpo_loss)
         return distill_on_ranks(model, samples, training, optimizer_cls, kernels, mesh)
     return step_loop(model, samples, training, optimizer_cls, Kernels.from_logits(compute_sdpo_loss))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpo_implementations.sharded_step_loop import distill_on_ranks
 from sdpo_implementations.step_loop import Kernels
 from sdpo_implementations.step_loop import distill as step_loop
 from sdpo_implementations.triton_fused.entries import (
@@ -36,6 +35,8 @@ def distill(
     """
     kernels = Kernels.from_hidden_states(compute_fused_sdpo_loss, compute_response_logprobs, compute_teacher_topk)
     if mesh is not None:
+        from sdpo_implementations.sharded_step_loop import distill_on_ranks  # a second to import
+
         if token_budget is not None:
             raise ValueError("token_budget has no meaning with a mesh: its ranks take one sample at a time")
         return distill_on_ranks(model, samples, training, optimizer_cls, kernels, mesh)
