@@ -155,6 +155,28 @@ def test_a_dead_run_is_named(tmp_path: Path) -> None:
     assert "logging_nan_inf_filter" in found["dead-run"].cause
 
 
+def test_a_loss_that_is_suddenly_nothing(tmp_path: Path) -> None:
+    for values, expected in (([0.5, 0.4, 0.0, 0.0, 0.0], ["dead-run"]), ([0.5, 0.001, 0.0, 0.0, 0.0], [])):
+        (tmp_path / "trainer_log.jsonl").write_text(
+            lines([{"current_steps": n, "total_steps": 5, "loss": value} for n, value in enumerate(values, 1)])
+        )
+        assert [f.id for f in audit_run(tmp_path).findings] == expected
+
+
+def test_a_loss_scaler_may_skip_its_first_step(tmp_path: Path) -> None:
+    rows = [{"step": n, "loss": a, "grad_norm": b if n > 1 else float("inf")}
+            for n, (a, b) in enumerate(zip(LOSS, NORM, strict=True), 1)]  # fmt: skip
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    report = audit_run(tmp_path)
+    assert [(f.id, f.severity.value) for f in report.findings] == [("metrics-nonfinite", "note")]
+
+
+def test_the_ratio_is_found_under_the_tools_own_name(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(hf(**{"sampling/importance_sampling_ratio/mean": 0.99}))
+    reasons = [item.reason for item in audit_run(tmp_path).not_judged if item.id == "behaviour-not-refreshed"]
+    assert "TRL reports its ratio as sampling/importance_sampling_ratio/mean" in reasons[0]
+
+
 def test_a_constant_ratio_off_one(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(hf(**{"sampling/importance_sampling_ratio/mean": 0.895}))
     assert [f.id for f in audit_run(tmp_path).findings] == ["sampler-ratio"]

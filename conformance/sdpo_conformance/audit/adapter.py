@@ -30,6 +30,7 @@ PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: Elements read at once: 32 MiB in float64, whatever the tensor's size.
 BLOCK_ELEMENTS = 2**22
+REOPEN_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,11 @@ def _as_peft(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class TensorReader:
-    """Reads blocks of an adapter's tensors through safetensors, float64, without holding whole tensors."""
+    """Reads blocks of an adapter's tensors through safetensors without holding whole tensors.
+
+    safetensors maps the file, and every page that was read stays resident as long as the mapping: the file is closed
+    and opened again after each REOPEN_BYTES, so that a large adapter takes no more memory than a small one.
+    """
 
     def __init__(self, adapter: Adapter) -> None:
         from safetensors import SafetensorError, safe_open
@@ -213,10 +218,17 @@ class TensorReader:
             raise ValueError("a fresh adapter has no tensors to read")
         self._adapter = adapter
         self._errors = (SafetensorError, OSError, RuntimeError, ValueError)
+        self._safe_open = safe_open
         self._open: dict[Path, Any] = {}
-        for path in dict.fromkeys(adapter.files.values()):
+        self._read = 0
+        self._reopen()
+
+    def _reopen(self) -> None:
+        self.close()
+        self._read = 0
+        for path in dict.fromkeys(self._adapter.files.values()):
             try:
-                self._open[path] = safe_open(str(path), framework="pt", device="cpu")
+                self._open[path] = self._safe_open(str(path), framework="pt", device="cpu")
                 self._open[path].__enter__()
             except self._errors as error:
                 raise AuditError(f"{shown(path)}: safetensors refuses it: {shown(error)}") from None
@@ -225,15 +237,20 @@ class TensorReader:
         """Let go of the files."""
         for file in self._open.values():
             file.__exit__(None, None, None)
+        self._open = {}
 
     def block(self, key: str, where: tuple[slice, ...]) -> torch.Tensor:
         """One block of a tensor, in its own dtype."""
+        if self._read > REOPEN_BYTES:
+            self._reopen()
         name = self._adapter.tensors[key].name
         file = self._open[self._adapter.files[key]]
         try:
-            tensor: torch.Tensor = file.get_slice(name)[where] if where else file.get_tensor(name)
+            # A copy: what is in use must not keep the mapping.
+            tensor: torch.Tensor = (file.get_slice(name)[where] if where else file.get_tensor(name)).clone()
         except self._errors as error:
             raise AuditError(f"{shown(self._adapter.weights)}: {shown(name)}: {shown(error)}") from None
+        self._read += tensor.numel() * tensor.element_size()
         return tensor
 
     def whole(self, key: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ _HALF_KL_ROUNDING = 1e-3
 _LARGE_KL = 1.0
 _SHOWN = 5
 _FEW_OVERFLOWS = 2
+_HUGE_NORM = 1e4
 
 
 def metrics_nonfinite(evidence: Evidence) -> Verdicts:
@@ -22,7 +23,10 @@ def metrics_nonfinite(evidence: Evidence) -> Verdicts:
     if evidence.metrics is None:
         return
     rows = list(labelled_steps(evidence.metrics))
-    rows = rows[: len(rows) - dead_rows(evidence.metrics)]  # dead-run speaks of those
+    if dead := dead_rows(evidence.metrics):  # dead-run speaks of those, and of the NaN that they come from
+        rows = rows[: len(rows) - dead]
+        while rows and not math.isfinite(rows[-1][1].values.get("grad_norm", 0.0)):
+            rows = rows[:-1]
     broken = [
         (name, f"{label}: {name} is {step.values[name]}")
         for label, step in rows
@@ -210,9 +214,12 @@ def grad_norm(evidence: Evidence) -> Verdicts:
     if not series:
         return
     values = sorted(value for value, _ in series)
-    largest, label = max(series)
+    # The first step may lie where the gradient is steep (DeLoRA divides by the norm of its zeros): no explosion.
+    largest, label = max(series[1:] if len(series) > 2 else series)
     median = values[(len(values) - 1) // 2]
-    if largest > 1e4 or (len(values) >= 3 and largest > 10 and largest >= 100 * median):
+    # Another tool may sum where this algorithm takes the mean.
+    huge = largest > _HUGE_NORM and metrics.native
+    if huge or (len(values) >= 3 and largest > 10 and largest >= 100 * median):
         yield Finding(
             id="grad-norm",
             severity=Severity.WARNING,
