@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -121,7 +122,9 @@ class Subject:
         self._smallest, self._visiting, self._secondary = None, True, 0
         dtypes, within = self.torch_dtypes, corner
         try:
-            for case in self.parts.recorded(corner, self.entry, tuple(dtypes)):
+            recorded = list(self.parts.recorded(corner, self.entry, tuple(dtypes)))
+            step = math.ceil(len(recorded) / self.profile.recorded) or 1
+            for case in recorded[self._requirement % step :: step]:
                 self.tally.recorded += 1
                 self._visit(check, case)
             for round_ in range(self.profile.visits):

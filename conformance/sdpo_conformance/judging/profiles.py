@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 class Profile:
     """Per requirement and entry: ``visits`` to each kind of each dimension of the input space, the ``costly``
     sizes among them or not, all of them or every second (``every`` = 2, neighbouring requirements sharing them
-    out), and ``examples`` that Hypothesis draws. ``shrink_seconds`` are spent on making a
+    out), ``recorded`` cases at most, spread over those that apply, and ``examples`` that Hypothesis draws. ``shrink_seconds`` are spent on making a
     failure small; after ``requirement_seconds`` a slow implementation gets no more examples."""
 
     name: str
     visits: int
     costly: bool
     every: int
+    recorded: float
     examples: int
     shrink_seconds: float
     requirement_seconds: float
@@ -25,10 +27,10 @@ class Profile:
 PROFILES: Mapping[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("check", 1, False, 2, 0, 1.0, 5.0),
-        Profile("quick", 1, False, 2, 12, 2.0, 20.0),
-        Profile("default", 2, True, 1, 50, 4.0, 90.0),
-        Profile("thorough", 10, True, 1, 400, 20.0, 600.0),
-        Profile("fuzz", 100, True, 1, 10_000, 60.0, 7200.0),
+        Profile("check", 1, False, 2, 12, 0, 1.0, 5.0),
+        Profile("quick", 1, False, 2, math.inf, 12, 2.0, 20.0),
+        Profile("default", 2, True, 1, math.inf, 50, 4.0, 90.0),
+        Profile("thorough", 10, True, 1, math.inf, 400, 20.0, 600.0),
+        Profile("fuzz", 100, True, 1, math.inf, 10_000, 60.0, 7200.0),
     )
 }
