@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """Per requirement and entry: ``visits`` to each kind of each dimension of the input space, the ``costly``
-    sizes among them or not, all of them or every second (``every`` = 2, neighbouring requirements sharing them
-    out), ``recorded`` cases at most, spread over those that apply, and ``examples`` that Hypothesis draws. ``shrink_seconds`` are spent on making a
-    failure small; after ``requirement_seconds`` a slow implementation gets no more examples."""
+    """Per requirement and entry: ``recorded`` cases at most, spread over those that apply; ``visits`` to each kind of
+    each dimension of the input space, the ``costly`` sizes among them or not, all of them or every second (``every``
+    = 2, neighbouring requirements sharing them out); and ``examples`` that Hypothesis draws. ``shrink_seconds`` are
+    spent on making a failure small; after ``requirement_seconds`` a slow implementation gets no more examples."""
 
     name: str
     visits: int
