@@ -85,7 +85,6 @@ WEIGHTS: dict[str, tuple[bytes, str]] = {
     "unknown dtype": (container({"a": entry(dtype="F7", shape=[1])}, b"\0" * 4), "dtype 'F7'"),
     "dtype of a wrong type": (container({"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}), "dtype"),
     "no entry": (container({"a": 3}), "expected dtype, shape and data_offsets"),
-    "no tensors": (container({"__metadata__": {"format": "pt"}}), "holds no tensors"),
     "a pickle by another name": (pickle.dumps({"a": 1}), "header claims"),
     "terminal escapes": (container({"\x1b[31mred": entry(dtype="F7")}), "\\x1b[31mred"),
 }

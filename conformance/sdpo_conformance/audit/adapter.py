@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpo_conformance.audit.errors import AuditError, shown
+from sdpo_conformance.audit.errors import AuditError, PickledError, shown
 from sdpo_conformance.audit.header import TensorEntry, read_header
 from sdpo_conformance.audit.names import canonical_key, unwrapped
 from sdpo_conformance.audit.run_files import parse_json, read_text
@@ -85,7 +85,7 @@ def open_adapter(path: Path) -> Adapter:
         if not weights.exists():
             for name in PICKLED:
                 if (path / name).exists():
-                    raise AuditError(_refusal(path / name))
+                    raise PickledError(_refusal(path / name))
             others = sorted(path.glob("*.safetensors"))
             usual = [other for other in others if other.name in OTHER_WEIGHTS_FILES]
             if shards := _unlisted_shards(others):
@@ -101,7 +101,7 @@ def open_adapter(path: Path) -> Adapter:
                 raise AuditError(f"{shown(path)}: holds neither {WEIGHTS_FILE} nor {CONFIG_FILE}: not a PEFT folder")
     else:
         if path.suffix.lower() in _PICKLE_SUFFIXES:
-            raise AuditError(_refusal(path))
+            raise PickledError(_refusal(path))
         weights, config = path, _read_config_of(path.parent)
     return _from_files(path, weights, (weights,), config)
 
@@ -120,8 +120,6 @@ def _from_files(path: Path, weights: Path, files: Sequence[Path], config: Mappin
                     f"{shown(file)}: holds {shown(key)} for two adapters; save the one to audit on its own"
                 )
             tensors[key], places[key] = entry, file
-    if not tensors:
-        raise AuditError(f"{shown(weights)}: holds no tensors")
     return Adapter(path, weights, tensors, config, places, dict(wrappers))
 
 
@@ -240,14 +238,13 @@ class TensorReader:
         self._open = {}
 
     def block(self, key: str, where: tuple[slice, ...]) -> torch.Tensor:
-        """One block of a tensor, in its own dtype."""
+        """One block of a tensor, in its own dtype. Copy what is kept: a view keeps the file's mapping."""
         if self._read > REOPEN_BYTES:
             self._reopen()
         name = self._adapter.tensors[key].name
         file = self._open[self._adapter.files[key]]
         try:
-            # A copy: what is in use must not keep the mapping.
-            tensor: torch.Tensor = (file.get_slice(name)[where] if where else file.get_tensor(name)).clone()
+            tensor: torch.Tensor = file.get_slice(name)[where] if where else file.get_tensor(name)
         except self._errors as error:
             raise AuditError(f"{shown(self._adapter.weights)}: {shown(name)}: {shown(error)}") from None
         self._read += tensor.numel() * tensor.element_size()

@@ -164,7 +164,7 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
 
 def _rekeyed(before: Adapter | None, after: Adapter) -> tuple[Adapter | None, str]:
     """`before` under the names of `after`, where the two differ in what stands before the layers; and how they do."""
-    if before is None or before.fresh or set(before.tensors) & set(after.tensors):
+    if before is None or before.fresh or not before.tensors or set(before.tensors) & set(after.tensors):
         return before, ""
     old, new = ({_within(key): key for key in adapter.tensors} for adapter in (before, after))
     if set(old) != set(new) or len(old) != len(before.tensors) or len(new) != len(after.tensors):
@@ -222,8 +222,8 @@ def _tensor(
     broken = {"before": 0, "after": 0}
     entry = after.tensors[key]
     for where in blocks(entry.shape):
-        now = new.block(key, where).to(torch.float64)
-        was = old.block(key, where).to(torch.float64) if old is not None else torch.zeros_like(now)
+        now = new.block(key, where).to(torch.float64, copy=True)
+        was = old.block(key, where).to(torch.float64, copy=True) if old is not None else torch.zeros_like(now)
         if compare:
             changed += int(torch.count_nonzero((now != was) & ~(now.isnan() & was.isnan())))
         delta = now - was

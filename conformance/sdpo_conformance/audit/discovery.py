@@ -64,7 +64,7 @@ def discover(
         checkpoints = find_checkpoints(run)
         if not checkpoints and after is None and not holds_weights(run):
             checkpoints = _below(run, find_checkpoints, "checkpoints") or ()
-        metrics = metrics or _metrics(run, checkpoints, ignored)
+        metrics = metrics or _metrics(run, checkpoints, ignored, bool(after or checkpoints or holds_weights(run)))
         if after is None and len(checkpoints) > 1:
             # The folder's own adapter may be the best checkpoint rather than the last one.
             after = checkpoints[-1]
@@ -74,6 +74,11 @@ def discover(
         prompts = prompts or _first(run, PROMPT_NAMES, ignored)
     if metrics is None and after is None:
         place = shown(run) if run is not None else "no RUN given"
+        if run is not None and any(run.glob("**/*.wandb")):
+            raise AuditError(
+                f"{place}: nothing to look at but wandb's own binary log; export it as JSON lines"
+                " (wandb.Api().run(...).scan_history(), one row a line) to metrics.jsonl"
+            )
         raise AuditError(
             f"{place}: nothing to look at: no metrics ({METRICS_NAMES[0]}, {METRICS_NAMES[4]},"
             f" trainer_state.json) and no finished adapter ({AFTER_NAMES[0]}/, {AFTER_NAMES[3]}/,"
@@ -82,15 +87,25 @@ def discover(
     return RunFiles(run, metrics, before, after, request, prompts, tuple(ignored), checkpoints)
 
 
-def _metrics(run: Path, checkpoints: Sequence[Path], ignored: list[str]) -> Path | None:
-    """By name; else of the last checkpoint; else any file in RUN that reads like a log; else the same below RUN."""
+def _metrics(run: Path, checkpoints: Sequence[Path], ignored: list[str], adapter: bool) -> Path | None:
+    """By name; else of the last checkpoint; else any file in RUN that reads like a log; else the same below RUN.
+
+    Raises AuditError where several runs have one, unless there is an adapter to judge all the same.
+    """
     named = _first(run, METRICS_NAMES, ignored)
     if named is not None:
         return named
     for checkpoint in reversed(checkpoints):
         if (checkpoint / "trainer_state.json").exists():
             return checkpoint / "trainer_state.json"
-    return unnamed_log(run) or mlflow_folder(run) or event_folder(run) or _below(run, _log_in, "logs")
+    here = unnamed_log(run) or mlflow_folder(run) or event_folder(run)
+    try:
+        return here or _below(run, _log_in, "logs")
+    except AuditError as error:
+        if not adapter:
+            raise
+        ignored.append(str(error))
+        return None
 
 
 def _log_in(folder: Path) -> Path | None:

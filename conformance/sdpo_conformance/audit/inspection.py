@@ -11,7 +11,7 @@ from sdpo_conformance.audit.adapter_change import compare_adapters
 from sdpo_conformance.audit.checkpoints import identical_neighbours
 from sdpo_conformance.audit.config import NO_REQUEST, RequestSample, read_request
 from sdpo_conformance.audit.discovery import RunFiles, discover
-from sdpo_conformance.audit.errors import AuditError, shown
+from sdpo_conformance.audit.errors import AuditError, NoStepsError, PickledError, shown
 from sdpo_conformance.audit.findings import Evidence, Finding, NotJudged, Severity, judge
 from sdpo_conformance.audit.findings.model import SamplerKnowledge
 from sdpo_conformance.audit.generation import GenerationResult, generate
@@ -72,11 +72,10 @@ def audit_run(
     """Audit a run's folder, or the parts named. Reads only; raises AuditError when it cannot look."""
     files = discover(run, metrics=metrics, before=before, after=after, request=config, prompts=prompts)
     request = read_request(files.request) if files.request else NO_REQUEST
-    run_metrics, refused = _metrics(files)
+    run_metrics, refused, empty = _metrics(files)
     if run_metrics is not None and request.training.steps_per_batch is not None:
         run_metrics = run_metrics.split(request.training.steps_per_batch)
-    old = open_adapter(files.before) if files.before else None
-    new = open_adapter(files.after) if files.after else None
+    old, new, pickled = _adapters(files, run_metrics is not None, named=after is not None or before is not None)
     if new is not None and new.fresh:
         raise AuditError(f"{shown(new.path)}: has adapter_config.json but no weights: not a finished adapter")
     asked = read_prompts(files.prompts) if files.prompts and (model or prompts) else ()
@@ -102,23 +101,37 @@ def audit_run(
         sampler_fit=fit,
         identical_checkpoints=identical_neighbours(files.checkpoints),
         metrics_refused=refused,
+        adapter_refused=pickled,
     )
     findings, not_judged = judge(evidence)
-    if refused and not any(f.severity is not Severity.NOTE for f in findings):
+    if refused and not empty and not any(f.severity is not Severity.NOTE for f in findings):
         raise AuditError(refused)  # a log of which nothing was understood is not a run in which nothing was found
     return AuditReport(files, evidence, findings, not_judged)
 
 
-def _metrics(files: RunFiles) -> tuple[RunMetrics | None, str]:
-    """The run's metrics, or why they could not be understood where there is an adapter to judge all the same."""
-    if files.metrics is None:
-        return None, ""
+def _adapters(files: RunFiles, metrics: bool, *, named: bool) -> tuple[Adapter | None, Adapter | None, str]:
+    """Both adapters; or why they are not read, where they are pickles that nobody named and metrics can be judged."""
     try:
-        return read_metrics(files.metrics), ""
+        old = open_adapter(files.before) if files.before else None
+        return old, open_adapter(files.after) if files.after else None, ""
+    except PickledError as error:
+        if named or not metrics:
+            raise
+        return None, None, str(error)
+
+
+def _metrics(files: RunFiles) -> tuple[RunMetrics | None, str, bool]:
+    """The run's metrics; or, where there is an adapter to judge all the same, why there are none, and whether that is
+    because nothing was logged.
+    """
+    if files.metrics is None:
+        return None, "", True
+    try:
+        return read_metrics(files.metrics), "", False
     except AuditError as error:
         if files.after is None or files.run is None:
             raise
-        return None, str(error)
+        return None, str(error), isinstance(error, NoStepsError)
 
 
 def _with_model(

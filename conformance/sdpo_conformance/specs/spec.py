@@ -53,7 +53,8 @@ class Spec:
     of the report; ``entries``: the attributes that it judges; ``own_entries``: families tested through an entry of
     their own, by its attribute; ``sweeps``: requirements that visit every corner at once: what they find, a rule of its
     own names better; ``bundled``: names of ``--impl`` that mean another module
-    here; ``dtypes``: those asked for where an implementation says nothing."""
+    here; ``dtypes``: those asked for where an implementation says nothing; ``audit_rules``: for a finding of the audit,
+    by its id, the requirements that judge the code that is its likely cause."""
 
     name: str
     version: str
@@ -66,6 +67,7 @@ class Spec:
     sweeps: tuple[str, ...] = ()
     bundled: Mapping[str, str] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    audit_rules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:

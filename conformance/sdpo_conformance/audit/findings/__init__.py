@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 from sdpo_conformance.audit.findings import (
     adapter_config,
     adapter_form,
@@ -18,6 +21,7 @@ from sdpo_conformance.audit.findings import (
     weights,
 )
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity
+from sdpo_conformance.specs import DEFAULT, find_spec
 
 CHECKS: tuple[Check, ...] = (
     *staleness.CHECKS,
@@ -40,9 +44,17 @@ _ORDER = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 def judge(evidence: Evidence) -> tuple[tuple[Finding, ...], tuple[NotJudged, ...]]:
     """Make every check: the findings, gravest first, and what could not be judged."""
     verdicts = [verdict for check in CHECKS for verdict in check.judge(evidence)]
-    findings = [verdict for verdict in verdicts if isinstance(verdict, Finding)]
+    own = evidence.metrics is None or evidence.metrics.native
+    rules = find_spec(DEFAULT).audit_rules if own else {}
+    findings = [_with_rules(verdict, rules) for verdict in verdicts if isinstance(verdict, Finding)]
     findings.sort(key=lambda finding: _ORDER[finding.severity])
     return tuple(findings), tuple(verdict for verdict in verdicts if isinstance(verdict, NotJudged))
+
+
+def _with_rules(finding: Finding, rules: Mapping[str, Sequence[str]]) -> Finding:
+    """The next step with the spec's rules on it, which `run` holds the trainer's code against."""
+    named = rules.get(finding.id)
+    return replace(finding, next_step=f"{finding.next_step} ({', '.join(named)})") if named else finding
 
 
 __all__ = ["CHECKS", "Check", "Evidence", "Finding", "NotJudged", "Severity", "judge"]

@@ -20,6 +20,17 @@ def tensor_empty(evidence: Evidence) -> Verdicts:
     if change is None:
         return
     for when, adapter in (("after", change.after), ("before", change.before)):
+        if adapter is not None and not adapter.fresh and not adapter.tensors:
+            yield Finding(
+                id="tensor-empty",
+                severity=Severity.ERROR,
+                statement=f"the adapter {when} the run holds no tensors at all",
+                evidence=(f"{shown(adapter.weights)} is a header without data",),
+                cause="the save gathered no state: another rank's, a wrapper's, or names that its filter did not know",
+                next_step="save again from the unwrapped PEFT model, with the state gathered; nothing is in this file",
+                data={"empty": 0, "when": when},
+            )
+            return
         if adapter is None or not adapter.empty:
             continue
         yield Finding(

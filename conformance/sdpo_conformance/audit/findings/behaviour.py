@@ -124,7 +124,7 @@ def replay_ratio(evidence: Evidence) -> Verdicts:
             "the recorded log-probs are not what the loss used: overwritten, dropped, shifted, or of another"
             " sample; or 'before' is not the start"
         ),
-        next_step="check STEP-1 and IS-2; name the right start with --before",
+        next_step="follow the recorded log-probs into the loss; name the right start with --before",
         data={"reported": reported, "recomputed": expected, "sampler_gap": replay.sampler_gap},
     )
 
@@ -146,7 +146,7 @@ def replay_kl(evidence: Evidence) -> Verdicts:
             "anchored to something else than the base policy, another sign or estimator, or a weight already"
             " multiplied in"
         ),
-        next_step="check KL-1, KL-5 and KL-6",
+        next_step="compare the anchor with exp(d) - 1 - d of the policy and the model without its adapter",
         data={"reported": reported, "recomputed": expected},
     )
 

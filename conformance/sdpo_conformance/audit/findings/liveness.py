@@ -17,7 +17,7 @@ _SUDDEN = 0.01
 _SHOWN_NAMES = 8
 #: A sampler in half precision keeps the mean ratio of a batch within a few percent of 1.
 _RATIO_OFF = 0.05
-_RATIO_SPREAD = 0.2
+_RATIO_SPREAD = 1 / 3
 
 
 def dead_rows(metrics: RunMetrics) -> int:
@@ -63,7 +63,6 @@ def dead_run(evidence: Evidence) -> Verdicts:
         ),
         next_step=(
             "throw the weights away from that step on; set logging_nan_inf_filter=False and look for the first NaN"
-            " (NUM-3 to NUM-5)"
         ),
         data={"first_step": first.number, "rows": dead},
     )
@@ -115,14 +114,15 @@ def sampler_ratio(evidence: Evidence) -> Verdicts:
     if len(values) < 3:
         return
     middle = statistics.median(values)
-    spread = max(abs(value - middle) for value in values)
-    if abs(middle - 1) <= _RATIO_OFF or spread > _RATIO_SPREAD * abs(middle - 1):
+    spread = statistics.pstdev(values)
+    one_sided = len({value > 1 for value in values}) == 1
+    if abs(middle - 1) <= _RATIO_OFF or not one_sided or spread > _RATIO_SPREAD * abs(middle - 1):
         return
     yield Finding(
         id="sampler-ratio",
         severity=Severity.WARNING,
         statement=f"the ratio of trainer to sampler is {middle:.4g} in every batch, not 1: off by a constant",
-        evidence=(f"{name} of {len(values)} batches lies within {spread:.2g} of {middle:.4g}",),
+        evidence=(f"{name} of {len(values)} batches: median {middle:.4g}, standard deviation {spread:.2g}",),
         cause=(
             "the recorded log-probs are not of the distribution that the trainer scores: taken before or after the"
             " temperature or top-p, from another adapter, or from the base model"

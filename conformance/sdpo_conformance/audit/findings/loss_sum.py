@@ -73,7 +73,7 @@ def loss_not_sum(evidence: Evidence) -> Verdicts:
                 )
             )
         ),
-        next_step=("check the loss with KL-5, and that its parts are reported from the same forward as the total"),
+        next_step="check the loss, and that its parts are reported from the same forward as the total",
         data={"weight": weight, "fitted_weight": fitted, "stated": stated is not None},
     )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 from sdpo_conformance.audit.findings.liveness import dead_rows
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
-from sdpo_conformance.audit.metrics import FIELDS, labelled_steps
+from sdpo_conformance.audit.metrics import FIELDS, RunMetrics, Step, labelled_steps
 
 _RELATIVE = 1e-5
 #: A bfloat16 exp near 1 is off by up to 2^-9 per token; a mean over tokens by less than this.
@@ -16,6 +17,8 @@ _LARGE_KL = 1.0
 _SHOWN = 5
 _FEW_OVERFLOWS = 2
 _HUGE_NORM = 1e4
+#: What a loss scaler lets overflow without harm.
+_OVERFLOWING = {"grad_norm", "learning_rate"}
 
 
 def metrics_nonfinite(evidence: Evidence) -> Verdicts:
@@ -43,14 +46,14 @@ def metrics_nonfinite(evidence: Evidence) -> Verdicts:
     if not broken:
         return
     names = sorted({name for name, _ in broken}, key=FIELDS.index)
-    overflow_only = set(names) <= {"grad_norm", "learning_rate"}
+    overflow_only = set(names) <= _OVERFLOWING
     # A loss scaler finds its scale by overflowing: a few skipped steps in a run that goes on are no fault.
     few = len(broken) <= max(_FEW_OVERFLOWS, len(rows) // 20) and math.isfinite(
         rows[-1][1].values.get("grad_norm", math.nan)
     )
     yield Finding(
         id="metrics-nonfinite",
-        severity=Severity.ERROR if not overflow_only else Severity.NOTE if few else Severity.WARNING,
+        severity=_severity(evidence.metrics, set(names), rows, few),
         statement=(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at {len(broken)} place(s)"),
         evidence=tuple(text for _, text in broken[:_SHOWN]),
         cause=(
@@ -60,9 +63,19 @@ def metrics_nonfinite(evidence: Evidence) -> Verdicts:
                 "0 log 0 where a probability underflows, a -inf logit inside the support, or a NaN at a masked position"
             )
         ),
-        next_step="find the first step concerned and run the suite's NUM-3, NUM-4 and NUM-5 against the loss",
+        next_step="find the first step concerned and run the suite against the loss",
         data={"fields": names, "count": len(broken)},
     )
+
+
+def _severity(metrics: RunMetrics, names: set[str], rows: Sequence[tuple[str, Step]], few: bool) -> Severity:
+    """A loss that is no number is an error, in another tool's log as far as it did not come back to numbers."""
+    if names <= _OVERFLOWING:
+        return Severity.NOTE if few else Severity.WARNING
+    if metrics.native:
+        return Severity.ERROR
+    came_back = bool(rows) and math.isfinite(rows[-1][1].values.get("total_loss", math.nan))
+    return Severity.WARNING if came_back or "total_loss" not in names else Severity.ERROR
 
 
 def metrics_incomplete(evidence: Evidence) -> Verdicts:
@@ -111,11 +124,7 @@ def kl_negative(evidence: Evidence) -> Verdicts:
         cause=(
             "rounding in half precision" if rounding else "another estimator: k1 (-d, or d) is negative as often as not"
         ),
-        next_step=(
-            "compute k3 in float32"
-            if rounding
-            else "use exp(d) - 1 - d with d = clamp(l[y] - base, -20, 20) (KL-1, KL-2)"
-        ),
+        next_step=("compute k3 in float32" if rounding else "use exp(d) - 1 - d with d = clamp(l[y] - base, -20, 20)"),
         data={"least": least},
     )
 
@@ -154,7 +163,7 @@ def kl_growing(evidence: Evidence) -> Verdicts:
                 " off-policy"
             )
         ),
-        next_step="check KL-1, KL-4 and KL-6; lower the learning rate or give the anchor weight",
+        next_step="check the anchor; lower the learning rate or give the anchor weight",
         data={"start": start, "last": last},
     )
 
@@ -166,6 +175,8 @@ def distill_range(evidence: Evidence) -> Verdicts:
         return
     rows = [(label, step.values) for label, step in labelled_steps(metrics) if "distill_loss" in step.values]
     rows = [(label, values) for label, values in rows if math.isfinite(values["distill_loss"])]
+    if not metrics.native:
+        return  # another loss under the same word, or 0 where a batch had nothing to distil
     if rows and all(values["distill_loss"] == 0 for _, values in rows):
         yield Finding(
             id="distill-range",
@@ -200,7 +211,7 @@ def distill_range(evidence: Evidence) -> Verdicts:
             cause=(
                 "not the divergence of two distributions: no renormalisation over the support, or another objective"
             ),
-            next_step="check the divergence with GJS-1, GJS-2 and GJS-6",
+            next_step="check the divergence: a support renormalised on both sides, weighed by alpha",
         )
 
 
@@ -222,11 +233,11 @@ def grad_norm(evidence: Evidence) -> Verdicts:
     if huge or (len(values) >= 3 and largest > 10 and largest >= 100 * median):
         yield Finding(
             id="grad-norm",
-            severity=Severity.WARNING,
+            severity=Severity.WARNING if metrics.native else Severity.NOTE,
             statement=f"grad_norm explodes: {largest:.3g} at {label}",
             evidence=(f"median {median:.3g} over {len(values)} step(s)",),
             cause="stale behaviour log-probs amplify the gradient up to is_clip-fold; k3 grows with exp(d)",
-            next_step="look at that step's mean_is_ratio and kl_reg; check KL-3 and IS-5",
+            next_step="look at that step's mean_is_ratio and kl_reg",
             data={"largest": largest, "median": median},
         )
     if values[-1] == 0:
@@ -236,7 +247,7 @@ def grad_norm(evidence: Evidence) -> Verdicts:
             statement="grad_norm is 0 at every step: no gradient reached the adapter",
             evidence=(f"{len(values)} step(s)",),
             cause="a loss computed on detached tensors, alpha = 0, or an all-zero mask",
-            next_step="check the loss with GJS-9 and GRAD-1, and that the adapter requires gradients",
+            next_step="check that the loss has a gradient, and that the adapter requires one",
         )
 
 

@@ -68,6 +68,7 @@ class Evidence:
     sampler_fit: SamplerFit | None = None
     identical_checkpoints: tuple[tuple[str, str], ...] = ()
     metrics_refused: str = ""
+    adapter_refused: str = ""
 
     @property
     def weights_moved(self) -> bool | None:

@@ -96,7 +96,7 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
         ),
         next_step=(
             "recompute each sample's behaviour log-probs under the updated adapter, without gradient, after"
-            " every step but the last (STEP-2, STEP-3), or train with steps_per_batch = 1"
+            " every step but the last, or train with steps_per_batch = 1"
             + ("; if every row is a batch, say steps_per_batch = 1 in training.json" if ambiguous else "")
         ),
         data={"worst": worst.deviation, "target": target, "ratios": [step.ratio for step in later[:1000]]},
@@ -134,7 +134,7 @@ def ratio_dropped(evidence: Evidence) -> Verdicts:
         ),
         next_step=(
             "multiply each token's divergence by min(exp(clamp(new - old, -20, 20)), is_clip) with old as the"
-            " sampler recorded it (IS-2, STEP-1)"
+            " sampler recorded it"
         ),
         data={"first_step_ratios": [ratio for ratio in firsts if ratio is not None][:1000]},
     )
@@ -160,7 +160,7 @@ def ratio_not_reported(evidence: Evidence) -> Verdicts:
         cause=(
             "a loss that never sees old_student_logprobs (a kernel fed with hidden states alone) has no ratio to report"
         ),
-        next_step="report mean_is_ratio and clip_fraction (IS-10), and run the suite against the loss",
+        next_step="report mean_is_ratio and clip_fraction, and run the suite against the loss",
     )
 
 
@@ -194,7 +194,7 @@ def clip_saturated(evidence: Evidence) -> Verdicts:
             "the behaviour log-probs do not belong to these tokens (shifted by one, another sample's, another"
             " model's), or they are far out of date"
         ),
-        next_step=("compare the recorded response_logprobs with the starting policy's own (LP-2, STEP-1, STEP-4)"),
+        next_step="compare the recorded response_logprobs with the starting policy's own",
         data={"clip_fraction": worst[0][0]},
     )
 

@@ -83,9 +83,9 @@ def _next_step(best: SamplerHypothesis) -> str:
     if best.source == BASE:
         return "check that the engine loads each new adapter and that every request names it; sample again"
     if best.source == AFTER:
-        return "record the log-probs while sampling (STEP-1)"
+        return "record the log-probs while sampling"
     if best.shift:
-        return "take the logits one position earlier: start - 1 .. -2 of prompt + response (LP-2)"
+        return "take the logits one position earlier: start - 1 .. -2 of prompt + response"
     return "divide the trainer's logits by the same temperature and keep the same nucleus, or sample at 1 without top-p"
 
 

@@ -187,7 +187,7 @@ def _finding(evidence: Evidence, metrics: RunMetrics, found: list[_Standstill]) 
         ),
         next_step=(
             "recompute the student's forward inside the step loop and the behaviour log-probs after every"
-            " step but the last; check the trainer with STEP-2, STEP-3 and STEP-6. Until then train with"
+            " step but the last. Until then train with"
             " steps_per_batch = 1"
         ),
         data={

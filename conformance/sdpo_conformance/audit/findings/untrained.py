@@ -28,9 +28,7 @@ def lora_b_zero(evidence: Evidence) -> Verdicts:
             statement=f"all {len(dead)} {shown(name)} are still zero: the adapter changes nothing",
             evidence=(f"{change.moved} of {len(change.compared)} tensors changed, no {shown(name)} among them",),
             cause=f"no gradient reached {shown(name)}; moving lora_A can be weight decay alone",
-            next_step=(
-                "check that the loss has a gradient (GJS-9) and that the step runs with the adapter enabled (STEP-9)"
-            ),
+            next_step=("check that the loss has a gradient and that the step runs with the adapter enabled"),
         )
         return
     experts = [m for m in dead if _all_experts_at_once(m)] or _whole_layers(change.modules, dead)

@@ -82,7 +82,7 @@ def norm_explosion(evidence: Evidence) -> Verdicts:
         statement=(f"{len(grown)} tensor(s) grew out of proportion, the most by a factor of {_growth(grown[0]):.3g}"),
         evidence=tuple(f"{shown(t.key)}: norm {t.norm_before:.4g} to {t.norm_after:.4g}" for t in grown[:_SHOWN]),
         cause="a learning rate that is too high, unclipped gradients, or off-policy steps in one direction",
-        next_step="check STEP-8 (clipping), the learning rate, and the ratio over the steps",
+        next_step="check the clipping, the learning rate, and the ratio over the steps",
         data={"tensors": len(grown), "factor": min(_growth(grown[0]), 1e300)},
     )
 

@@ -19,7 +19,7 @@ def weights_unchanged(evidence: Evidence) -> Verdicts:
     """Not one tensor changed."""
     change, metrics = evidence.change, evidence.metrics
     if change is None or not change.compared:
-        yield NotJudged("weights-unchanged", _lacking(change))
+        yield NotJudged("weights-unchanged", evidence.adapter_refused or _lacking(change))
         return
     if len(change.after.empty) == len(change.after.tensors):
         yield NotJudged("weights-unchanged", "the finished adapter has no elements")
@@ -38,7 +38,7 @@ def weights_unchanged(evidence: Evidence) -> Verdicts:
             if moving
             else ("the optimizer has no parameters of the adapter, its learning rate is 0, or no gradient arrives")
         ),
-        next_step="check STEP-10 (the final adapter), and that the optimizer got the adapter's parameters",
+        next_step="check when the finished adapter is saved, and that the optimizer got the adapter's parameters",
     )
 
 
@@ -61,7 +61,7 @@ def tensor_nonfinite(evidence: Evidence) -> Verdicts:
             f"{shown(t.key)}: {t.nonfinite_after or t.nonfinite_before} of {t.numel} elements" for t in broken[:_SHOWN]
         ),
         cause="they were there before the run" if before else "a non-finite gradient reached the optimizer",
-        next_step="throw this adapter away; find the first non-finite step metric and check NUM-3 to NUM-5",
+        next_step="throw this adapter away; find the first non-finite step metric",
         data={"tensors_after": len(after), "tensors_before": len(before)},
     )
 
@@ -69,7 +69,9 @@ def tensor_nonfinite(evidence: Evidence) -> Verdicts:
 def tensor_mismatch(evidence: Evidence) -> Verdicts:
     """Keys or shapes that differ between before and after."""
     change = evidence.change
-    if change is None or change.after.empty or (change.before is not None and change.before.empty):
+    if change is None or change.after.empty or not change.after.tensors:
+        return
+    if change.before is not None and (change.before.empty or not change.before.tensors) and not change.before.fresh:
         return
     told = [
         *_some("only before", change.only_before),

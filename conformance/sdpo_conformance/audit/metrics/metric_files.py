@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.audit.errors import AuditError, shown
+from sdpo_conformance.audit.errors import AuditError, NoStepsError, shown
 from sdpo_conformance.audit.metrics.event_files import holds_event_files, is_event_file, read_event_file
-from sdpo_conformance.audit.metrics.metric_names import FIELDS, field_of
+from sdpo_conformance.audit.metrics.metric_names import FIELDS, field_of, is_bookkeeping
 from sdpo_conformance.audit.metrics.mlflow_files import is_mlflow_folder, read_mlflow_folder
 from sdpo_conformance.audit.metrics.record_problems import record_problems
 from sdpo_conformance.audit.metrics.row_reader import RowReader
@@ -58,7 +58,7 @@ def _read_file(path: Path) -> RunMetrics:
         else:
             kind, batches, batching = reader.rows_or_responses(documents, "JSON lines")
     if not any(step.values or step.samples for batch in batches for step in batch.steps):
-        raise AuditError(_nothing_understood(where, reader))
+        raise _nothing_understood(where, reader)
     if len(batches) > 1:  # a response to an empty batch says nothing
         batches = [batch for batch in batches if batch.steps]
     native = reader.tool == "CLaaS" and batching != "unknown"
@@ -77,16 +77,15 @@ def _read_file(path: Path) -> RunMetrics:
     )
 
 
-def _nothing_understood(where: str, reader: RowReader) -> str:
+def _nothing_understood(where: str, reader: RowReader) -> AuditError:
     names = sorted(reader.seen)
     if not names:
-        return f"{where}: holds no per-step metrics; expected entries with {', '.join(FIELDS[:3])}, …"
+        return NoStepsError(f"{where}: holds no per-step metrics; expected entries with {', '.join(FIELDS[:3])}, …")
     told = ", ".join(shown(name) for name in names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
-    known = [name for name in names if field_of(name)]
     count = f"{len(names)} field{'s' if len(names) > 1 else ''}"
-    if known:
-        return f"{where}: {count}, but no row is a training step: {told}"
-    return (
+    if any(map(field_of, names)) or all(map(is_bookkeeping, names)):
+        return NoStepsError(f"{where}: {count}, but no row is a training step: {told}")
+    return AuditError(
         f"{where}: {count}, none known: {told}; holds no per-step metrics that are understood"
         f" (expected {', '.join(FIELDS[:3])}, or the names of a known tool: docs/audit.md)"
     )

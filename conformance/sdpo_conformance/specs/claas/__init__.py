@@ -1,5 +1,6 @@
 """CLaaS SDPO: the spec of kfallah/CLaaS as requirements, oracle, bounds and catalogue. Imports no torch."""
 
+from sdpo_conformance.specs.claas.audit_rules import AUDIT_RULES
 from sdpo_conformance.specs.spec import Spec
 
 SPEC = Spec(
@@ -31,4 +32,5 @@ SPEC = Spec(
     ),
     own_entries={"LP": "compute_response_logprobs", "TK": "compute_teacher_topk", "STEP": "distill"},
     sweeps=("NUM-1", "NUM-2", "FUS-1", "FUS-2", "FUS-4", "FUS-6"),
+    audit_rules=AUDIT_RULES,
 )
