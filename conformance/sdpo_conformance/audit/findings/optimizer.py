@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
+from sdpo_conformance.audit.adapter_change import AdapterChange
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 
 _ITEM_SIZES = (2, 4, 8)
@@ -22,7 +24,8 @@ def optimizer_mismatch(evidence: Evidence) -> Verdicts:
             for size in _ITEM_SIZES:
                 allowed[tensor.numel * size] += 2  # AdamW keeps exp_avg and exp_avg_sq
         foreign = {size: n - allowed[size] for size, n in after.sizes.items() if n > allowed[size]}
-        if 2 * sum(foreign.values()) > sum(after.sizes.values()):
+        others = sum(number for size, number in foreign.items() if size in _others(change))
+        if foreign and 2 * others >= sum(foreign.values()):
             yield NotJudged("optimizer-mismatch", "the state is not laid out as AdamW's (8-bit, factored): not read")
             return
         if foreign:
@@ -36,9 +39,8 @@ def optimizer_mismatch(evidence: Evidence) -> Verdicts:
         taken = max(after.steps) - max(before.steps)
         reported = len(evidence.metrics.steps)
         # Between checkpoints fewer steps were taken than the log counts.
-        counted = not evidence.metrics.native and max(after.steps) == max(
-            step.number for step in evidence.metrics.steps
-        )
+        last = max(step.number for step in evidence.metrics.steps)
+        counted = not evidence.metrics.native and max(after.steps) == last
         known = evidence.metrics.batching != "unknown" and not counted
         if known and taken != reported and before.checksums != after.checksums:
             told.append(
@@ -57,6 +59,12 @@ def optimizer_mismatch(evidence: Evidence) -> Verdicts:
             cause="saved at another time than the adapter, or left over from another one",
             next_step="continue training from a matching pair; otherwise start the optimizer afresh",
         )
+
+
+def _others(change: AdapterChange) -> set[int]:
+    """Sizes that other optimizers keep of a tensor: a byte per element (8-bit), a row and a column (Adafactor)."""
+    shapes = [entry.shape for entry in change.after.tensors.values()]
+    return {math.prod(shape) for shape in shapes} | {4 * size for shape in shapes for size in shape}
 
 
 CHECKS = (Check("optimizer-mismatch", "optimizer state out of step with the adapter", optimizer_mismatch),)
