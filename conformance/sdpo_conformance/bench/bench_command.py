@@ -35,6 +35,7 @@ def bench(
         list[str] | None,
         typer.Option(help="forward, forward+backward, log-probs, top-k or step (repeatable)"),
     ] = None,
+    samples: Annotated[list[int] | None, typer.Option(help="samples of a step's batch (repeatable)")] = None,
     alpha: Annotated[list[float] | None, typer.Option(help="repeatable")] = None,
     anchor: Annotated[list[float] | None, typer.Option(help="kl_reg_weight; 0 is off (repeatable)")] = None,
     support: Annotated[
@@ -63,12 +64,13 @@ def bench(
     if not implementations and not peers:
         print(f"{context.get_help()}\n\nsdpo-conformance bench: name an implementation, or --peers", file=sys.stderr)
         raise typer.Exit(2)
-    if device == "cpu" and not (quick or full or workload or tokens or direction):
+    if device == "cpu" and not (quick or full or workload or tokens or direction or samples):
         print("sdpo-conformance bench: on the CPU with --quick; --full runs the whole plan", file=sys.stderr)
         quick = True
     selection = Selection(
-        workload or (), tokens or (), direction or (), alpha or (), anchor or (), dtype, device, quick, support
-    )
+        workload or (), tokens or (), direction or (), alpha or (), anchor or (), dtype, device, quick, support,
+        samples or (),
+    )  # fmt: skip
     try:
         status = run_command(
             implementations or [], peers, selection, out, compare, time_limit=time_limit, row_timeout=row_timeout

@@ -36,6 +36,7 @@ class BenchRow:
     nonconforming: str = ""
     other: str = ""
     remarks: tuple[str, ...] = ()
+    step: Mapping[str, Any] | None = None
 
     @property
     def label(self) -> str:
@@ -84,6 +85,7 @@ def measured_row(benchmark: Mapping[str, Any]) -> BenchRow:
         nonconforming=record["nonconforming"],
         other=record["other"],
         remarks=tuple(record["remarks"]),
+        step=record.get("step"),
     )
 
 

@@ -21,6 +21,7 @@ from sdpo_conformance.bench.wording import (
     machine,
     notes,
     shown,
+    step_of,
     title,
     verdict_of,
 )
@@ -51,6 +52,8 @@ def print_group(group: Group, console: Console) -> None:
     for row in shown(group):
         style = "red" if row.bad or not row.measured else "dim italic" if row.other else ""
         table.add_row(*figures(group, row), style=style)
+        if step := step_of(row):
+            lines.append(Text(f"{row.label}: {step}"))
         if verdict := verdict_of(row):
             lines.append(Text(f"{row.label}: {verdict}", style="red"))
     console.print(Padding(table, (0, 0, 0, 2)))

@@ -16,6 +16,7 @@ from sdpo_conformance.bench.wording import (
     machine,
     notes,
     shown,
+    step_of,
     title,
     verdict_of,
 )
@@ -38,6 +39,8 @@ def lines_of(document: Mapping[str, Any], targets: Sequence[str], changes: Seque
         said = []
         for row in shown(group):
             yield line(figures(group, row))
+            if step := step_of(row):
+                said.append(f"- {row.label}: {step}")
             if verdict := verdict_of(row):
                 said.append(f"- {row.label}: {verdict}")
         if said:

@@ -7,16 +7,18 @@ import re
 import sys
 import time
 from functools import cache
+from statistics import median
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from sdpo_conformance.bench.bench_cells import BenchCell
-from sdpo_conformance.bench.bench_inputs import forget, rotation
+from sdpo_conformance.bench.bench_inputs import Inputs, forget, rotation
 from sdpo_conformance.bench.bench_judging import UNJUDGED, judge, nonconformity
-from sdpo_conformance.bench.measuring import budget_of, time_row
+from sdpo_conformance.bench.measuring import Timing, budget_of, time_row
 from sdpo_conformance.bench.memory import peak_mib
+from sdpo_conformance.bench.phases import phase_ms
 from sdpo_conformance.bench.subjects import NotOffered, TimedSubject, bind, load
 from sdpo_conformance.bench.truth import work_inputs
 from sdpo_conformance.bench.workloads import Direction, Workload
@@ -102,6 +104,21 @@ def measured(cell: BenchCell, subject: TimedSubject, implementation: Implementat
         "remarks": remarks,
         "entry": subject.entry.value,
         **timing.document(),
+        **({"step": step_figures(subject, work, inputs, timing)} if subject.flops else {}),
+    }
+
+
+def step_figures(subject: TimedSubject, work: Workload, inputs: Inputs, timing: Timing) -> dict[str, Any]:
+    """Of a whole step: response tokens a second, the floor that the model's operations set at the bare product's own
+    rate, and where the time goes (of one more call; on CUDA the device's time)."""
+    limit = median(timing.limit_seconds)
+    rate = 2 * work.tokens * work.head.hidden * work.head.vocabulary / limit
+    with implementation_errors(str(work.direction)):
+        phases = phase_ms(lambda: subject.run(inputs), work.device)
+    return {
+        "tokens_per_second": work.tokens / median(timing.seconds),
+        "floor_ms": 1e3 * subject.flops / rate,
+        "phases_ms": phases,
     }
 
 

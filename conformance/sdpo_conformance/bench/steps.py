@@ -15,7 +15,6 @@ from sdpo_conformance.protocol import Sample
 STEPS = 2
 """Optimizer steps of one timed call, so that the refresh between them is part of it."""
 
-SAMPLES = 2
 PROMPT, TEACHER_PROMPT = 64, 192
 LORA_RANK = 16
 
@@ -105,15 +104,47 @@ def step_model(work: Workload) -> Any:
     return peft.get_peft_model(base, lora).to(work.device).train()
 
 
+def response_lengths(work: Workload) -> list[int]:
+    """``work.samples`` lengths that add up to ``work.tokens``, from about a quarter to seven quarters of their mean,
+    in an order that mixes them."""
+    count, mean = work.samples, work.tokens / work.samples
+    ends = [mean * (i + 1) * (0.25 + 0.75 * (i + 1) / count) for i in range(count)]  # where the i-th response ends
+    whole = [round(end * work.tokens / ends[-1]) for end in ends]
+    lengths = [max(1, end - start) for start, end in zip([0, *whole], whole, strict=False)]
+    return [lengths[index] for index in sorted(range(count), key=lambda i: (i * 5) % count * count + i)]
+
+
 def step_batch(work: Workload) -> list[Sample]:
-    """``SAMPLES`` samples that share ``work.tokens`` response tokens; the sampler's log-probs are those of a
-    uniform distribution, which an untrained model is near."""
+    """``work.samples`` samples that share ``work.tokens`` response tokens unevenly; the sampler's log-probs are those
+    of a uniform distribution, which an untrained model is near."""
     generator = torch.Generator().manual_seed(4)
-    length = max(1, work.tokens // SAMPLES)
     uniform = -float(torch.tensor(float(work.head.vocabulary)).log())
 
     def ids(count: int) -> list[int]:
         found: list[int] = torch.randint(work.head.vocabulary, (count,), generator=generator).tolist()
         return found
 
-    return [Sample(ids(PROMPT), ids(length), ids(TEACHER_PROMPT), [uniform] * length) for _ in range(SAMPLES)]
+    lengths = response_lengths(work)
+    return [Sample(ids(PROMPT), ids(length), ids(TEACHER_PROMPT), [uniform] * length) for length in lengths]
+
+
+def step_flops(work: Workload, model: Any) -> float:
+    """Floating-point operations that a call cannot do without: two for each weight and token.
+
+    Base and teacher take one forward each, every step a forward and a backward to the inputs (the weights are frozen;
+    LoRA is left out); the head reads response tokens alone, causal attention half of its square. The refresh is free:
+    the next step's forward has it.
+    """
+    config = model.get_base_model().config
+    head = config.hidden_size * config.vocab_size
+    weights = sum(
+        module.weight.numel() for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and module.weight.numel() != head
+    )  # fmt: skip
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    student = teacher = 0.0
+    for length in response_lengths(work):
+        student += 2 * weights * (PROMPT + length) + attention * (PROMPT + length) ** 2
+        teacher += 2 * weights * (TEACHER_PROMPT + length) + attention * (TEACHER_PROMPT + length) ** 2
+    heads = 2 * head * work.tokens
+    return student + teacher + 2 * heads + STEPS * (2 * student + 2 * heads)

@@ -32,13 +32,15 @@ class NotOffered(Exception):
 class TimedSubject:
     """An implementation bound to a work. ``run`` is what is timed; ``loss`` its differentiable output, for the
     directions that have one. ``entry``: the protocol's entry behind it. ``remarks`` for the row. ``other``:
-    what it computes in place of the CLaaS loss, else empty."""
+    what it computes in place of the CLaaS loss, else empty. ``flops``: of a step, the operations it cannot do
+    without."""
 
     run: Callable[[Inputs], Any]
     entry: Capability
     remarks: tuple[str, ...] = ()
     other: str = ""
     loss: Callable[[Inputs], Tensor] | None = None
+    flops: float = 0.0
 
 
 def load(target: str) -> Implementation:
@@ -168,7 +170,7 @@ def compiled(function: Callable[..., Any], target: str) -> Callable[..., Any]:
 def step_subject(implementation: Implementation, work: Workload) -> TimedSubject:
     """``distill`` on a model built from its config; the model is built here, outside the timing."""
     function = offered(implementation, Capability.DISTILL)
-    from sdpo_conformance.bench.steps import STEPS, step_batch, step_model
+    from sdpo_conformance.bench.steps import STEPS, step_batch, step_flops, step_model
 
     most = implementation.claims.max_steps_per_batch
     if most is not None and most < STEPS:
@@ -178,4 +180,8 @@ def step_subject(implementation: Implementation, work: Workload) -> TimedSubject
     training = TrainingConfig(
         alpha=work.alpha, kl_reg_weight=work.anchor, steps_per_batch=STEPS, teacher_top_k=work.top_k
     )
-    return TimedSubject(lambda _: function(model, samples, training, torch.optim.AdamW), Capability.DISTILL)
+    return TimedSubject(
+        lambda _: function(model, samples, training, torch.optim.AdamW),
+        Capability.DISTILL,
+        flops=step_flops(work, model),
+    )

@@ -60,6 +60,20 @@ def verdict_of(row: BenchRow) -> str:
     return "; ".join(parts)
 
 
+def step_of(row: BenchRow) -> str:
+    """A whole step in one line: tokens a second, how far from the floor, where the time goes; empty elsewhere."""
+    if row.step is None or row.ms is None:
+        return ""
+    floor = row.step["floor_ms"]
+    parts = [
+        f"{row.step['tokens_per_second']:.0f} response tokens/s",
+        f"floor {number(floor)} ms, × {number(row.ms / floor)}",
+    ]
+    if phases := row.step["phases_ms"]:
+        parts.append("ms by phase: " + ", ".join(f"{name} {number(ms)}" for name, ms in phases.items()))
+    return " · ".join(parts)
+
+
 def notes(rows: Sequence[BenchRow]) -> list[str]:
     """One line per implementation on what is worth knowing beside the figures; † marks another objective."""
     found: dict[str, list[str]] = {}

@@ -51,6 +51,8 @@ HEADS: Mapping[str, Head] = {
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 QUICK_TOKENS = (64, 128, 256)
 TOP_K = 100
+SAMPLES = (8, 32)
+"""Samples of a step's batch; its response tokens are shared out unevenly."""
 ANCHOR = 0.1
 """kl_reg_weight where the anchor is on; any value but 0 costs the same."""
 
@@ -68,9 +70,9 @@ def support_name(support: str) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """``tokens`` response tokens through the head ``workload``; ``anchor`` is kl_reg_weight. ``quick`` asks for
-    fewer rounds, and for a two-layer model in a step. ``support``: how teacher supports share ids, one of
-    ``SUPPORTS`` or a file of recorded ones."""
+    """``tokens`` response tokens through the head ``workload``; ``anchor`` is kl_reg_weight. ``quick`` asks for fewer
+    rounds. ``support``: how teacher supports share ids, one of ``SUPPORTS`` or a file of recorded ones. ``samples``: of
+    the batch of a step, which share ``tokens``; 0 elsewhere."""
 
     workload: str
     tokens: int
@@ -82,6 +84,7 @@ class Workload:
     top_k: int = TOP_K
     quick: bool = False
     support: str = UNIFORM
+    samples: int = 0
 
     @property
     def head(self) -> Head:
@@ -98,7 +101,8 @@ class Workload:
     def task(self) -> str:
         """What is computed, the number of tokens apart: rows with one task make one curve."""
         support = "" if self.support == UNIFORM else f"support {support_name(self.support)}"
-        parts = [self.workload, str(self.direction), self.objective, self.dtype, support]
+        batch = f"{self.samples} samples" if self.samples else ""
+        parts = [self.workload, str(self.direction), batch, self.objective, self.dtype, support]
         return " · ".join(part for part in parts if part)
 
     @property
@@ -129,38 +133,48 @@ class Selection:
     device: str = "cpu"
     quick: bool = False
     support: str = UNIFORM
+    samples: Sequence[int] = ()
 
     @property
     def narrowed(self) -> bool:
         """Whether anything was chosen beyond device, dtype and --quick."""
-        return any((self.workloads, self.tokens, self.directions, self.alphas, self.anchors))
+        return any((self.workloads, self.tokens, self.directions, self.alphas, self.anchors, self.samples))
 
 
 def plan(selection: Selection) -> list[Workload]:
     """The work to do, most telling first. Names must have been checked (``problems``)."""
     dtype = selection.dtype or ("bfloat16" if selection.device.startswith("cuda") else "float32")
 
-    def work(workload: str, tokens: int, direction: Direction, alpha: float = 0.5, anchor: float = 0.0) -> Workload:
+    def work(
+        workload: str, tokens: int, direction: Direction, alpha: float = 0.5, anchor: float = 0.0, samples: int = 8
+    ) -> Workload:
         if not direction.has_objective:
             alpha, anchor = 0.5, 0.0
         return Workload(
             workload, tokens, direction, alpha, anchor, dtype, selection.device,
             quick=selection.quick, support=selection.support,
+            samples=min(samples, tokens) if direction is Direction.STEP else 0,
         )  # fmt: skip
 
     if selection.narrowed:
         chosen = product(
             selection.workloads or (["laptop"] if selection.quick else ["qwen3-8b"]),
             selection.tokens or ([QUICK_TOKENS[-1]] if selection.quick else [4096]),
-            [Direction(name) for name in selection.directions or [Direction.BOTH]],
+            [Direction(name) for name in selection.directions or default_directions(selection)],
             selection.alphas or [0.5],
             selection.anchors or [0.0],
+            selection.samples or [SAMPLES[0]],
         )
         return unique(work(*one) for one in chosen)
     return unique(work(*one) for one in (quick_plan() if selection.quick else full_plan()))
 
 
-Choice = tuple[str, int, Direction, float, float]
+def default_directions(selection: Selection) -> list[Direction]:
+    """A number of samples is asked of a step alone."""
+    return [Direction.STEP if selection.samples else Direction.BOTH]
+
+
+Choice = tuple[str, int, Direction, float, float] | tuple[str, int, Direction, float, float, int]
 
 
 def quick_plan() -> Iterator[Choice]:
@@ -186,7 +200,9 @@ def full_plan() -> Iterator[Choice]:
             yield head, 4096, direction, 0.5, 0.0
         if head == "qwen3-8b":
             yield from curves(head)
-    yield "qwen3-0.6b", 1024, Direction.STEP, 0.5, 0.0
+    for head in ("qwen3-0.6b", "qwen3-8b"):
+        for samples in SAMPLES:
+            yield head, 512 * samples, Direction.STEP, 0.5, 0.0, samples
 
 
 def curves(head: str) -> Iterator[Choice]:
@@ -215,9 +231,16 @@ def problems(selection: Selection) -> tuple[Selection, list[str]]:
     tokens = keep(selection.tokens, lambda n: n > 0, "--tokens must be positive")
     alphas = keep(selection.alphas, lambda a: 0 <= a <= 1, "--alpha must lie in [0, 1]")
     anchors = keep(selection.anchors, lambda w: 0 <= w < float("inf"), "--anchor must be a weight of at least 0")
-    kept = replace(selection, workloads=workloads, tokens=tokens, directions=directions, alphas=alphas, anchors=anchors)
-    asked = (selection.workloads, selection.tokens, selection.directions, selection.alphas, selection.anchors)
-    left = (workloads, tokens, directions, alphas, anchors)
+    samples = keep(selection.samples, lambda n: n > 0, "--samples must be positive")
+    kept = replace(
+        selection,
+        workloads=workloads, tokens=tokens, directions=directions, alphas=alphas, anchors=anchors, samples=samples,
+    )  # fmt: skip
+    asked = (
+        *(selection.workloads, selection.tokens, selection.directions),
+        *(selection.alphas, selection.anchors, selection.samples),
+    )
+    left = (workloads, tokens, directions, alphas, anchors, samples)
     nothing = any(before and not after for before, after in zip(asked, left, strict=True))
     return kept, [*found, NOTHING_LEFT] if nothing else found
 
