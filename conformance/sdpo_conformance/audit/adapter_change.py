@@ -164,13 +164,13 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
 
 def _rekeyed(before: Adapter | None, after: Adapter) -> tuple[Adapter | None, str]:
     """`before` under the names of `after`, where the two differ in what stands before the layers; and how they do."""
-    if before is None or before.fresh or not before.tensors or set(before.tensors) & set(after.tensors):
+    if before is None or before.fresh or not before.tensors or set(before.tensors) == set(after.tensors):
         return before, ""
     old, new = ({_within(key): key for key in adapter.tensors} for adapter in (before, after))
     if set(old) != set(new) or len(old) != len(before.tensors) or len(new) != len(after.tensors):
         return before, ""
     names = {old[inner]: new[inner] for inner in old}
-    first = next(iter(old))
+    first = next(inner for inner in old if old[inner] != new[inner])
     told = f"{_head(old[first], first)} to {_head(new[first], first)}"
     tensors = {names[key]: entry for key, entry in before.tensors.items()}
     files = {names[key]: place for key, place in before.files.items()}

@@ -127,3 +127,18 @@ def place_of(key: str) -> TensorPlace:
         return TensorPlace(module, "", None, module, part, together)
     kind = re.sub(r"\.\d+(?=\.|$)", ".*", numbered["rest"])
     return TensorPlace(module, numbered["stack"], int(numbered["layer"]), kind, part, together)
+
+
+def shared_rank(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> set[int]:
+    """The rank that lora_A's and lora_B's shapes have in common, empty where they have none.
+
+    `name` is lora_A's as saved. PEFT: (r, in) and (out, r), a convolution's further axes behind; mlx-lm's lora_a:
+    (in, r) and (r, out), or as PEFT's once converted. Experts held together are laid out in several ways: there any
+    size in common may be the rank.
+    """
+    if min(len(a), len(b)) < 2:
+        return set()
+    if len(a) == 3 or len(b) == 3:
+        return set(a) & set(b)
+    converted = {a[0]} & {b[1]}
+    return converted | ({a[1]} & {b[0]}) if ".lora_a" in name else converted

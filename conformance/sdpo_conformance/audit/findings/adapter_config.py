@@ -10,7 +10,8 @@ from sdpo_conformance.audit.adapter import Adapter
 from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.base_model import other_base
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, Severity, Verdicts
-from sdpo_conformance.audit.names import TensorPlace, place_of
+from sdpo_conformance.audit.header import TensorEntry
+from sdpo_conformance.audit.names import place_of, shared_rank
 
 _SHOWN = 5
 #: Modules that come together in every architecture that has one of them under this name.
@@ -59,26 +60,23 @@ def _wrong_ranks(adapter: Adapter) -> list[str]:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         return []
     wrong = []
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    places: dict[str, TensorPlace] = {}
+    modules: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in adapter.tensors.items():
         place = place_of(key)
         if place.part in ("A", "B"):
-            modules.setdefault(place.module, {})[place.part] = entry.shape
-            places[place.module] = place
+            modules.setdefault(place.module, {})[place.part] = entry
     for module, parts in modules.items():
-        if len(parts) < 2 or min(map(len, parts.values())) < 2:
+        if len(parts) < 2:
             continue
+        a, b = parts["A"].shape, parts["B"].shape
         expected = _rank_of(module, rank, patterns)
-        common = set(parts["A"]) & set(parts["B"])
+        common = shared_rank(parts["A"].name, a, b)
         if not common or expected in common:
-            continue
-        if len({parts["A"][0], parts["B"][1]}) > 1 and len({parts["A"][1], parts["B"][0]}) > 1 and len(parts["A"]) == 2:
             continue  # no rank in common: pair-lost says so
         several = "expert" in module or adapter.config.get("target_parameters")
         if several and any(size % expected == 0 for size in common):
             continue  # PEFT holds the experts' matrices of one layer side by side
-        wrong.append(f"{shown(module)}: rank {expected} in the config, tensors {list(parts['A'])}, {list(parts['B'])}")
+        wrong.append(f"{shown(module)}: rank {expected} in the config, tensors {list(a)}, {list(b)}")
     return wrong
 
 

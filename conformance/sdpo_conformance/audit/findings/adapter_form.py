@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from sdpo_conformance.audit.adapter import Adapter
 from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, Severity, Verdicts
-from sdpo_conformance.audit.names import WRAPPED_BY, place_of
+from sdpo_conformance.audit.header import TensorEntry
+from sdpo_conformance.audit.names import WRAPPED_BY, place_of, shared_rank
 
 _SHOWN = 5
 #: What PEFT puts before every name of an adapter that it saves.
@@ -138,18 +139,20 @@ def pair_lost(evidence: Evidence) -> Verdicts:
 
 
 def _pairs(adapter: Adapter) -> tuple[list[str], list[str]]:
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    modules: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in adapter.tensors.items():
         place = place_of(key)
         if place.part in ("A", "B"):
-            modules.setdefault(place.module, {})[place.part] = entry.shape
+            modules.setdefault(place.module, {})[place.part] = entry
     lonely, unequal = [], []
     for module, parts in modules.items():
         if len(parts) == 1:
             have = next(iter(parts))
             lonely.append(f"{shown(module)}: lora_{have} alone")
-        elif all(parts["A"]) and all(parts["B"]) and not set(parts["A"]) & set(parts["B"]):
-            unequal.append(f"{shown(module)}: lora_A {list(parts['A'])}, lora_B {list(parts['B'])}")
+            continue
+        a, b = parts["A"].shape, parts["B"].shape
+        if all(a) and all(b) and not shared_rank(parts["A"].name, a, b):
+            unequal.append(f"{shown(module)}: lora_A {list(a)}, lora_B {list(b)}")
     return lonely, unequal
 
 

@@ -62,9 +62,13 @@ def optimizer_mismatch(evidence: Evidence) -> Verdicts:
 
 
 def _others(change: AdapterChange) -> set[int]:
-    """Sizes that other optimizers keep of a tensor: a byte per element (8-bit), a row and a column (Adafactor)."""
+    """Sizes that other optimizers keep: bitsandbytes a byte per element, a map of 256 values and a scale per block;
+    Adafactor a row and a column.
+    """
     shapes = [entry.shape for entry in change.after.tensors.values()]
-    return {math.prod(shape) for shape in shapes} | {4 * size for shape in shapes for size in shape}
+    numels = {math.prod(shape) for shape in shapes}
+    scales = {4 * math.ceil(numel / block) for numel in numels for block in (256, 2048)}
+    return {4 * 256} | numels | scales | {4 * size for shape in shapes for size in shape}
 
 
 CHECKS = (Check("optimizer-mismatch", "optimizer state out of step with the adapter", optimizer_mismatch),)
