@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.implementation import load_implementation
 from sdpo_conformance.judging.profiles import PROFILES, Profile
-from sdpo_conformance.protocol import Capability, Claims
+from sdpo_conformance.protocol import Capability
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.sharded.pool import Pool
 from sdpo_conformance.sharded.sharded_subject import ShardedSubject
+from sdpo_conformance.specs import DEFAULT, find_spec
 from sdpo_conformance.specs.claas.sharded.defects import ShardedDefect, sharded_catalogue
 from sdpo_conformance.specs.claas.sharded.sharded_rule import ShardedRule, sharded_rules
 
@@ -37,8 +39,9 @@ def judge(
     pool: Pool, target: str, rule: ShardedRule, entry: Capability, profile: Profile = QUICK, seed: int = 0
 ) -> str:
     """The failure's summary, or an empty string."""
+    claims = load_implementation(target, find_spec(DEFAULT)).claims
     subject = ShardedSubject(
-        None, entry, Claims(), profile, seed=seed, dtypes=("float32", "bfloat16", "float16"), pool=pool, target=target
+        None, entry, claims, profile, seed=seed, dtypes=("float32", "bfloat16", "float16"), pool=pool, target=target
     )
     try:
         subject.run(rule)

@@ -58,6 +58,8 @@ def test_a_defect_is_caught_by_its_rule(name: str, pools: dict[str, Pool]) -> No
     [
         ("all_gather", "tp=2", "VP-2"),
         ("one_all_reduce", "tp=2", "VP-3"),
+        ("reduce_scatter", "tp=2", "VP-3"),
+        ("dtensor", "tp=2", "VP-2"),
         ("differentiable_reduce", "dp=2", "DP-1"),
     ],
 )

@@ -35,6 +35,19 @@ class Cut:
     positions: tuple[tuple[int, ...], ...]
     filling: str = "zero"
 
+    @property
+    def extent(self) -> int:
+        """Columns of all tp ranks together, padding included."""
+        return max(start + size for start, size in zip(self.starts, self.stretches, strict=True))
+
+    def as_dtensor(self, vocabulary: int) -> Cut:
+        """The cut as a DTensor can lie: equal stretches, or those of torch.chunk, of which the last may be empty."""
+        if len(set(self.stretches)) == 1:
+            return self
+        stretch = -(-vocabulary // len(self.starts))
+        starts = tuple(min(place * stretch, vocabulary) for place in range(len(self.starts)))
+        return replace(self, starts=starts, stretches=tuple(min(stretch, vocabulary - start) for start in starts))
+
     def words(self) -> str:
         """For people."""
         parts = [f"mesh {self.mesh}"]
@@ -79,12 +92,14 @@ def sharded(case: LossCase, cut: Cut) -> ShardedCase:
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's share: ``tensors`` by field, what they ask a gradient for, the first id, the vocabulary's size."""
+    """One rank's share: ``tensors`` by field, what they ask a gradient for, the first id, the vocabulary's size;
+    ``extent``: the columns of all ranks together, padding included."""
 
     tensors: Mapping[str, Tensor]
     differentiable: tuple[str, ...]
     vocab_start: int
     vocab_size: int
+    extent: int
     training: Any
     incoming: float
 
@@ -141,7 +156,7 @@ def part_of(case: ShardedCase, rank: int) -> Part:
             local = vocabulary_of(cut, mesh.coordinate(rank, "tp"), local, 0 if key == HEAD else -1)
         tensors[key] = local.contiguous()
     start = cut.starts[mesh.coordinate(rank, "tp")]
-    return Part(tensors, case.differentiable, start, case.vocabulary, case.training, case.incoming)
+    return Part(tensors, case.differentiable, start, case.vocabulary, cut.extent, case.training, case.incoming)
 
 
 def tokens_of(cut: Cut, rank: int, tensor: Tensor, masked: bool = False) -> Tensor:

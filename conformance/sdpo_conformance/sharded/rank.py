@@ -261,18 +261,18 @@ def placed(part: Part, mesh: Any, device: torch.device, as_dtensor: bool, asks: 
     for key, given in part.tensors.items():
         tensor = given.detach().clone().to(device)
         if as_dtensor and "tp" in mesh.mesh_dim_names:
-            tensor = distributed(key, tensor, mesh["tp"], part.vocab_size)
+            tensor = distributed(key, tensor, mesh["tp"], part.extent)
         tensors[key] = tensor.detach().requires_grad_() if asks and key in part.differentiable else tensor
     return tensors
 
 
-def distributed(key: str, tensor: Tensor, mesh: Any, vocabulary: int) -> DTensor:
-    """A DTensor over tp: cut along the vocabulary, or the same on every rank."""
+def distributed(key: str, tensor: Tensor, mesh: Any, extent: int) -> DTensor:
+    """A DTensor over tp: cut along the vocabulary, padding included, or the same on every rank."""
     if key not in (LOGITS, HEAD):
         return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
     dim = tensor.dim() - 1 if key == LOGITS else 0
     shape = list(tensor.shape)
-    shape[dim] = vocabulary
+    shape[dim] = extent
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         tensor, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride
@@ -297,10 +297,14 @@ def called(function: Any, entry: Capability, part: Part, tensors: Mapping[str, A
 
 
 def incoming(part: Part, entry: Capability, output: Tensor) -> Tensor:
-    """The gradient that arrives: one number at a loss, one per token at a divergence."""
-    if entry is Capability.DIVERGENCE:
-        return part.tensors["incoming"].to(output.device, output.dtype)
-    return torch.full_like(output, part.incoming)
+    """The gradient that arrives: one number at a loss, one per token at a divergence; the same on every rank of tp."""
+    one = torch.full(tuple(output.shape), part.incoming, device=output.device, dtype=output.dtype)
+    arriving = part.tensors["incoming"].to(one) if entry is Capability.DIVERGENCE else one
+    if isinstance(output, DTensor):
+        return DTensor.from_local(
+            arriving, output.device_mesh, [Replicate()] * output.device_mesh.ndim, run_check=False
+        )
+    return arriving
 
 
 def read(

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 CASE = Path(__file__).with_suffix(".safetensors")
 DEFECT, RIGHT, NOT_RUN = 1, 0, 125
@@ -87,12 +88,18 @@ def status_of(rank: int, rendezvous: str) -> int:
         for key, value in tensors.items()
         if key.startswith(mine) and key.count("/") == 1
     }
+    arriving = fields.pop("incoming", None)
+    if facts["extent"] and "tp" in sizes:
+        fields = {key: distributed(key, value, mesh["tp"], facts["extent"]) for key, value in fields.items()}
     for key in facts["differentiable"]:
         fields[key].requires_grad_()
     try:
         returned, output = call(function, facts, fields, mesh, rank)
         gradients = torch.autograd.grad(
-            output, [fields[key] for key in facts["differentiable"]], arriving(facts, fields, output), allow_unused=True
+            output,
+            [fields[key] for key in facts["differentiable"]],
+            gradient_into(output, facts, arriving),
+            allow_unused=True,
         )
     except Exception as error:
         print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
@@ -100,13 +107,13 @@ def status_of(rank: int, rendezvous: str) -> int:
         return DEFECT
     wrong = []
     for key, (value, bound) in {k: v for k, v in tensors.items() if k.startswith("expected/")}.items():
-        got = float(torch.as_tensor(returned.get(key.removeprefix("expected/"), float("nan"))).detach())
+        got = float(held(torch.as_tensor(returned.get(key.removeprefix("expected/"), float("nan")))))
         if not abs(got - float(value)) <= float(bound):
             wrong.append(f"{key.removeprefix('expected/')}: expected {float(value):.7g}, got {got:.7g}")
     for key, gradient in zip(facts["differentiable"], gradients, strict=True):
         truth = tensors[f"{rank}/gradient/{key}"] * facts["batch_ranks"]
         bound = tensors[f"{rank}/bound/{key}"] * facts["batch_ranks"]
-        got_gradient = torch.zeros_like(truth) if gradient is None else gradient.detach().cpu().double()
+        got_gradient = torch.zeros_like(truth) if gradient is None else held(gradient).cpu().double()
         off = (got_gradient - truth).abs() > bound
         if bool((off | got_gradient.isnan()).any()):
             at = tuple(int(i) for i in (off | got_gradient.isnan()).nonzero()[0])
@@ -131,11 +138,34 @@ def call(function: Any, facts: dict[str, Any], fields: dict[str, Any], mesh: Any
     return returned, returned["loss"]
 
 
-def arriving(facts: dict[str, Any], fields: dict[str, Any], output: Any) -> Any:
-    """The gradient that is sent into the output."""
-    if facts["entry"] == "compute_divergence":
-        return fields["incoming"].to(output)
-    return torch.full_like(output, facts["incoming"])
+def gradient_into(output: Any, facts: dict[str, Any], arriving: Any) -> Any:
+    """The gradient that is sent into the output: one number, or ``arriving``, one per token."""
+    one = torch.full(tuple(output.shape), facts["incoming"], dtype=output.dtype, device=output.device)
+    gradient = one if arriving is None else arriving.to(one)
+    if isinstance(output, DTensor):
+        return DTensor.from_local(
+            gradient, output.device_mesh, [Replicate()] * output.device_mesh.ndim, run_check=False
+        )
+    return gradient
+
+
+def distributed(key: str, tensor: torch.Tensor, mesh: Any, extent: int) -> torch.Tensor:
+    """A DTensor over tp: cut along the vocabulary, padding included, or the same on every rank."""
+    if key not in ("student_logits", "lm_head_weight"):
+        return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+    dim = tensor.dim() - 1 if key == "student_logits" else 0
+    shape = list(tensor.shape)
+    shape[dim] = extent
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(tensor, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def held(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds: its part of what is cut, all of what is replicated."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    placements = [placement if placement.is_shard() else Replicate() for placement in tensor.placements]
+    return tensor.redistribute(placements=placements).to_local().detach()
 
 
 def main() -> int:

@@ -60,6 +60,7 @@ def write_program(
         "differentiable": list(case.differentiable),
         "vocab_start": [part_of(case, rank).vocab_start for rank in range(mesh.ranks)],
         "vocab_size": case.vocabulary,
+        "extent": case.laid.extent if subject.claims.dtensor else 0,
         "batch_ranks": 1 if entry is Capability.DIVERGENCE else mesh.batch_ranks,
     }
     save_file(tensors, folder / f"{key}.safetensors", metadata={"facts": json.dumps(facts)})

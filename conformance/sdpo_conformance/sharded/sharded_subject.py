@@ -43,6 +43,7 @@ class ShardedSubject(Subject):
         raised. Rounds of visits and examples are the profile's; a lost rank ends it at once."""
         self._smallest = None
         dtypes = self.torch_dtypes
+        check = self.as_claimed(check)
         try:
             for round_ in range(max(1, round(self.profile.visits * share))):
                 seed = f"{self.seed}/{self._requirement}/{round_}"
@@ -55,6 +56,12 @@ class ShardedSubject(Subject):
         if self.lost_rank:
             return self._raise_smallest()
         return self._draw(sharded_cases(corner, self.entry, dtypes, self.mesh, cuts), check, share)
+
+    def as_claimed(self, check: Callable[[ShardedCase], object]) -> Callable[[ShardedCase], object]:
+        """``check`` on cases that lie as a DTensor can, where the implementation takes those."""
+        if not self.claims.dtensor:
+            return check
+        return lambda case: check(replace(case, cut=case.laid.as_dtensor(case.vocabulary)))
 
     @property
     def lost_rank(self) -> bool:

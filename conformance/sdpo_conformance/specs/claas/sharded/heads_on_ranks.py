@@ -38,7 +38,8 @@ class ShardedHeadCase(HeadCase):
             "lm_head_weight": vocabulary_of(self.cut, place, self.head, 0).contiguous(),
             "response_ids": self.response_ids,
         }
-        return Part(tensors, (), self.cut.starts[place], self.head.shape[0], TrainingConfig(), 1.0)
+        start, extent = self.cut.starts[place], self.cut.extent
+        return Part(tensors, (), start, self.head.shape[0], extent, TrainingConfig(), 1.0)
 
 
 def build(source: Source, subject: ShardedSubject) -> ShardedHeadCase:
@@ -51,6 +52,7 @@ def build(source: Source, subject: ShardedSubject) -> ShardedHeadCase:
         case = replace(case, hidden=case.hidden.sign(), head=case.head.round().clamp(-1, 1))
     cuts = source.pick((PLAIN, PADDED))
     cut = draw_cut(source, subject.mesh, cuts, v, 1, 1)
+    cut = cut.as_dtensor(v) if subject.claims.dtensor else cut
     return ShardedHeadCase(case.hidden, case.head, case.response_ids, case.k, "contiguous", cut)
 
 
