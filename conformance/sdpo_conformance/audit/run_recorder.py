@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.findings import Evidence, Finding, Severity
 from sdpo_conformance.audit.findings.liveness import dead_run
-from sdpo_conformance.audit.findings.ratio import behaviour_not_refreshed
+from sdpo_conformance.audit.findings.refresh import behaviour_not_refreshed
 from sdpo_conformance.audit.findings.staleness import stale_metrics
 from sdpo_conformance.audit.metrics import Batch, RunMetrics, Step
 from sdpo_conformance.audit.metrics.row_reader import RowReader

@@ -15,6 +15,7 @@ from sdpo_conformance.audit.findings import (
     optimizer,
     ratio,
     recorded_logprobs,
+    refresh,
     staleness,
     untrained,
     weight_growth,
@@ -25,6 +26,7 @@ from sdpo_conformance.specs import DEFAULT, find_spec
 
 CHECKS: tuple[Check, ...] = (
     *staleness.CHECKS,
+    *refresh.CHECKS,
     *ratio.CHECKS,
     *losses.CHECKS,
     *loss_sum.CHECKS,
