@@ -43,7 +43,7 @@ class Task:
 class Score:
     """``named`` is the requirement that has to catch the defect in this entry; ``caught`` maps each requirement
     that failed to the examples it took, not counting those by which the failure was made small; ``secondary`` are
-    those of them that lay the blame elsewhere; ``everything`` as in the task."""
+    those of them that point to another rule; ``everything`` as in the task."""
 
     defect: str
     entry: str

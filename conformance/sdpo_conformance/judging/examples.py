@@ -31,7 +31,7 @@ WIDEST_SUPPORT = 1024
 """An implementation may refuse a wider support than this with a clear error, but not answer it wrong."""
 
 SECONDARY_ENOUGH = 5
-"""So many failures that lay the blame elsewhere, and the requirement's blame is there."""
+"""After this many failures that all point to another rule, the search for one that does not is given up."""
 
 
 class Enough(BaseException):

@@ -38,10 +38,22 @@ def _add_to_gradient(gradient, row, weight, inner, width, value, keep):
 
 @triton.jit(do_not_specialize_on_alignment=["row_max", "log_sum", "floor_weight", "scale", "floor_rows"])
 def floor_rows_kernel(
-    hidden, head, row_max, log_sum, floor_weight, scale, floor_rows, floor_count, partial, gradient,
+    # operands (N, H), (V, H)
+    hidden, head,
+    # per row (N,); scale (N,) or (), told by its stride
+    row_max, log_sum, floor_weight, scale,
+    # the list of rows (N,) and its length (1,)
+    floor_rows, floor_count,
+    # scratch (programs, ROWS, H) float32; result (N, H), added to
+    partial, gradient,
+    # sizes and strides
     vocabulary, width, stride_hidden, stride_head, stride_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """gradient[rows] -= (floor_weight * scale)[rows, None] * softmax(hidden[rows] @ head.T) @ head
+
+    Where the vocabulary is cut into several stretches, only their products are left in ``partial``.
+    """
     program = tl.program_id(0)
     count = tl.load(floor_count)
     blocks, stretches = _stretches(count, tl.num_programs(0), ROWS)
@@ -99,9 +111,17 @@ def floor_rows_kernel(
 
 @triton.jit(do_not_specialize=["programs"], do_not_specialize_on_alignment=["floor_weight", "scale", "floor_rows"])
 def add_stretches_kernel(
-    floor_weight, scale, floor_rows, floor_count, partial, gradient, programs, width, stride_scale,
+    # per row (N,); scale (N,) or (), told by its stride
+    floor_weight, scale,
+    # the list of rows (N,) and its length (1,)
+    floor_rows, floor_count,
+    # products (programs, ROWS, H) float32; result (N, H), added to
+    partial, gradient,
+    # sizes and strides
+    programs, width, stride_scale,
     ROWS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
+    """gradient[rows] -= (floor_weight * scale)[rows, None] * partial.sum(0), where there are several stretches"""
     count = tl.load(floor_count)
     blocks, stretches = _stretches(count, programs, ROWS)
     if stretches > 1:

@@ -27,10 +27,15 @@ import triton.language as tl  # isort: skip
     do_not_specialize_on_alignment=["support", "support_weight", "support_scale", "scale"],
 )
 def add_support_kernel(
-    buffer, support, support_weight, support_scale, scale,
+    # buffer (N, column_end - column_start), added to
+    buffer,
+    # support and support_weight (N, K), support_scale (N,); scale (N,) or (), told by its stride
+    support, support_weight, support_scale, scale,
+    # sizes, strides, the buffer's columns within the vocabulary
     n_rows, k_support, column_start, column_end, stride_buffer, stride_scale,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
+    """buffer.scatter_add_(-1, support - column_start, support_weight * (support_scale * scale)[:, None])"""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wide = rows.to(tl.int64)
     present = rows < n_rows

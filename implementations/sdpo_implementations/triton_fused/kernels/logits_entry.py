@@ -16,10 +16,15 @@ import triton.language as tl  # isort: skip
 
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted"])
 def logits_statistics_kernel(
-    logits, counted, tile_max, tile_sum, n_rows, vocabulary, stride_logits, per_part,
+    # logits (N, V), counted (N,)
+    logits, counted,
+    # results: of each stretch of per_part columns, (parts, N)
+    tile_max, tile_sum,
+    # sizes and strides
+    n_rows, vocabulary, stride_logits, per_part,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials of each row's stretch of ``per_part`` columns."""
+    """part = logits[:, start:stop]; tile_max = part.amax(-1); tile_sum = (part - tile_max[:, None]).exp().sum(-1)"""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     read = (rows < n_rows) & (tl.load(counted + rows, mask=rows < n_rows, other=0.0) != 0)
     part = tl.program_id(1)
@@ -72,9 +77,15 @@ def logits_logsumexp(logits: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted", "token_ids", "token_logits"])
 def pick_tokens_kernel(
-    logits, counted, token_ids, token_logits, n_rows, n_entries, vocabulary, stride_logits,
+    # logits (N, V), counted (N,), token_ids (N, K)
+    logits, counted, token_ids,
+    # result (N, K); NaN where an id lies outside the vocabulary
+    token_logits,
+    # sizes and strides
+    n_rows, n_entries, vocabulary, stride_logits,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
+    """token_logits = logits.gather(-1, token_ids).float()"""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     entries = tl.arange(0, ENTRIES)
     read = (rows < n_rows) & (tl.load(counted + rows, mask=rows < n_rows, other=0.0) != 0)
@@ -111,9 +122,17 @@ def _dense(z, maximum, rest, is_chosen, through_chosen, through_floor):
     do_not_specialize_on_alignment=["row_max", "log_sum", "chosen_weight", "floor_weight", "response_ids"],
 )
 def dense_gradient_kernel(
-    logits, row_max, log_sum, chosen_weight, floor_weight, response_ids, scale, gradient,
-    n_rows, vocabulary, stride_logits, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    # logits (N, V)
+    logits,
+    # per row (N,); scale ()
+    row_max, log_sum, chosen_weight, floor_weight, response_ids, scale,
+    # result (N, V)
+    gradient,
+    # sizes and strides
+    n_rows, vocabulary, stride_logits,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """gradient = scale * (chosen_weight * (one_hot(response_ids) - softmax) - floor_weight * softmax)"""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     present = rows < n_rows
@@ -142,11 +161,22 @@ def dense_gradient_kernel(
     ],
 )  # fmt: skip
 def support_entries_kernel(
-    logits, row_max, log_sum, chosen_weight, floor_weight, response_ids, scale, gradient,
-    support, support_weight, support_scale, n_rows, k_support, vocabulary, stride_logits,
+    # logits (N, V)
+    logits,
+    # per row (N,); scale ()
+    row_max, log_sum, chosen_weight, floor_weight, response_ids, scale,
+    # gradient (N, V), filled by dense_gradient_kernel
+    gradient,
+    # support and support_weight (N, K), support_scale (N,)
+    support, support_weight, support_scale,
+    # sizes and strides
+    n_rows, k_support, vocabulary, stride_logits,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """The support's entries of the gradient in one rounding: its own term and the dense one."""
+    """gradient.scatter_(-1, support, dense.gather(-1, support) + scale * support_weight * support_scale[:, None])
+
+    The dense term is computed anew: the entry is rounded once.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     entries = tl.arange(0, ENTRIES)
     present = rows < n_rows

@@ -24,9 +24,15 @@ import triton.language as tl  # isort: skip
 
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted", "row_max", "log_sum"])
 def combine_statistics_kernel(
-    tile_max, tile_sum, counted, row_max, log_sum, n_rows, n_tiles,
+    # statistics (tiles, N); counted (N,)
+    tile_max, tile_sum, counted,
+    # results (N,)
+    row_max, log_sum,
+    # sizes
+    n_rows, n_tiles,
     ROWS: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """row_max = tile_max.amax(0); log_sum = (tile_sum * (tile_max - row_max).exp()).sum(0).log()"""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     read = rows < n_rows
     if MASKED:

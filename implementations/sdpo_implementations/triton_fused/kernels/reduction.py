@@ -14,8 +14,15 @@ import triton.language as tl  # isort: skip
 
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["values", "mask"])
 def reduction_kernel(
-    values, mask, results, is_clip, kl_reg_weight, n_rows, BLOCK: tl.constexpr
+    # values (3, N): divergence times ratio, k3, ratio; mask (N,)
+    values, mask,
+    # results (6,): loss, distill_loss, kl_reg, mean_is_ratio, clip_fraction, 1 / n
+    results,
+    # hyperparameters and sizes
+    is_clip, kl_reg_weight, n_rows,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """(values.double() * mask).sum(-1) / mask.double().sum().clamp(min=1)"""
     distill_sum = tl.zeros((BLOCK,), tl.float64)
     anchor_sum = tl.zeros((BLOCK,), tl.float64)
     ratio_sum = tl.zeros((BLOCK,), tl.float64)

@@ -49,9 +49,20 @@ def _largest(keys, k):
 
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["stretches", "values", "indices"])
 def selection_kernel(
-    logits, maxima, stretches, values, indices, n_rows, n_stretches, k, stride_logits, stride_maxima,
+    # logits (N, stretches * SUBTILE) and their maxima (N, stretches)
+    logits, maxima,
+    # scratch (N, k): the chosen stretches
+    stretches,
+    # results (N, k), in no order
+    values, indices,
+    # sizes and strides
+    n_rows, n_stretches, k, stride_logits, stride_maxima,
     ROWS: tl.constexpr, STRETCHES: tl.constexpr, ENTRIES: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
+    """values, indices = logits.topk(k, sorted=False)
+
+    The k largest logits lie within the k stretches of the largest maxima.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = (rows < n_rows)[:, None]
     wide = rows[:, None].to(tl.int64)

@@ -16,9 +16,15 @@ import triton.language as tl  # isort: skip
     do_not_specialize_on_alignment=["counted", "token_ids", "token_logits"],
 )
 def token_logits_kernel(
-    hidden, head, counted, token_ids, token_logits, n_rows, n_entries, vocabulary, width, stride_hidden, stride_head,
+    # operands (N, H), (V, H); counted (N,), token_ids (N, K)
+    hidden, head, counted, token_ids,
+    # result (N, K)
+    token_logits,
+    # sizes and strides
+    n_rows, n_entries, vocabulary, width, stride_hidden, stride_head,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, INNER: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """token_logits = (head[token_ids] * hidden[:, None]).float().sum(-1)"""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     entries = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     read = rows < n_rows

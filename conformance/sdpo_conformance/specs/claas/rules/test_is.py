@@ -320,7 +320,7 @@ def test_is_8(subject: Subject) -> None:
     Level.MUST,
     "the ratio applies at alpha = 1 too",
     source=f"{SOURCE}: after both branches of step 2",
-    why="two branches in a kernel, one of them without the ratio",
+    why="kernels treat alpha = 1 in a branch of its own, and that branch can lack the ratio",
     capabilities=LOSSES,
 )
 def test_is_9(subject: Subject) -> None:
