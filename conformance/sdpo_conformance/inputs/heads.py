@@ -98,6 +98,7 @@ EDGES = (
     *(HeadShape(b, 2, 37, 8, 9) for b in (8, 9, 33)),
     *(HeadShape(2, 2, 2049, 16, 300) for _ in range(4)),
     HeadShape(2, 2, 1100, 16, 1025),
+    *(HeadShape(2, 2, 37, 8, k) for k in (0, 1, 36, 37, 38)),
 )
 """Vocabularies, hidden sizes, batches and supports past tiles or a whole number of them."""
 
@@ -111,12 +112,13 @@ def edge_cases(shapes: Sequence[HeadShape], dtypes: Sequence[torch.dtype], seed:
         yield replace(case, layout=LAYOUTS[number % len(LAYOUTS)])
 
 
-SPECIAL = ("raised", "sunk", "zero_row", "zero_hidden", "certain", "equal_rows", "uniform", "one_id")
+SPECIAL = ("raised", "sunk", "zero_row", "zero_hidden", "certain", "sure", "equal_rows", "uniform", "one_id", "int32")
 
 
 def special_cases(dtypes: Sequence[torch.dtype], seed: int) -> Iterator[HeadCase]:
     """For each dtype: logits far above or below 0 by what is common to a token, a head with a row of zeros, hidden
-    states of zeros, a token that is certain, two rows of the head alike, all alike, one id for every token."""
+    states of zeros, a token that is certain by far or only just, two rows of the head alike, all alike, one id for
+    every token, int32 ids."""
     for dtype in dtypes:
         for number, kind in enumerate(SPECIAL):
             shape = HeadShape(2, 5, 37, 8, 6)
@@ -136,17 +138,20 @@ def special_case(case: HeadCase, kind: str) -> HeadCase:
         ids[:, 0] = likely
     elif kind == "zero_hidden":
         hidden[:, 0] = 0.0
-    elif kind == "certain":
+    elif kind in ("certain", "sure"):
+        head *= 1.0 if kind == "certain" else 0.1
         hidden[..., 0] = 1.0
-        head[:, 0], head[likely, 0] = 0.0, 200.0
+        head[:, 0], head[likely, 0] = 0.0, 200.0 if kind == "certain" else 26.0
         ids[:, 0] = likely
     elif kind == "equal_rows":
         head[likely + 1] = head[likely]
         ids[:, 0], ids[:, 1] = likely, likely + 1
     elif kind == "uniform":
         head[:] = head[likely].clone()
-    else:
+    elif kind == "one_id":
         ids[:] = likely
+    else:
+        ids = ids.int()
     return replace(case, hidden=hidden, head=head, response_ids=ids)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.cases.case import Case, divergence_incoming
+from sdpo_conformance.judging.settings import settings_restored
 from sdpo_conformance.protocol import Capability
 
 
@@ -83,6 +84,16 @@ def implementation_errors(doing: str) -> Iterator[None]:
         lost = "CUDA error" in text or type(error).__name__ == "AcceleratorError"
         where = innermost_of_user(error.__traceback__)
         raise ImplementationError(f"{doing} {kind}: {text[:300]}", "".join(frames), lost, where) from None
+
+
+@contextmanager
+def settings_kept(doing: str) -> Iterator[None]:
+    """Torch's settings, such as the grad mode, are restored; raises ImplementationError where that was needed."""
+    changed: list[str] = []
+    with settings_restored(changed):
+        yield
+    if changed:
+        raise ImplementationError(f"{doing} changed torch's settings: {', '.join(changed)} after the call")
 
 
 def innermost_of_user(trace: TracebackType | None) -> str:
@@ -166,8 +177,9 @@ def as_mapping(returned: Any) -> Mapping[str, Any]:
 
 
 def call_entry(function: Callable[..., Any], entry: Capability, loss_input: Any) -> Mapping[str, Any]:
-    """Call a loss or divergence entry; the divergence comes back under "divergence"."""
-    with implementation_errors(f"{entry.value}"):
+    """Call a loss or divergence entry; the divergence comes back under "divergence". Raises ImplementationError
+    where torch's settings are not as before."""
+    with implementation_errors(f"{entry.value}"), settings_kept(f"{entry.value}"):
         if entry is Capability.DIVERGENCE:
             returned = function(
                 loss_input.student_hidden,

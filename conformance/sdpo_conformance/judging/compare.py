@@ -132,16 +132,13 @@ def compare(case: Case, outcome: Outcome, aspects: Iterable[str], expected: Expe
     """
     wanted = [aspect for aspect in aspects if aspect == GRADIENT or aspect in expected.results]
     judged = [aspect for aspect in wanted if aspect == GRADIENT or aspect in outcome.result]
+    lenient = set(wanted) != set(RATIO_METRICS)
     for aspect in judged or wanted:
         if aspect == GRADIENT:
             found = [gradient_disagreement(key, value, outcome) for key, value in expected.gradients.items()]
         else:
             found = [scalar_disagreement(aspect, expected.results[aspect], outcome)]
-            if (
-                aspect == "clip_fraction"
-                and len(wanted) > len(RATIO_METRICS)
-                and rounded_once(aspect, expected, outcome)
-            ):
+            if lenient and aspect in RATIO_METRICS and rounded_once(aspect, expected, outcome):
                 continue
         for disagreement in found:
             if disagreement is not None:

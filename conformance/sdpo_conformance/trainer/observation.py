@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.judging.call import ImplementationError, implementation_errors
+from sdpo_conformance.judging.settings import process_settings, restore_settings
 from sdpo_conformance.protocol import Sample, StepMetrics, TrainingConfig
 from sdpo_conformance.trainer.models import adapter_weights, build, frozen_weights
 from sdpo_conformance.trainer.recording import RecordedStep, StepRecorder
@@ -157,26 +158,6 @@ def hooks_of(model: Any) -> set[str]:
                 if HARMLESS_HOOK not in words:
                     found.add(f"{name or 'the model'} ({words}, {key})")
     return found
-
-
-def process_settings() -> dict[str, object]:
-    """What holds for all of torch in this process."""
-    return {
-        "torch.is_grad_enabled()": torch.is_grad_enabled(),
-        "torch.is_inference_mode_enabled()": torch.is_inference_mode_enabled(),
-        "torch.get_default_dtype()": torch.get_default_dtype(),
-        "torch.is_autocast_enabled()": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
-        "torch.is_anomaly_enabled()": torch.is_anomaly_enabled(),
-    }
-
-
-def restore_settings(settings: Mapping[str, object]) -> None:
-    """Give the process back what a trainer took, so that what is judged next is not judged under it."""
-    torch.set_grad_enabled(bool(settings["torch.is_grad_enabled()"]))
-    torch.set_default_dtype(settings["torch.get_default_dtype()"])  # type: ignore[arg-type]
-    torch.set_autocast_enabled("cpu", False)
-    torch.set_autocast_enabled("cuda", False)
-    torch.autograd.set_detect_anomaly(bool(settings["torch.is_anomaly_enabled()"]))
 
 
 def same(before: Tensor, after: Tensor) -> bool:

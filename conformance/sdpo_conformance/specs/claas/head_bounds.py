@@ -39,7 +39,7 @@ def at(expectation: Expectation, indices: Tensor) -> Expectation:
 
 def response_logprobs(case: HeadCase) -> Expectation:
     """l[y] with its bound, (B, T)."""
-    chosen = at(vocabulary_logprobs(case), case.response_ids.unsqueeze(-1))
+    chosen = at(vocabulary_logprobs(case), case.response_ids.long().unsqueeze(-1))
     return Expectation(chosen.value.squeeze(-1), chosen.bound.squeeze(-1))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.inputs.heads import HeadCase, unlike
-from sdpo_conformance.judging.call import ImplementationError, implementation_errors, lay_out
+from sdpo_conformance.judging.call import ImplementationError, implementation_errors, lay_out, settings_kept
 from sdpo_conformance.judging.compare import Disagreement, number, worst
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.expectation import Expectation
@@ -55,25 +55,28 @@ def rank(subject: Subject, case: HeadCase, tensors: Tensors | None = None) -> tu
 
 
 def called(subject: Subject, case: HeadCase, tensors: Tensors | None, call: Callable[..., Any]) -> Any:
-    """What the entry returns for ``tensors``, or for fresh ones in the case's layout. One that refuses a layout with
-    an error is given a contiguous copy: only wrong numbers count against it."""
+    """What the entry returns for ``tensors``, or for fresh ones in the case's layout. One that refuses a layout, or
+    ids that are no int64, with an error is given a contiguous int64 copy: only wrong numbers count against it."""
+    name, plain = subject.entry.value, replace(case, layout="contiguous", response_ids=case.response_ids.long())
     try:
-        with implementation_errors(subject.entry.value):
+        with implementation_errors(name), settings_kept(name):
             return call(*(tensors or on_device(subject, case)))
     except ImplementationError:
-        if tensors is not None or case.layout == "contiguous":
+        same = plain.layout == case.layout and plain.response_ids.dtype == case.response_ids.dtype
+        if tensors is not None or same:
             raise
-    with implementation_errors(subject.entry.value):
-        return call(*on_device(subject, replace(case, layout="contiguous")))
+    with implementation_errors(name), settings_kept(name):
+        return call(*on_device(subject, plain))
 
 
-def on_device(subject: Subject, case: HeadCase, requires_grad: bool = False) -> Tensors:
-    """Fresh hidden states, head and response ids where the run takes place, laid out as the case says."""
+def on_device(subject: Subject, case: HeadCase, asking: tuple[bool, bool] = (False, False)) -> Tensors:
+    """Fresh hidden states, head and response ids where the run takes place, laid out as the case says; ``asking``:
+    whether hidden states and head ask for a gradient."""
     hidden, head, ids = (
         lay_out(tensor.detach().clone().to(subject.device), case.layout, "").detach()
         for tensor in (case.hidden, case.head, case.response_ids)
     )
-    return hidden.requires_grad_(requires_grad), head.requires_grad_(requires_grad), ids
+    return hidden.requires_grad_(asking[0]), head.requires_grad_(asking[1]), ids
 
 
 def judge_two_calls(
@@ -103,25 +106,45 @@ def judge_two_calls(
             raise
 
 
-def judge_untouched(subject: Subject, case: HeadCase, call: Callable[[HeadCase, Tensors], Any]) -> Any:
-    """The result of a call on tensors that ask for a gradient; the call left them as they were."""
+ASKING = ((True, True), (True, False), (False, False))
+"""Whether hidden states and head ask for a gradient: both, as in a full model; the hidden states alone, as before a
+frozen head; neither."""
+
+
+def judge_untouched(
+    subject: Subject,
+    case: HeadCase,
+    call: Callable[[HeadCase, Tensors], Any],
+    judge: Callable[[HeadCase, Any], object],
+    graph: Callable[[Any], Tensor],
+) -> None:
+    """Calls on tensors that ask for a gradient and on such that ask for none: the values are right, there is no graph,
+    and the inputs are as they were. Under no_grad and inference_mode the values are right as well."""
     case = replace(case, layout="contiguous")
-    tensors = on_device(subject, case, requires_grad=True)
-    result = call(case, tensors)
-    for name, tensor, given in zip(
-        ("hidden", "head", "response_ids"), tensors, (case.hidden, case.head, case.response_ids), strict=True
-    ):
-        if not torch.equal(tensor.detach().cpu(), given):
-            raise disagreement(case, f"{name} after the call", "the values passed in", "other values")
-        asked = name != "response_ids"
-        if tensor.requires_grad != asked or tensor.grad is not None:
-            got = f"requires_grad {tensor.requires_grad}" + (", a gradient" if tensor.grad is not None else "")
-            raise disagreement(case, f"{name} after the call", f"requires_grad {asked}, no gradient", got)
-    frozen = on_device(subject, case)
-    call(case, frozen)
-    if any(tensor.requires_grad for tensor in frozen):
-        raise disagreement(case, "the inputs after the call", "requires_grad False, as passed in", "True")
-    return result
+    for asking in ASKING:
+        tensors = on_device(subject, case, asking)
+        result = call(case, tensors)
+        given = (case.hidden, case.head, case.response_ids)
+        for name, tensor, value, asked in zip(
+            ("hidden", "head", "response_ids"), tensors, given, (*asking, False), strict=True
+        ):
+            if not torch.equal(tensor.detach().cpu(), value):
+                raise disagreement(case, f"{name} after the call", "the values passed in", "other values")
+            if tensor.requires_grad != asked or tensor.grad is not None:
+                got = f"requires_grad {tensor.requires_grad}" + (", a gradient" if tensor.grad is not None else "")
+                raise disagreement(case, f"{name} after the call", f"requires_grad {asked}, no gradient", got)
+        if graph(result).requires_grad:
+            raise disagreement(case, "log-probs", "requires_grad False", "a tensor with a graph")
+        judge(case, result)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            result = call(case, on_device(subject, case))
+        try:
+            judge(case, result)
+        except Disagreement as found:
+            words = f"under {mode.__name__}"
+            found.detail = f"{found.detail}; {words}" if found.detail else words
+            raise
 
 
 def compare(case: HeadCase, aspect: str, expectation: Expectation, got: Tensor, detail: str = "") -> None:

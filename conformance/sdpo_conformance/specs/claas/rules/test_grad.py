@@ -322,13 +322,14 @@ LIVE_GRAPHS = 33
 
 
 def many_graphs(subject: Subject, case: LossCase) -> None:
-    """Many graphs alive at once, two cases in turns; the backward passes run from the last to the first."""
+    """Many graphs alive at once; the backward passes run from the last to the first. The first half is one case, the
+    second half another: in turns, a ring of two, four or more buffers would hand each case its own."""
     cases = (case, unlike(case))
     if any(subject.expectations(one) is None for one in cases):
         return
     calls: list[tuple[LossCase, Any, Any, Tensor]] = []
     for number in range(LIVE_GRAPHS):
-        one = cases[number % 2]
+        one = cases[2 * number > LIVE_GRAPHS]
         loss_input = materialise(one, subject.device)
         result = call_entry(subject.function, subject.entry, loss_input)
         calls.append((one, loss_input, result, differentiable_output(result, subject.entry)))

@@ -1,0 +1,41 @@
+"""What holds for all of torch in this process, and giving it back after code that is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+
+def process_settings() -> dict[str, object]:
+    """The settings that a call must leave as they were, by the name that reads them."""
+    return {
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "torch.is_inference_mode_enabled()": torch.is_inference_mode_enabled(),
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.is_autocast_enabled()": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        "torch.is_anomaly_enabled()": torch.is_anomaly_enabled(),
+    }
+
+
+def restore_settings(settings: Mapping[str, object]) -> None:
+    """Give the process back what was taken, so that what is judged next is not judged under it."""
+    torch.set_grad_enabled(bool(settings["torch.is_grad_enabled()"]))
+    torch.set_default_dtype(settings["torch.get_default_dtype()"])  # type: ignore[arg-type]
+    torch.set_autocast_enabled("cpu", False)
+    torch.set_autocast_enabled("cuda", False)
+    torch.autograd.set_detect_anomaly(bool(settings["torch.is_anomaly_enabled()"]))
+
+
+@contextmanager
+def settings_restored(changed: list[str]) -> Iterator[None]:
+    """Restore what the body left changed, and say so in ``changed``: ``torch.is_grad_enabled() is False``."""
+    before = process_settings()
+    try:
+        yield
+    finally:
+        after = process_settings()
+        if after != before:
+            changed += [f"{name} is {value}" for name, value in after.items() if value != before[name]]
+            restore_settings(before)
