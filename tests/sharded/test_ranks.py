@@ -11,13 +11,15 @@ import torch
 
 from sdpo_conformance.inputs.choices import SeededSource
 from sdpo_conformance.judging.call import ImplementationError
-from sdpo_conformance.protocol import Capability
+from sdpo_conformance.protocol import Capability, Claims
+from sdpo_conformance.running.mesh_run import check_claims, run_on_mesh
+from sdpo_conformance.running.options import RunError, RunOptions
 from sdpo_conformance.sharded import pool as pools
 from sdpo_conformance.sharded.cut import part_of
 from sdpo_conformance.sharded.draw import PLAIN, build_sharded
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.sharded.pool import Pool, PoolError
-from sdpo_conformance.sharded.rank import Answer, Request
+from sdpo_conformance.sharded.rank import Answer, Ready, Request
 from sdpo_conformance.specs.claas.corners import NEUTRAL
 
 TP2 = MeshShape.parse("tp=2")
@@ -72,6 +74,17 @@ def test_an_implementation_that_cannot_be_loaded_is_one_line() -> None:
 def test_a_mesh_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--mesh"):
         MeshShape.parse(text)
+
+
+def test_another_spec_has_no_requirements_on_ranks() -> None:
+    with pytest.raises(RunError, match="those of claas, not of --spec trl"):
+        run_on_mesh("reference", "tp=2", RunOptions(spec="trl"))
+
+
+@pytest.mark.parametrize(("claimed", "words"), [((), "no axis"), (("dp", "cp"), "the axes dp, cp")])
+def test_an_axis_that_is_not_claimed_is_one_line(claimed: tuple[str, ...], words: str) -> None:
+    with pytest.raises(RunError, match=f"loss claims {words} in .*, --mesh tp=2 cuts tp"):
+        check_claims("loss", TP2, Ready(("compute_sdpo_loss",), Claims(mesh=claimed)))
 
 
 def test_where_ranks_stand() -> None:

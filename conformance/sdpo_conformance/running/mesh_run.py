@@ -28,6 +28,7 @@ from sdpo_conformance.sharded.pool import Pool, PoolError
 from sdpo_conformance.sharded.rank import Ready
 from sdpo_conformance.sharded.sharded_program import write_program
 from sdpo_conformance.sharded.sharded_subject import ShardedSubject
+from sdpo_conformance.specs import DEFAULT as CLAAS
 from sdpo_conformance.specs.claas.loss_case import ordinary_case
 from sdpo_conformance.specs.claas.sharded.sharded_rule import SHARDED_FAMILIES, ShardedRule, selected_rules
 from sdpo_conformance.specs.claas.words import describe
@@ -39,6 +40,9 @@ PER_TOKEN = (Capability.DIVERGENCE, Capability.RESPONSE_LOGPROBS, Capability.TEA
 def run_on_mesh(target: str, mesh: str, options: RunOptions, progress: Progress | None = None) -> Report:
     """Judge ``target`` on the ranks of ``mesh`` ("tp=2,dp=2"); raises RunError where that cannot be done."""
     started = time.time()
+    spec = options.found_spec
+    if spec.name != CLAAS:
+        raise RunError(f"--mesh {mesh}: the requirements on ranks are those of {CLAAS}, not of --spec {spec.name}")
     try:
         shape = MeshShape.parse(mesh)
         rules = selected_rules(shape, options.only)
@@ -76,7 +80,7 @@ def run_on_mesh(target: str, mesh: str, options: RunOptions, progress: Progress 
             "backend": pool.backend,
             "pool_starts": pool.starts,
         }
-    results = document(target, ready, records, rules, run, options.found_spec)
+    results = document(target, ready, records, rules, run, spec)
     write_json(folder / RESULTS, results)
     return Report(results, folder)
 
@@ -95,8 +99,8 @@ def check_claims(target: str, mesh: MeshShape, ready: Ready) -> None:
     claimed = ready.claims.mesh
     if claimed is not None and not mesh.shared <= set(claimed):
         rest = ", ".join(sorted(mesh.shared - set(claimed)))
-        takes = ", ".join(claimed) or "none"
-        raise RunError(f"{target} claims the axes {takes} in SDPO_CLAIMS['mesh'], not {rest}; name another --mesh")
+        takes = f"the axes {', '.join(claimed)}" if claimed else "no axis"
+        raise RunError(f"{target} claims {takes} in SDPO_CLAIMS['mesh'], --mesh {mesh} cuts {rest}: judge it on others")
     if not ready.offered:
         raise RunError(
             f"{target} offers nothing that can be called on a mesh: compute_sdpo_loss or compute_fused_sdpo_loss, "

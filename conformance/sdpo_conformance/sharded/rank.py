@@ -105,7 +105,10 @@ class Ready:
 
 def main(connection: Connection, setting: Setting, rank: int) -> None:
     """The body of a rank process."""
-    log = open(setting.log, "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
+    try:
+        log = open(setting.log, "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
+    except FileNotFoundError:  # the judge has ended meanwhile, and taken its folder along
+        os._exit(1)
     faulthandler.enable(log)
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
