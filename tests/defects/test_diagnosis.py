@@ -17,6 +17,7 @@ from sdpo_conformance.judging.call import evaluate
 from sdpo_conformance.judging.compare import compare
 from sdpo_conformance.judging.records import Record, Status
 from sdpo_conformance.protocol import Capability
+from sdpo_conformance.report.terminal import led
 from sdpo_conformance.reproduction.failure import save_observed
 from sdpo_conformance.specs.claas import defects
 from sdpo_conformance.specs.claas.bounds import expectations
@@ -126,6 +127,16 @@ def test_a_run_folder_is_diagnosed_in_words(tmp_path: Path) -> None:
     assert found["lines"][0].startswith("dropped-importance-sampling: explains 3 of 3 failures to 1e-")
     assert found["usable_for"].startswith("Usable for: steps_per_batch = 1")
     assert found["matches"][0]["kind"] == "defect"
+    assert found["first"][0] == "IS-2"
+    assert set(found["because"]) == {"IS-3", "IS-4"} - set(found["first"])
+
+
+def test_the_requirement_that_names_the_cause_leads_the_report() -> None:
+    groups = [[{"requirement": name}] for name in ("GJS-1", "IS-1", "NUM-3", "IS-2")]
+    shown, aside, caused = led(groups[:3], groups[3:], ["IS-2", "IS-1"], ["GJS-1"])
+    assert [group[0]["requirement"] for group in shown] == ["IS-2", "IS-1", "NUM-3"]
+    assert (aside, caused) == ([], ["GJS-1"])
+    assert led(groups[:3], groups[3:], [], []) == (groups[:3], groups[3:], [])
 
 
 def test_no_match_is_said_plainly(tmp_path: Path) -> None:

@@ -12,9 +12,13 @@ from sdpo_conformance.diagnosis.observed import Observed
 from sdpo_conformance.diagnosis.trainers import gathered, stated
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import Dialect
 from sdpo_conformance.specs.requirement import Level
+
+LEADING = 2
+"""So many requirements may lead a report: those that the defect's entry names first."""
 
 MOST_EQUIVALENTS = 3
 """How many indistinguishable defects a line names."""
@@ -27,7 +31,8 @@ LIMITS_OF_PYTORCH = ("NUM-3", "NUM-4", "NUM-5")
 
 def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capability]) -> Mapping[str, Any] | None:
     """``lines`` for the terminal, ``matches`` for machines, ``usable_for`` for the verdict, one diagnosis for
-    each entry that failed; None where nothing failed. ``folder`` holds what was observed."""
+    each entry that failed; ``first`` and ``because``: failed requirements that name a cause, and those that fail
+    because of it; None where nothing failed. ``folder`` holds what was observed."""
     if not failed:
         return None
     passed = {
@@ -36,6 +41,8 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
     lines: list[str] = []
     matches: list[dict[str, Any]] = []
     usable: list[str] = []
+    first: list[str] = []
+    because: list[str] = []
     for entry in Capability:
         records = [record for record in failed if record.entry == entry]
         if not records:
@@ -51,12 +58,33 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
             words, match = of_trainer(records, where)
         else:
             words, match = of_loss(observed, held, records, where)
+            leading, following = led_by(match, records)
+            first += [one for one in leading if one not in first]
+            because += [one for one in following if one not in because]
         lines.extend(line for line in words if line not in lines)
         if match is not None:
             matches.append({"entry": entry.value, **match})
             if match["usable_for"] and match["usable_for"] not in usable:
                 usable.append(match["usable_for"])
-    return {"lines": lines, "usable_for": " ".join(usable), "matches": matches}
+    because = [one for one in because if one not in first]
+    return {
+        "lines": lines,
+        "usable_for": " ".join(usable),
+        "matches": matches,
+        **({"first": first, "because": because} if first else {}),
+    }
+
+
+def led_by(match: Mapping[str, Any] | None, failed: Sequence[Record]) -> tuple[list[str], list[str]]:
+    """The failed requirements that the named defects violate, and, where these explain every failure, the other MUSTs
+    that failed. A dialect breaks many rules at once: none of them leads."""
+    if match is None or match["kind"] == "dialect":
+        return [], []
+    ids = [record.requirement for record in failed if record.level is Level.MUST]
+    violated = [id_ for name in str(match["name"]).split(" + ") for id_ in catalogue()[name].violates]
+    first = [one for one in dict.fromkeys(violated) if one in ids][:LEADING]
+    whole = match["explained"] == match["of"]
+    return first, [one for one in ids if one not in first] if first and whole else []
 
 
 def of_loss(

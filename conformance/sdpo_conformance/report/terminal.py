@@ -41,6 +41,9 @@ def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> 
         console.print(everywhere_text(everywhere, results))
         failures = [group for group in failures if group not in everywhere]
     primary, secondary = sorted_out(failures, spec)
+    diagnosis = results.get("diagnosis") or {}
+    first = list(diagnosis.get("first", ()))
+    primary, secondary, caused = led(primary, secondary, first, diagnosis.get("because", ()))
     shown = primary[:SHOWN_FAILURES]
     for number, group in enumerate(shown):
         console.print(failure_text(group, results if number == 0 else None))
@@ -48,6 +51,8 @@ def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> 
     if hidden:
         ids = ", ".join(group[0]["requirement"] for group in hidden)
         console.print(block("", [Text(f"and {len(hidden)} more: {ids}")], 6))
+    if caused:
+        console.print(block("", [Text(f"because of {' and '.join(first)}: {', '.join(caused)}")], 6))
     if secondary:
         ids = ", ".join(dict.fromkeys(group[0]["requirement"] for group in secondary))
         console.print(block("", [Text(f"wrong for a reason reported above: {ids}")], 6))
@@ -216,6 +221,26 @@ def sorted_out(
     named = [group for group in own if group[0]["requirement"] not in spec.sweeps]
     primary = named or own or failures
     return primary, [group for group in failures if group not in primary]
+
+
+def led(
+    primary: Sequence[list[Mapping[str, Any]]],
+    secondary: Sequence[list[Mapping[str, Any]]],
+    first: Sequence[str],
+    because: Sequence[str],
+) -> tuple[list[list[Mapping[str, Any]]], list[list[Mapping[str, Any]]], list[str]]:
+    """The requirements that name the diagnosed cause come first, even where they count as secondary; those that fail
+    because of them are named only, third."""
+
+    def id_of(group: Sequence[Mapping[str, Any]]) -> str:
+        return str(group[0]["requirement"])
+
+    leading = [group for group in (*primary, *secondary) if id_of(group) in first]
+    leading.sort(key=lambda group: first.index(id_of(group)))
+    rest = [group for group in primary if group not in leading]
+    caused = [id_of(group) for group in rest if leading and id_of(group) in because]
+    shown = [*leading, *(group for group in rest if id_of(group) not in caused)]
+    return shown, [group for group in secondary if group not in leading], caused
 
 
 def failure_text(group: Sequence[Mapping[str, Any]], results: Mapping[str, Any] | None = None) -> Table:
