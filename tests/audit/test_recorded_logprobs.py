@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sampled(
-    run: Path, recorded: str = "before", temperature: float = 1.0, top_p: float = 1.0, shift: int = 0, raw: bool = False
+    run: Path,
+    recorded: str = "before",
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    shift: int = 0,
+    raw: bool = False,
+    tokens: Sequence[int] = (),
 ) -> list[Finding]:
-    """Sample from the starting adapter, record as told, and audit."""
+    """Sample from the starting adapter (or take the tokens given), record as told, and audit."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -56,9 +63,9 @@ def sampled(
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run / "base"), run / "before")
     model.load_adapter(run / "after", "after")
     generator = torch.Generator().manual_seed(3)
-    ids = list(PROMPT)
+    ids = [*PROMPT, *tokens]
     with torch.no_grad():
-        for _ in range(TOKENS):
+        for _ in range(TOKENS - len(tokens)):
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
             ids.append(int(torch.multinomial(scaled(logits, plain=False).exp(), 1, generator=generator)))
         if recorded == "base":
@@ -115,3 +122,14 @@ def test_processed_top_p_is_named(run: Path) -> None:
 def test_raw_logprobs_under_top_p_are_named(run: Path) -> None:
     (finding,) = sampled(run, top_p=0.6, raw=True)
     assert "off by the kept mass" in finding.statement
+
+
+def test_raw_logprobs_of_a_temperature_and_a_nucleus_are_named(run: Path) -> None:
+    (finding,) = sampled(run, temperature=0.6, top_p=0.8, raw=True)
+    assert finding.data["temperature"] == pytest.approx(0.6, abs=0.11)
+    assert "sampled at a temperature of about" in finding.statement
+
+
+def test_tokens_that_no_model_sampled_say_nothing_of_a_temperature(run: Path) -> None:
+    ids = torch.randint(2, 64, (TOKENS,), generator=torch.Generator().manual_seed(5)).tolist()
+    assert sampled(run, tokens=ids) == []

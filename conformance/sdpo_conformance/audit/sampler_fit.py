@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sdpo_conformance.audit.config import RequestSample
@@ -25,6 +25,13 @@ BASE = "base"
 #: Rows of logits held at once, so that a long response of a large vocabulary stays within some hundred MiB.
 _CHUNK_ROWS = 64
 _FEWEST_TOKENS = 12
+#: A hypothesis explains the recorded log-probs where it leaves at most this part of the gap.
+EXPLAINED = 0.4
+#: Nats of evidence that something was done to the distribution (odds of one in a million), and that it was two things.
+_CONVINCING = math.log(1e6)
+_SECOND = 3.0
+#: Standard deviations below its expectation at which a sum of log-probs is no sample's of that distribution.
+_DEVIATIONS = 4.0
 
 
 @dataclass(frozen=True)
@@ -46,32 +53,47 @@ class SamplerHypothesis:
 class SamplerFit:
     """`gap` of the starting adapter's raw log-probs and of the best candidate: mean |difference|, nats per token.
 
-    `likelier_temperature` and `nucleus` are what the sampled tokens themselves say, however their log-probs were
-    recorded: a temperature under which they are far likelier (and by how many nats), and a top-p outside of which no
-    token fell although by chance some would have (with the mean mass that it keeps).
+    `sampled_at` is what the sampled tokens themselves say, however their log-probs were recorded: the temperature and
+    top-p under which they are far likelier than under (1, 1), by `likelier` nats; `kept_mass` is the mean mass that the
+    nucleus keeps of the model's own distribution at that temperature.
     """
 
     tokens: int
     gap: float
     best: SamplerHypothesis
     best_gap: float
-    likelier_temperature: tuple[float, float] | None
-    nucleus: tuple[float, float] | None
+    sampled_at: tuple[float, float]
+    likelier: float
+    kept_mass: float
 
     @property
     def processed(self) -> bool:
         """Whether the sampler's temperature or top-p explains the records: a trainer may score with the same."""
         own = self.best.source == BEFORE and not self.best.shift and self.best.parts > 0
-        return own and self.best_gap <= 0.25 * self.gap
+        return own and self.best_gap <= EXPLAINED * self.gap
 
 
 @dataclass
 class _Sums:
-    """Log-probs of the sampled tokens by (temperature, top-p), and what the nucleus kept, token by token."""
+    """Log-probs of the sampled tokens, and what the nucleus kept, by (temperature, top-p) and token; by temperature and
+    token, how far the log-prob lies above its expectation, and its variance.
+    """
 
-    logprobs: dict[tuple[float, float], list[float]]
-    mass_before: list[float]
-    kept: dict[float, list[float]]
+    logprobs: dict[tuple[float, float], list[float]] = field(default_factory=dict)
+    kept: dict[tuple[float, float], list[float]] = field(default_factory=dict)
+    surplus: dict[float, list[float]] = field(default_factory=dict)
+    variance: dict[float, list[float]] = field(default_factory=dict)
+
+    def add(self, other: _Sums) -> None:
+        """Append another sample's."""
+        for pair, values in other.logprobs.items():
+            self.logprobs.setdefault(pair, []).extend(values)
+        for pair, values in other.kept.items():
+            self.kept.setdefault(pair, []).extend(values)
+        for temperature, values in other.surplus.items():
+            self.surplus.setdefault(temperature, []).extend(values)
+        for temperature, values in other.variance.items():
+            self.variance.setdefault(temperature, []).extend(values)
 
 
 def fit_sampler(adapted: AdaptedModel, samples: Sequence[RequestSample]) -> SamplerFit | None:
@@ -82,7 +104,7 @@ def fit_sampler(adapted: AdaptedModel, samples: Sequence[RequestSample]) -> Samp
         return None
     sources = [BEFORE, BASE, *([AFTER] if AFTER in adapted.adapters else [])]
     gaps: dict[SamplerHypothesis, list[float]] = {}
-    own = _Sums({}, [], {p: [] for p in TOP_P})
+    own = _Sums()
     for sample in recorded:
         old = [float(value) for value in sample.response_logprobs or ()]
         for source in sources:
@@ -93,17 +115,13 @@ def fit_sampler(adapted: AdaptedModel, samples: Sequence[RequestSample]) -> Samp
                         _gaps(old, new, shift)
                     )
             if source == BEFORE:
-                for pair, new in sums.logprobs.items():
-                    own.logprobs.setdefault(pair, []).extend(new)
-                own.mass_before.extend(sums.mass_before)
-                for p, kept in sums.kept.items():
-                    own.kept[p].extend(kept)
+                own.add(sums)
     means = {candidate: math.fsum(values) / len(values) for candidate, values in gaps.items() if values}
     least = min(means.values())
     # Among candidates that fit about equally well the one that supposes least is believed.
     close = [c for c, gap in means.items() if gap <= 1.5 * least + 2e-3]
     best = min(close, key=lambda c: (c.parts, means[c]))
-    return SamplerFit(tokens, means[SamplerHypothesis(BEFORE)], best, means[best], _temperature(own), _nucleus(own))
+    return SamplerFit(tokens, means[SamplerHypothesis(BEFORE)], best, means[best], *_sampled_at(own))
 
 
 def _gaps(old: Sequence[float], new: Sequence[float], shift: int) -> list[float]:
@@ -119,7 +137,7 @@ def _score(adapted: AdaptedModel, source: str, sample: RequestSample) -> _Sums:
     name = None if source == BASE else source
     logits = response_logits(adapted, name, sample.prompt_token_ids, sample.response_token_ids)
     chosen = torch.tensor(sample.response_token_ids, device=logits.device)
-    sums = _Sums({}, [], {p: [] for p in TOP_P})
+    sums = _Sums()
     for start in range(0, len(chosen), _CHUNK_ROWS):
         rows = logits[start : start + _CHUNK_ROWS].double()
         _score_rows(rows, chosen[start : start + _CHUNK_ROWS], sums)
@@ -130,39 +148,42 @@ def _score_rows(rows: torch.Tensor, chosen: torch.Tensor, sums: _Sums) -> None:
     """rows (T, V) logits, chosen (T,) token ids."""
     import torch
 
+    ordered = rows.sort(dim=-1, descending=True).values  # the order is the same at every temperature
+    logit = rows.gather(-1, chosen[:, None])
+    likelier = (ordered > logit).sum(dim=-1, keepdim=True)
     for temperature in TEMPERATURES:
-        logprobs = torch.log_softmax(rows / temperature, dim=-1)
-        picked = logprobs.gather(-1, chosen[:, None])[:, 0]
+        total = torch.logsumexp(ordered / temperature, dim=-1, keepdim=True)
+        picked = (logit / temperature - total)[:, 0]
         sums.logprobs.setdefault((temperature, 1.0), []).extend(picked.tolist())
-        ordered = logprobs.exp().sort(dim=-1, descending=True).values
-        cumulative = ordered.cumsum(dim=-1)
-        ahead = (logprobs.exp() * (logprobs > picked[:, None])).sum(dim=-1)  # mass of the likelier tokens
-        if temperature == 1:
-            sums.mass_before.extend(ahead.tolist())
+        logprobs = ordered / temperature - total
+        expected = (logprobs.exp() * logprobs).sum(dim=-1)
+        sums.surplus.setdefault(temperature, []).extend((picked - expected).tolist())
+        variance = (logprobs.exp() * logprobs.square()).sum(dim=-1) - expected.square()
+        sums.variance.setdefault(temperature, []).extend(variance.tolist())
+        cumulative = logprobs.exp().cumsum(dim=-1)
+        ahead = cumulative.gather(-1, (likelier - 1).clamp(min=0)).masked_fill(likelier == 0, 0.0)[:, 0]
         for p in TOP_P:
             last = (cumulative < p).sum(dim=-1, keepdim=True).clamp(max=rows.shape[-1] - 1)
             kept = cumulative.gather(-1, last)[:, 0]
             inside = picked - kept.log()
             inside[ahead >= p] = -math.inf
             sums.logprobs.setdefault((temperature, p), []).extend(inside.tolist())
-            if temperature == 1:
-                sums.kept[p].extend(kept.tolist())
+            sums.kept.setdefault((temperature, p), []).extend(kept.tolist())
 
 
-def _temperature(own: _Sums) -> tuple[float, float] | None:
-    """The temperature under which the sampled tokens are likeliest, and by how many nats over temperature 1."""
-    totals = {t: math.fsum(values) for (t, p), values in own.logprobs.items() if p == 1}
-    best = max(totals, key=lambda t: totals[t])
-    gain = totals[best] - totals[1.0]
-    return (best, gain) if best != 1 and gain > 10.0 else None
+def _sampled_at(own: _Sums) -> tuple[tuple[float, float], float, float]:
+    """The (temperature, top-p) under which the tokens are likeliest, by how many nats, and the mean mass kept.
 
-
-def _nucleus(own: _Sums) -> tuple[float, float] | None:
-    """The smallest top-p with every token inside, where chance would have put one outside with all but 1e-6."""
-    for p in TOP_P:
-        if all(ahead < p for ahead in own.mass_before):
-            chance = math.fsum(math.log(min(kept, 1.0)) for kept in own.kept[p])
-            if chance < math.log(1e-6):
-                return p, math.fsum(own.kept[p]) / len(own.kept[p])
-            return None
-    return None
+    Together they have to make them a million times likelier: by chance some token falls outside a nucleus, and of a
+    temperature that was not used little is gained. Tokens that are unlikely at every temperature, or likeliest at the
+    highest, were not sampled from this model.
+    """
+    totals = {pair: math.fsum(values) for pair, values in own.logprobs.items()}
+    scores = {(t, p): total - _SECOND * ((t != 1) + (p != 1)) for (t, p), total in totals.items()}
+    best = max(scores, key=lambda pair: scores[pair])
+    surplus, variance = math.fsum(own.surplus[best[0]]), math.fsum(own.variance[best[0]])
+    foreign = best[0] == max(TEMPERATURES) or surplus < -_DEVIATIONS * math.sqrt(max(variance, 0.0))
+    if foreign or totals[best] - totals[1.0, 1.0] < _CONVINCING:
+        return (1.0, 1.0), 0.0, 1.0
+    kept = own.kept.get(best, [])
+    return best, totals[best] - totals[1.0, 1.0], math.fsum(kept) / len(kept) if kept else 1.0

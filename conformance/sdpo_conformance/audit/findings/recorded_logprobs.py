@@ -5,10 +5,9 @@ from __future__ import annotations
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.loss_replay import SAMPLER_DIFFERS
 from sdpo_conformance.audit.model_loading import AFTER
-from sdpo_conformance.audit.sampler_fit import BASE, SamplerFit, SamplerHypothesis
+from sdpo_conformance.audit.sampler_fit import BASE, EXPLAINED, SamplerFit, SamplerHypothesis
 
-#: A fit explains the recorded log-probs where it leaves a fraction of the gap, and little of it at all.
-_EXPLAINED = 0.25
+#: What is left of the gap must be little in itself, too: nats per token.
 _LARGEST_LEFT = 0.05
 
 
@@ -22,7 +21,7 @@ def recorded_logprobs(evidence: Evidence) -> Verdicts:
     if fit.gap <= SAMPLER_DIFFERS:
         yield from _sampled_otherwise(fit)
         return
-    explained = fit.best.parts > 0 and fit.best_gap <= min(_EXPLAINED * fit.gap, _LARGEST_LEFT)
+    explained = fit.best.parts > 0 and fit.best_gap <= min(EXPLAINED * fit.gap, _LARGEST_LEFT)
     if not explained:
         yield NotJudged(
             "recorded-logprobs",
@@ -91,31 +90,30 @@ def _next_step(best: SamplerHypothesis) -> str:
 
 def _sampled_otherwise(fit: SamplerFit) -> Verdicts:
     """Raw log-probs of tokens that were sampled from a processed distribution."""
-    if fit.nucleus is not None:
-        p, kept = fit.nucleus
-        yield Finding(
-            id="recorded-logprobs",
-            severity=Severity.WARNING,
-            statement=(f"raw log-probs under top-p {p:g}: the ratios are off by the kept mass, {kept:.3f} in the mean"),
-            evidence=(
-                f"not one of {fit.tokens} tokens lies outside the top-p {p:g} nucleus, at odds of less than one in a"
-                " million without it",
-            ),
-            cause="the engine records log-probs before top-p (vLLM's logprobs_mode raw_logprobs, its default)",
-            next_step="ask for processed_logprobs, or sample without top-p",
-            data={"top_p": p, "kept_mass": kept},
+    temperature, top_p = fit.sampled_at
+    if (temperature, top_p) == (1, 1):
+        return
+    if temperature == 1:
+        told = (
+            f"raw log-probs under top-p {top_p:g}: the ratios are off by the kept mass, {fit.kept_mass:.3f} in the mean"
         )
-    elif fit.likelier_temperature is not None:
-        temperature, gain = fit.likelier_temperature
-        yield Finding(
-            id="recorded-logprobs",
-            severity=Severity.WARNING,
-            statement=f"raw log-probs of tokens that were sampled at a temperature of about {temperature:g}",
-            evidence=(f"the {fit.tokens} tokens are {gain:.3g} nats likelier at {temperature:g} than at 1",),
-            cause="the engine records log-probs before the temperature (vLLM's default, raw_logprobs)",
-            next_step="ask for processed_logprobs and score with the same temperature, or sample at temperature 1",
-            data={"temperature": temperature, "gain_nats": gain},
-        )
+    else:
+        nucleus = f" and under a top-p of about {top_p:g}" if top_p != 1 else ""
+        told = f"raw log-probs of tokens that were sampled at a temperature of about {temperature:g}{nucleus}"
+    yield Finding(
+        id="recorded-logprobs",
+        severity=Severity.WARNING,
+        statement=told,
+        evidence=(
+            f"the {fit.tokens} tokens are {fit.likelier:.3g} nats likelier so than at temperature 1 without top-p"
+            + (f"; not one lies outside the top-p {top_p:g} nucleus" if top_p != 1 else ""),
+        ),
+        cause="the engine records log-probs before temperature and top-p (vLLM's default, raw_logprobs)",
+        next_step=(
+            "ask for processed_logprobs and score with the same temperature, or sample at temperature 1 without top-p"
+        ),
+        data={"temperature": temperature, "top_p": top_p, "kept_mass": fit.kept_mass, "gain_nats": fit.likelier},
+    )
 
 
 CHECKS = (
