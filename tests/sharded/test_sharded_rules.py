@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tests.sharded.sharded_kills import judge
 
+from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.sharded.pool import Pool
@@ -61,7 +62,9 @@ def test_a_defect_is_caught_by_its_rule(name: str, pools: dict[str, Pool]) -> No
         ("reduce_scatter", "tp=2", "VP-3"),
         ("dtensor", "tp=2", "VP-2"),
         ("differentiable_reduce", "dp=2", "DP-1"),
+        ("triton_fused", "tp=2", "VP-9"),
     ],
 )
 def test_right_by_another_method(name: str, mesh: str, rule: str, pools: dict[str, Pool]) -> None:
-    assert not judge(pools[mesh], str(RIGHT / f"{name}.py"), sharded_rules()[rule], Capability.FUSED)
+    target = name if name == "triton_fused" else str(RIGHT / f"{name}.py")
+    assert not judge(pools[mesh], target, sharded_rules()[rule], Capability.FUSED, PROFILES["check"])
