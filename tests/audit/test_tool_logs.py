@@ -155,6 +155,17 @@ def test_a_dead_run_is_named(tmp_path: Path) -> None:
     assert "logging_nan_inf_filter" in found["dead-run"].cause
 
 
+def test_a_sampler_that_never_gets_the_adapter(tmp_path: Path) -> None:
+    for gaps, expected in (
+        ([0.01 * n for n in range(1, 13)], []),
+        ([0.02 * 1.4**n for n in range(12)], ["sampler-gap"]),
+    ):
+        rows = [{"step": n, "loss": 1 / n, "grad_norm": 1 + 1 / n, "sampling/sampling_logp_difference/mean": gap}
+                for n, gap in enumerate(gaps, 1)]  # fmt: skip
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+        assert [f.id for f in audit_run(tmp_path).findings] == expected
+
+
 def test_a_loss_that_is_suddenly_nothing(tmp_path: Path) -> None:
     for values, expected in (([0.5, 0.4, 0.0, 0.0, 0.0], ["dead-run"]), ([0.5, 0.001, 0.0, 0.0, 0.0], [])):
         (tmp_path / "trainer_log.jsonl").write_text(

@@ -18,6 +18,9 @@ _SHOWN_NAMES = 8
 #: A sampler in half precision keeps the mean ratio of a batch within a few percent of 1.
 _RATIO_OFF = 0.05
 _RATIO_SPREAD = 1 / 3
+#: Mean |difference| of log-probs (nats) and of probabilities that no two engines' rounding reaches.
+_GAPS = {"sampler_gap": 0.1, "sampler_gap_probability": 0.05}
+_GAP_GROWTH = 5.0
 
 
 def dead_rows(metrics: RunMetrics) -> int:
@@ -132,6 +135,34 @@ def sampler_ratio(evidence: Evidence) -> Verdicts:
     )
 
 
+def sampler_gap(evidence: Evidence) -> Verdicts:
+    """The distance of sampler and trainer grows with training: the sampler does not get the weights."""
+    metrics = evidence.metrics
+    name = next((n for n in _GAPS if metrics is not None and metrics.has(n)), None)
+    if metrics is None or name is None:
+        return
+    values = [value for step in metrics.steps if math.isfinite(value := step.values.get(name, math.nan))]
+    quarter = len(values) // 4
+    if quarter < 2:
+        return
+    start, end = statistics.median(values[:quarter]), statistics.median(values[-quarter:])
+    middle = statistics.median(values[quarter:-quarter])
+    if not (end >= _GAPS[name] and end >= _GAP_GROWTH * start and start <= middle <= end):
+        return
+    yield Finding(
+        id="sampler-gap",
+        severity=Severity.WARNING,
+        statement=f"sampler and trainer drift apart: their mean |difference| grows from {start:.3g} to {end:.3g}",
+        evidence=(f"medians of the first and the last {quarter} of {len(values)} rows, {middle:.3g} between them",),
+        cause=(
+            "the engine does not get the trained adapter (never delivered, or its requests do not name it), so that the"
+            " gap grows as the adapter does; or the policy collapses"
+        ),
+        next_step="give --model and the samples: the audit then says whose log-probs were recorded",
+        data={"start": start, "end": end},
+    )
+
+
 def fields_not_understood(evidence: Evidence) -> Verdicts:
     """What the log holds and the audit cannot read."""
     metrics = evidence.metrics
@@ -150,5 +181,6 @@ def fields_not_understood(evidence: Evidence) -> Verdicts:
 CHECKS = (
     Check("dead-run", "no number for a gradient from some step to the end", dead_run),
     Check("sampler-ratio", "trainer and sampler apart by the same factor in every batch", sampler_ratio),
+    Check("sampler-gap", "trainer and sampler drift apart as the run goes on", sampler_gap),
     Check("metrics-fields", "fields that no known tool writes", fields_not_understood),
 )

@@ -56,7 +56,7 @@ def ratio_not_reported(evidence: Evidence) -> Verdicts:
     metrics = evidence.metrics
     if metrics is None or metrics.has("mean_is_ratio"):
         return
-    if not metrics.native:
+    if not metrics.native or metrics.ratio_names:
         return  # this tool reports its ratio under its own name, or has none to report
     several = any(len(batch.steps) > 1 for batch in metrics.batches)
     if not several and evidence.sampler != "differs":
