@@ -54,6 +54,11 @@ def test_a_defect_is_caught_by_its_rule(name: str, pools: dict[str, Pool]) -> No
     assert judge(pools[defect.mesh], f"defect:{name}", rule, defect.capabilities[0])
 
 
+def test_log_probs_with_a_graph_are_refused(pools: dict[str, Pool]) -> None:
+    target = f"{Path(__file__).with_name('unruly.py')}:keeps_a_graph"
+    assert "graph" in judge(pools["tp=2"], target, sharded_rules()["VP-10"], Capability.RESPONSE_LOGPROBS)
+
+
 @pytest.mark.parametrize(
     ("name", "mesh", "rule"),
     [

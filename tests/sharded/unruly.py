@@ -1,4 +1,4 @@
-"""Losses that misbehave on one rank: one raises, one never joins a collective, one ends its process."""
+"""Losses that misbehave on one rank: it raises, never joins a collective, or ends. Log-probs that keep a graph."""
 
 from __future__ import annotations
 
@@ -36,7 +36,15 @@ def _sleeps(loss_input: Any) -> Any:
     return reference.compute_sdpo_loss(loss_input)
 
 
+def _with_graph(hidden: Any, head: Any, ids: Any, *, mesh: Any, vocab_start: int, vocab_size: int) -> Any:
+    found = reference.compute_response_logprobs(
+        hidden, head, ids, mesh=mesh, vocab_start=vocab_start, vocab_size=vocab_size
+    )
+    return found + 0 * hidden.sum()
+
+
 raises = SimpleNamespace(compute_sdpo_loss=_raises)
 leaves_early = SimpleNamespace(compute_sdpo_loss=_leaves_early)
 dies = SimpleNamespace(compute_sdpo_loss=_dies)
 sleeps = SimpleNamespace(compute_sdpo_loss=_sleeps)
+keeps_a_graph = SimpleNamespace(compute_response_logprobs=_with_graph)

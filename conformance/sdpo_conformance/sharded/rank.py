@@ -317,26 +317,34 @@ def read(
     if entry is Capability.TEACHER_TOPK:
         if not isinstance(returned, (tuple, list)) or len(returned) != 2:
             return None, {}, (f"returned a {type(returned).__name__}, expected (logprobs, indices)",)
-        return None, {"logprobs": as_number(returned[0]), "indices": as_number(returned[1])}, ()
+        found: dict[str, Tensor | str] = {"logprobs": as_number(returned[0]), "indices": as_number(returned[1])}
+        return None, found, with_graph(returned[0])
     if entry in (Capability.DIVERGENCE, Capability.RESPONSE_LOGPROBS):
         if not isinstance(returned, Tensor):
             return None, {}, (f"returned a {type(returned).__name__}, expected a (B, T) tensor",)
-        return returned, {"divergence": as_number(returned)}, ()
+        problems = () if entry is Capability.DIVERGENCE else with_graph(returned)
+        return returned, {"divergence": as_number(returned)}, problems
     if not isinstance(returned, Mapping):
         return None, {}, (f"returned a {type(returned).__name__}, expected a mapping with loss and the metrics",)
-    problems = [f"the result has no {key!r}" for key in ("loss", *METRIC_KEYS) if key not in returned]
+    missing = [f"the result has no {key!r}" for key in ("loss", *METRIC_KEYS) if key not in returned]
     loss = returned.get("loss")
     if differentiated and not isinstance(loss, Tensor):
-        problems.append(f"loss is a {type(loss).__name__}, expected a tensor to differentiate")
+        missing.append(f"loss is a {type(loss).__name__}, expected a tensor to differentiate")
         loss = None
     elif isinstance(loss, Tensor) and loss.dim() != 0:
-        problems.append(f"loss has shape {tuple(loss.shape)}, expected 0-dim")
+        missing.append(f"loss has shape {tuple(loss.shape)}, expected 0-dim")
         loss = None
     for key in METRIC_KEYS:
         value = returned.get(key)
         if isinstance(value, Tensor) and (value.dim() != 0 or value.requires_grad):
-            problems.append(f"{key} is a tensor of shape {tuple(value.shape)}, requires_grad {value.requires_grad}")
-    return loss, {key: as_number(value) for key, value in returned.items()}, tuple(problems)
+            missing.append(f"{key} is a tensor of shape {tuple(value.shape)}, requires_grad {value.requires_grad}")
+    return loss, {key: as_number(value) for key, value in returned.items()}, tuple(missing)
+
+
+def with_graph(logprobs: Any) -> tuple[str, ...]:
+    """What is wrong with log-probs that must carry no graph."""
+    carries = isinstance(logprobs, Tensor) and logprobs.requires_grad
+    return ("the log-probs carry a graph, expected none",) if carries else ()
 
 
 def as_number(value: Any) -> Tensor | str:

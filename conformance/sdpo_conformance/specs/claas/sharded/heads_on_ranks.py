@@ -26,7 +26,8 @@ from sdpo_conformance.specs.claas.head_bounds import at, response_logprobs, supp
 
 @dataclass(frozen=True, eq=False)
 class ShardedHeadCase(HeadCase):
-    """A head case and how its vocabulary lies on the mesh; every rank gets all hidden states."""
+    """A head case and how its vocabulary lies on the mesh; every rank gets all hidden states. They and the head ask
+    for a gradient, which nothing here may follow."""
 
     cut: Cut | None = None
 
@@ -39,7 +40,8 @@ class ShardedHeadCase(HeadCase):
             "response_ids": self.response_ids,
         }
         start, extent = self.cut.starts[place], self.cut.extent
-        return Part(tensors, (), start, self.head.shape[0], extent, TrainingConfig(), 1.0)
+        asking = ("student_hidden", "lm_head_weight")
+        return Part(tensors, asking, start, self.head.shape[0], extent, TrainingConfig(), 1.0)
 
 
 def build(source: Source, subject: ShardedSubject) -> ShardedHeadCase:
