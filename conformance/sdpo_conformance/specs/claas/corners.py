@@ -16,7 +16,8 @@ class Corner:
     alpha: half, inside, near_zero, near_one, zero, one · ratio: on_policy, mild, below, above_cap,
     clamp_high, clamp_low, infinite, certain (recorded as exactly 0) · is_clip: default, low, one, high, huge
     (beyond e^20) · anchor: off, on ·
-    drift of the policy from the base: equal, mild, strong, clamp_high, clamp_low · mask: full, ragged, random,
+    drift of the policy from the base: equal, mild, strong, clamp_high, clamp_low, certain (the base's log-prob is
+    exactly 0) · mask: full, ragged, random,
     fractional, holed (zeros among fractions), tiny (sums to less than 1), empty · support: few, one, many (> 64),
     whole · response: inside,
     outside, either · mass of the support: normal, shifted, teacher_floor, student_floor, deep (entries below
@@ -68,7 +69,7 @@ EVERYTHING = Corner(
     ratio=("on_policy", "mild", "below", "above_cap", "clamp_high", "clamp_low", "certain"),
     is_clip=("default", "low", "one", "high", "huge"),
     anchor=("off", "on"),
-    drift=("mild", "equal", "strong", "clamp_high", "clamp_low"),
+    drift=("mild", "equal", "strong", "clamp_high", "clamp_low", "certain"),
     mask=("full", "ragged", "random", "fractional", "holed", "tiny"),
     mass=("normal", "normal", "shifted", "teacher_floor", "student_floor", "deep"),
     layout=("contiguous", "contiguous", "transposed", "strided", "offset", "sliced"),

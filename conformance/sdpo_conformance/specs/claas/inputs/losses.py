@@ -292,7 +292,7 @@ def build_case(
         kl_reg_weight=source.pick(KL_WEIGHTS) if source.pick(corner.anchor) == "on" else 0.0,
     )
     old = chosen - log_ratios(source, numbers, corner, chosen, is_clip)
-    base = chosen - drifts(source, numbers, corner, b, t, half16)
+    base = chosen - drifts(source, numbers, corner, chosen, half16)
     id_dtype = source.pick((torch.int64, torch.int64, torch.int32))
     fields = {
         "teacher_logprobs": tau.to(near),
@@ -378,8 +378,9 @@ def log_ratios(source: Source, numbers: Numbers, corner: Corner, chosen: Tensor,
     )
 
 
-def drifts(source: Source, numbers: Numbers, corner: Corner, b: int, t: int, half16: bool) -> Tensor:
-    """(B, T) l[y] - base before rounding; float16 cannot hold exp of more than 11."""
+def drifts(source: Source, numbers: Numbers, corner: Corner, chosen: Tensor, half16: bool) -> Tensor:
+    """(B, T) l[y] - base before rounding; ``chosen`` is l[y]. float16 cannot hold exp of more than 11."""
+    b, t = chosen.shape
     kinds, index = draw_per_token(source, numbers, corner.drift, b, t)
     strong = numbers.choice((-1.0, 1.0), b, t) * numbers.uniform(3, 7 if half16 else 17, b, t)
     return by_kind(
@@ -389,6 +390,7 @@ def drifts(source: Source, numbers: Numbers, corner: Corner, b: int, t: int, hal
             "equal": torch.zeros(b, t, dtype=torch.float64),
             "mild": numbers.normal(b, t),
             "strong": strong,
+            "certain": chosen,
             "clamp_high": strong.abs() if half16 else numbers.uniform(22, 35, b, t),
             "clamp_low": -strong.abs() if half16 else -numbers.uniform(22, 35, b, t),
         },

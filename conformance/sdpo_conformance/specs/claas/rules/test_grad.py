@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from sdpo_conformance.cases.case import divergence_incoming
 from sdpo_conformance.inputs.choices import SeededSource
 from sdpo_conformance.judging.call import (
+    ImplementationError,
     Outcome,
     call_entry,
     differentiable_output,
@@ -26,6 +29,7 @@ from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.bounds import Expectation, expectations
 from sdpo_conformance.specs.claas.corners import NEUTRAL, Corner
 from sdpo_conformance.specs.claas.inputs.losses import build_case
+from sdpo_conformance.specs.claas.inputs.masked import with_garbage
 from sdpo_conformance.specs.claas.loss_case import LAYOUTS, LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL, DIVERGENCES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
@@ -40,6 +44,10 @@ BROAD = NEUTRAL.but(
     mass=("normal", "student_floor"),
 )
 DIVERGENCE_ONLY = NEUTRAL.but(mass=("normal", "student_floor"))
+
+
+INCOMING = (0.25, -1.0, 3.0, 1000.0, 0.0, 65536.0, 2.0**20, 1.0625, 1.0078125, 0.9375, 1e-3, 2.0**-20, -300.0)
+"""Gradients that arrive: of accumulation, of loss scaling, next to 1, none."""
 
 
 def corner_of(subject: Subject) -> Any:
@@ -57,8 +65,13 @@ def corner_of(subject: Subject) -> Any:
     capabilities=DIVERGENCES,
 )
 def test_grad_1(subject: Subject) -> None:
-    corner = corner_of(subject).but(incoming=(0.25, -1.0, 3.0, 1000.0, 0.0, 65536.0, 1.0625, 0.9375, 1e-3, -300.0))
-    subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,), control=unscaled(subject, case)))
+    def check(case: LossCase) -> None:
+        subject.agrees(case, (GRADIENT,), control=unscaled(subject, case))
+
+    subject.for_all(corner_of(subject).but(incoming=INCOMING[:5]), check)
+    for dtype in subject.torch_dtypes:
+        case = small_case(corner_of(subject).but(head="trainable"), subject.entry, dtype, subject.seed)
+        subject.each((replace(case, incoming=incoming) for incoming in INCOMING), check)
 
 
 def unscaled(subject: Subject, case: LossCase) -> LossCase:
@@ -129,9 +142,30 @@ def test_grad_3(subject: Subject) -> None:
     if subject.entry is not Capability.DIVERGENCE:
         corner = corner.but(ratio=(*corner.ratio, "infinite", "certain"))
     subject.for_all(corner, check)
+    small = corner_of(subject).but(mask="ragged", head="trainable", layout="contiguous")
+    cases = [small_case(small, subject.entry, dtype, subject.seed) for dtype in subject.torch_dtypes]
+    subject.each(cases, lambda case: untouched_elsewhere(subject, case))
     if subject.entry is Capability.LOSS:
-        cases = (small_case(corner_of(subject), subject.entry, dtype, subject.seed) for dtype in subject.torch_dtypes)
         subject.each((with_minus_infinity(case) for case in cases), check)
+
+
+def untouched_elsewhere(subject: Subject, case: LossCase) -> None:
+    """No input is modified where none asks for a gradient, or where masked positions hold NaN; refusing those with an
+    error is an answer."""
+    outcome = subject.evaluate(case, gradient=False)
+    if not outcome.touched and subject.entry is not Capability.DIVERGENCE:
+        case = with_garbage(case, math.nan)
+        with suppress(ImplementationError):
+            outcome = subject.evaluate(case)
+    if outcome.touched:
+        raise Disagreement(
+            f"{', '.join(outcome.touched)} after the call",
+            "the values and requires_grad passed in",
+            "others",
+            case=case,
+            outcome=outcome,
+            probe="unmodified",
+        )
 
 
 def small_case(corner: Corner, entry: Capability, dtype: torch.dtype, number: int) -> LossCase:

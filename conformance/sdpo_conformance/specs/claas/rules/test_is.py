@@ -183,7 +183,8 @@ def test_is_2(subject: Subject) -> None:
     capabilities=LOSSES,
 )
 def test_is_3(subject: Subject) -> None:
-    judged(subject, NEUTRAL.but(ratio=("below", "mild"), is_clip=("default", "high")), *VALUE, "mean_is_ratio")
+    corner = NEUTRAL.but(ratio=("below", "mild", "certain"), is_clip=("default", "high"))
+    judged(subject, corner, *VALUE, "mean_is_ratio")
 
 
 @requirement(
