@@ -44,7 +44,7 @@ def alive(pid: int) -> bool:
     [
         ("raises", ("RuntimeError on rank 1", "had enough")),
         ("leaves_early", ("hangs", "rank 0", "all_reduce")),
-        ("dies", ("rank 1 died", "exit status 3")),
+        ("dies", ("rank 1 died", "exit status 3", "rank 0 waited in all_reduce")),
         ("sleeps", ("hangs", "rank 1 waits in")),
     ],
 )

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -187,6 +188,11 @@ class Pool:
         member = self._members[rank]
         member.process.join(5)
         others = self._waiting([r for r in range(len(self._members)) if r != rank and r not in replies])
+        others += "".join(
+            f"; rank {r} waited in {reply.collective}"
+            for r, reply in sorted(replies.items())
+            if isinstance(reply, Fault) and reply.collective
+        )
         text = member.log.read_text(encoding="utf-8", errors="replace") if member.log.exists() else ""
         code = member.process.exitcode
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit status {code}"
@@ -214,8 +220,21 @@ class Pool:
         raise ImplementationError(f"hangs: {where}{done} (after {seconds:g} s at most)", details)
 
     def _waiting(self, ranks: list[int]) -> str:
-        stacks = {rank: self._stack(rank) for rank in ranks}
-        return "".join(f"; rank {rank} waited in {collective_in(stack)}" for rank, stack in stacks.items())
+        """Where ranks stand once another has died: the collective that lost it, or else the stack as it is."""
+        found = []
+        for rank in ranks:
+            reply = self._reply_now(rank)
+            collective = reply.collective if isinstance(reply, Fault) else ""
+            found.append(f"; rank {rank} waited in {collective or collective_in(self._stack(rank))}")
+        return "".join(found)
+
+    def _reply_now(self, rank: int) -> Any:
+        """What a rank sends within the grace, or None."""
+        connection = self._members[rank].connection
+        with suppress(EOFError, ConnectionResetError):
+            if connection.poll(GRACE_SECONDS):
+                return pickle.loads(connection.recv_bytes())
+        return None
 
     def _stack(self, rank: int) -> str:
         """The rank's Python stack now, from its log."""
