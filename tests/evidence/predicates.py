@@ -5,6 +5,7 @@ Each table maps words to a predicate; ``conditional_mutants`` makes a wrong impl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -226,6 +227,10 @@ SAMPLES: Mapping[str, Callable[[InBatch], bool]] = {
     ),
     "a log-prob of exactly 0": lambda x: 0.0 in x.recorded,
     "the last log-prob is 0": lambda x: x.recorded[-1:] == [0.0],
+    "every log-prob is 0": lambda x: bool(x.recorded) and not any(x.recorded),
+    "a log-prob of -inf": lambda x: -math.inf in x.recorded,
+    "both prompts are the same": lambda x: x.prompt == x.teacher,
+    "none recorded for the first of the batch": lambda x: x.call.samples[0].response_logprobs is None,
     "a log-prob above -0.01": lambda x: any(r > -0.01 for r in x.recorded),
     "a log-prob below -15": lambda x: any(r <= -15 for r in x.recorded),
     **{f"sample {n} of the batch": (lambda x, n=n: x.index == n) for n in (1, 2, 3, 4, 5, 7, 11)},  # type: ignore[misc]
@@ -259,6 +264,7 @@ CALLS: Mapping[str, Callable[[Call], bool]] = {
     "is_clip == 5": lambda c: c.training.is_clip == 5,
     "is_clip < 1": lambda c: c.training.is_clip < 1,
     "is_clip > 10": lambda c: c.training.is_clip > 10,
+    "is_clip > 100000": lambda c: c.training.is_clip > 1e5,
     "kl_reg_weight == 0": lambda c: c.training.kl_reg_weight == 0,
     "kl_reg_weight >= 1": lambda c: c.training.kl_reg_weight >= 1,
     "max_grad_norm == 1": lambda c: c.training.max_grad_norm == 1,
@@ -287,6 +293,7 @@ CALLS: Mapping[str, Callable[[Call], bool]] = {
     "the base is bfloat16": lambda c: next(c.model.parameters()).dtype == torch.bfloat16,
     "a second call on one model": lambda c: c.before == 1,
     "a later call on one model": lambda c: c.before > 0,
+    "one token of the teacher at alpha = 1": lambda c: c.training.alpha == 1 and c.training.teacher_top_k == 1,
     "another model between": lambda c: c.before > 0 and c.since > 0,
     "log-probs of None mixed with others": lambda c: len({s.response_logprobs is None for s in c.samples}) > 1,
     "responses alike in length": lambda c: (

@@ -5,6 +5,7 @@ Read off the models and batches themselves, without running a trainer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -65,9 +66,10 @@ def table() -> Mapping[str, str]:
         if field.name == "response_logprobs":
             numbers = [r for value in values if value is not None for r in value]
             missing = sum(value is None for value in values)
-            zeros = sum(r == 0 for r in numbers)
+            zeros, finite = sum(r == 0 for r in numbers), [r for r in numbers if math.isfinite(r)]
             found[f"sample.{field.name}"] = (
-                f"{min(numbers):.3g} to {max(numbers):.3g}; {zeros} exactly 0; None in {missing} samples"
+                f"{min(finite):.3g} to {max(finite):.3g}; {zeros} exactly 0; {len(numbers) - len(finite)} -inf; "
+                f"None in {missing} samples"
             )
         else:
             found[f"sample.{field.name}"] = f"lengths {span([len(value) for value in values])}"

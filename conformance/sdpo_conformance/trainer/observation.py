@@ -16,7 +16,7 @@ from sdpo_conformance.judging.settings import process_settings, restore_settings
 from sdpo_conformance.protocol import Sample, StepMetrics, TrainingConfig
 from sdpo_conformance.trainer.models import adapter_weights, build, frozen_weights
 from sdpo_conformance.trainer.recording import RecordedStep, StepRecorder
-from sdpo_conformance.trainer.scenarios import Scenario, samples_of
+from sdpo_conformance.trainer.scenarios import Scenario, sampled_otherwise, samples_of
 
 METRICS = ("total_loss", "distill_loss", "kl_reg", "mean_is_ratio", "clip_fraction", "grad_norm")
 
@@ -219,8 +219,10 @@ def run_or_refusal(distill: Callable[..., Any], scenario: Scenario, device: str)
                 random_states.append(torch.random.get_rng_state())
 
     for number, kind in enumerate(scenario.history, start=1):
-        on = disturbed(model, scenario.seed) if kind == "another" else model
-        call(on, deepcopy(samples), torch.optim.AdamW, scenario.seed + number)
+        on, batch = (
+            (disturbed(model, scenario.seed), samples) if kind == "another" else (model, sampled_otherwise(samples))
+        )
+        call(on, deepcopy(batch), torch.optim.AdamW, scenario.seed + number)
     state, recorder = ModelState(model), StepRecorder(model)
     try:
         returned = call(model, handed, recorder.optimizer_cls, scenario.seed)

@@ -37,20 +37,22 @@ LONG = 32
 @dataclass(frozen=True)
 class Scenario:
     """``lengths``: (prompt, teacher prompt, response) tokens per sample. ``sampler``: "exact" recorded the
-    starting policy's log-probs, "mismatched" others, "partial" others for the first sample and none for the rest.
+    starting policy's log-probs, "mismatched" others, "partial" others for the second sample and none for the rest.
     ``shows``: what it is there for.
 
     ``same_response``: every sample has the first one's response, so their lengths must agree;
     ``same_teacher_prompt``: the last sample has the first one's teacher prompt. What a trainer remembers by
     either then belongs to another sample. ``unlikely``: the second token of every response is the policy's
-    least likely, recorded at ``UNLIKELY`` or below. ``certain``: some recorded log-probs are exactly 0.
+    least likely, recorded at ``UNLIKELY`` or below. ``certain``: some recorded log-probs are exactly 0, that of a
+    response of one token always. ``ruled_out``: the second one recorded is -inf, as a sampler's mask leaves it.
 
     ``groups``: per sample the number of its group; the samples of a group share their prompts. ``copies``: pairs of
     samples of which the second is the first once more. ``special``: the model's bos, eos and pad tokens, 0 and V - 1
-    stand inside prompts and responses, at their first and last positions too.
+    stand inside prompts and responses, at their first and last positions too. ``without_feedback``: samples whose
+    teacher prompt is the prompt itself.
 
-    ``history``: what the trainer was run on before, with the same batch: "another" model, or the "same" one. What
-    it remembers by batch or by model then belongs to other weights.
+    ``history``: what the trainer was run on before: "another" model with the same batch, or the "same" one with the
+    batch of another sampler (``sampled_otherwise``). What it remembers by batch or by model then belongs to others.
     """
 
     name: str
@@ -64,9 +66,11 @@ class Scenario:
     same_teacher_prompt: bool = False
     unlikely: bool = False
     certain: bool = False
+    ruled_out: bool = False
     groups: tuple[int, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
     special: bool = False
+    without_feedback: tuple[int, ...] = ()
     history: tuple[Literal["another", "same"], ...] = ()
 
     @property
@@ -100,7 +104,7 @@ class Scenario:
     @property
     def calls_before(self) -> tuple[str, ...]:
         """The history in words."""
-        words = {"another": "another model with the same batch", "same": "this model with this batch"}
+        words = {"another": "another model with the same batch", "same": "this model with other log-probs"}
         return tuple(words[call] for call in self.history)
 
 
@@ -179,13 +183,15 @@ BFLOAT16 = Scenario(
 
 UNRECORDED = Scenario(
     name="unrecorded",
-    shows="a sampler that recorded the log-probs of one sample, some of them exactly 0, and not those of the other",
+    shows="a sampler that recorded the log-probs of one sample, some of them 0 and one -inf, and not those of the "
+    "samples before and after it",
     model=ModelSpec("llama", tied=False, seed=16, layers=1),
     training=TrainingConfig(learning_rate=5e-3, teacher_top_k=20, max_grad_norm=100.0, steps_per_batch=2),
-    lengths=((4, 6, 7), (5, 6, 10)),
+    lengths=((4, 6, 3), (4, 6, 7), (5, 6, 10)),
     sampler="partial",
     seed=6,
     certain=True,
+    ruled_out=True,
 )
 
 
@@ -229,22 +235,23 @@ WIDER: tuple[Scenario, ...] = (
     Scenario(
         name="eight_steps",
         shows="eight steps at the default learning rate: the policy hardly moves, and the refresh still counts; "
-        "DoRA; samples alike in every length; an anchor of weight 1",
+        "DoRA; samples alike in every length, one without feedback; an anchor of weight 1",
         model=small("llama", 23, dora=True, lora_alpha=128),
         training=TrainingConfig(teacher_top_k=20, kl_reg_weight=1.0, alpha=0.7, max_grad_norm=100.0, steps_per_batch=8),
         lengths=((6, 6, 6), (6, 6, 6)),
         sampler="exact",
         seed=23,
+        without_feedback=(1,),
     ),
     Scenario(
         name="far",
         shows="learning rate 0.1: the policy of a step is far from that of the one before; teacher_top_k = 0, "
-        "which means 1; alpha = 1; four samples, lengths that coincide",
+        "which means 1; alpha = 1; a cap that is hardly one; four samples, lengths that coincide",
         model=small("gpt2", 24),
         training=TrainingConfig(
             learning_rate=0.1,
             alpha=1.0,
-            is_clip=5.0,
+            is_clip=1e6,
             kl_reg_weight=0.02,
             teacher_top_k=0,
             max_grad_norm=10.0,
@@ -270,11 +277,10 @@ WIDER: tuple[Scenario, ...] = (
     ),
     Scenario(
         name="called_again",
-        shows="logits that are scaled; a third call: this model, another and this model again, one batch for all",
+        shows="logits that are scaled; a third call: this model, another and this model again, one batch for all; "
+        "alpha = 1 with one token of the teacher",
         model=small("cohere", 26, tied=True, eos=5, pad=0),
-        training=TrainingConfig(
-            learning_rate=2e-2, kl_reg_weight=0.1, teacher_top_k=43, max_grad_norm=1.0, steps_per_batch=2
-        ),
+        training=TrainingConfig(learning_rate=2e-2, alpha=1.0, kl_reg_weight=0.1, teacher_top_k=1, steps_per_batch=2),
         lengths=((5, 8, 7), (4, 6, 9)),
         sampler="mismatched",
         seed=26,
@@ -285,7 +291,7 @@ WIDER: tuple[Scenario, ...] = (
         name="saved_head",
         shows="a head with a bias and a trainable copy of it (modules_to_save); six samples",
         model=small("phi", 27, head="saved", eos=3, pad=3),
-        training=TrainingConfig(learning_rate=1e-3, alpha=0.3, teacher_top_k=1, kl_reg_weight=0.1, steps_per_batch=2),
+        training=TrainingConfig(learning_rate=1e-3, alpha=0.3, teacher_top_k=3, kl_reg_weight=0.1, steps_per_batch=2),
         lengths=((3, 5, 4), (4, 4, 6), (3, 5, 4), (2, 8, 5), (7, 3, 3), (1, 1, 2)),
         sampler="mismatched",
         seed=27,
@@ -293,14 +299,23 @@ WIDER: tuple[Scenario, ...] = (
     ),
     Scenario(
         name="lora_head",
-        shows="LoRA on the head; no divergence at all (alpha = 0), the anchor alone",
+        shows="LoRA on the head; all of the vocabulary as support",
         model=small("qwen3", 28, head="lora"),
         training=TrainingConfig(
-            learning_rate=5e-3, alpha=0.0, kl_reg_weight=2.0, teacher_top_k=10, max_grad_norm=0.1, steps_per_batch=2
+            learning_rate=5e-3, kl_reg_weight=2.0, teacher_top_k=43, max_grad_norm=0.1, steps_per_batch=2
         ),
         lengths=((3, 4, 5), (5, 4, 7)),
         sampler="mismatched",
         seed=28,
+    ),
+    Scenario(
+        name="anchor_alone",
+        shows="no divergence at all (alpha = 0), the anchor alone",
+        model=small("llama", 29),
+        training=TrainingConfig(learning_rate=5e-3, alpha=0.0, kl_reg_weight=2.0, teacher_top_k=10, steps_per_batch=2),
+        lengths=((3, 4, 7),),
+        sampler="mismatched",
+        seed=29,
     ),
 )
 """What a trainer meets besides, on models of some thousand parameters: run where the others found nothing."""
@@ -376,6 +391,8 @@ def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
                 list(samples[first].prompt_token_ids),
                 list(samples[first].teacher_prompt_token_ids),
             )
+        if index in scenario.without_feedback:
+            teacher_prompt = list(prompt)
         if samples and scenario.same_teacher_prompt and index + 1 == len(scenario.lengths):
             teacher_prompt = list(samples[0].teacher_prompt_token_ids)
         if samples and scenario.same_response:
@@ -385,7 +402,7 @@ def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
             if scenario.special:
                 response = with_special(response, scenario.model, index + 2)
         sample = Sample(prompt, response, teacher_prompt, None)
-        if scenario.sampler != "partial" or not samples:
+        if scenario.sampler != "partial" or index == 1:
             sample = replace(sample, response_logprobs=recording(model, sample, scenario, generator))
         samples.append(sample)
     return tuple(samples)
@@ -445,8 +462,21 @@ def recording(model: Any, sample: Sample, scenario: Scenario, generator: torch.G
         log_ratio[1] = torch.maximum(log_ratio[1], own[1] - UNLIKELY)
     if scenario.certain:  # recorded as exactly 0
         log_ratio[2::4] = own[2::4]
+        if len(own) == 1:
+            log_ratio = own.clone()
     near = (log_ratio - log_cap).abs() < CAP_MARGIN
     away = log_cap + torch.where(log_ratio > log_cap, 2, -2) * CAP_MARGIN
     log_ratio = torch.where(near, away, log_ratio)
     recorded = (own - log_ratio).float()
-    return recorded.clamp(max=0.0).tolist() if scenario.certain else recorded.clamp(max=LARGEST).tolist()
+    recorded = recorded.clamp(max=0.0 if scenario.certain else LARGEST)
+    if scenario.ruled_out:
+        recorded[1] = -math.inf
+    return recorded.tolist()
+
+
+def sampled_otherwise(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    """The batch as another sampler would have recorded it: every log-prob 0.5 nats lower."""
+    return tuple(
+        replace(one, response_logprobs=[r - 0.5 for r in one.response_logprobs]) if one.response_logprobs else one
+        for one in samples
+    )

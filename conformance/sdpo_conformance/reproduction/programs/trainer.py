@@ -127,14 +127,17 @@ def prepare() -> tuple[Any, list[Any], Any]:
     samples = [SimpleNamespace(**sample) for sample in SAMPLES]
     torch.manual_seed(SEED)
     for call in HISTORY:
-        on = model
+        on, batch = model, copy.deepcopy(samples)
+        if call == "same":
+            for sample in batch:
+                sample.response_logprobs = sample.response_logprobs and [r - 0.5 for r in sample.response_logprobs]
         if call == "another":
             on = copy.deepcopy(model)
             with torch.no_grad():
                 for parameter in on.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
                     parameter.grad = None
-        entry(on, copy.deepcopy(samples), training, torch.optim.AdamW)
+        entry(on, batch, training, torch.optim.AdamW)
     torch.manual_seed(SEED)
     return model, samples, training
 

@@ -38,6 +38,10 @@ SEARCHES = 2
 PROMISING = 0.5
 """Of the truth's distance: a number that does not come nearer than this is not refined."""
 
+NEARER = 0.25
+"""Of the truth's distance: a name has to come nearer than this. Half precision's bounds alone are wide enough for
+neighbours of what happened."""
+
 NUMBER_SEARCHES = 3
 """Runs of one process for which numbers are fitted, ten seconds or so each."""
 
@@ -157,6 +161,7 @@ def matching(
     fits closely, only those that break a rule of its are tried for what cannot be told from it."""
     fits = []
     rules: set[str] = set()
+    near = min(1.0, NEARER * misfit(wrong[step], wrong[step].moment.gradient))
     # a forward of its own is costly, and shared by none
     for candidate in sorted(
         candidates, key=lambda one: (one.defect.name not in _NAMED, "forward" in replaced(one.parts))
@@ -165,8 +170,9 @@ def matching(
             continue
         for _, outcome in outcomes(candidate, forced, [step]):
             off = misfit(wrong[step], outcome.gradient)
-            if off <= 1:
-                fits.append((off, candidate))
+            if off > near or contradicted(wrong[step], outcome):
+                continue
+            fits.append((off, candidate))
             if off <= CLOSE and not rules:
                 rules = set(candidate.defect.violates)
                 _NAMED[candidate.defect.name] = None
@@ -184,6 +190,16 @@ def reports(step: TakenStep, outcome: ReplayOutcome) -> bool:
     )
 
 
+def contradicted(step: TakenStep, outcome: ReplayOutcome) -> bool:
+    """Whether clipping hides the gradient's size, and the loss reported is neither the truth's nor this outcome's."""
+    moment, got = step.moment, step.reported.get("total_loss")
+    if got is None or float(norm(moment.truth.gradient)) <= moment.training.max_grad_norm:
+        return False
+    losses = (moment.truth.metrics["total_loss"], float(outcome.metrics.get("total_loss", math.nan)))
+    bound = step.bounds.metrics["total_loss"] + 1e-3 * abs(got)
+    return not any(abs(got - loss) <= bound for loss in losses)
+
+
 def spread(
     found: Explained,
     fitting: Sequence[StepExplanation],
@@ -198,9 +214,9 @@ def spread(
     for order, candidate in enumerate(fitting):
         fits = {s: o for s, o in outcomes(candidate, forced, sorted(taken)) if misfit(taken[s], o.gradient) <= 1}
         explained = {step: fits[step] for step in open_steps if step in fits}
-        contradicted = sum(step not in wrong and step not in fits for step in taken)
+        against = sum(step not in wrong and step not in fits for step in taken)
         misreported = sum(not reports(taken[step], outcome) for step, outcome in explained.items())
-        ranked.append(((-len(explained), contradicted, misreported, order), candidate, explained))
+        ranked.append(((-len(explained), against, misreported, order), candidate, explained))
     ranked.sort(key=lambda one: one[0])
     rank, best, explained = ranked[0]
     alike = [candidate.defect.name for other, candidate, _ in ranked[1:] if other[:3] == rank[:3]]

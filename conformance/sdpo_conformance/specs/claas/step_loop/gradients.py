@@ -64,7 +64,8 @@ def judged_steps(observation: Observation, ground: Ground) -> list[StepJudgement
         judged.append(StepJudgement(moment, bounds, excess, tensor, got))
         left_over = got
     wrong = [one.moment.step for one in judged if one.wrong]
-    if not wrong:
+    # with more or fewer updates than steps, an update is no step that a loop could be replayed to
+    if not wrong or len(observation.steps) != observation.scenario.steps:
         return judged
 
     def searched() -> int:
