@@ -17,7 +17,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from sdpo_conformance.audit import audit_run
-from sdpo_conformance.audit.audit_command import audit, write_whole
+from sdpo_conformance.audit.audit_command import audit, write_report
 from sdpo_conformance.audit.findings import CHECKS
 from sdpo_conformance.audit.reporting.audit_document import document, schema
 from sdpo_conformance.audit.reporting.html import page
@@ -131,10 +131,10 @@ def test_json_goes_to_stdout_alone() -> None:
 
 def test_output_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
-    write_whole(target, "x")
+    write_report(target, "x")
     assert target.read_text() == "x"
     with pytest.raises(UnicodeEncodeError):
-        write_whole(target, "\ud800")
+        write_report(target, "\ud800")
     assert target.read_text() == "x"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     result = CliRunner().invoke(app, [str(CASES / "incident"), "--json", str(tmp_path / "nowhere" / "r.json")])

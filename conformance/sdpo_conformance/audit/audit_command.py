@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from enum import StrEnum
+from errno import ENOENT
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from sdpo_conformance.files import write_text
 
 
 class Sampler(StrEnum):
@@ -78,11 +79,11 @@ def audit(
         to_stdout = json_file is not None and str(json_file) == "-"
         text = json.dumps(document(report), indent=2, allow_nan=False) + "\n"
         if json_file is not None and not to_stdout:
-            write_whole(json_file, text)
+            write_report(json_file, text)
         if html_file is not None:
             from sdpo_conformance.audit.reporting.html import page
 
-            write_whole(html_file, page(report))
+            write_report(html_file, page(report))
     except AuditError as error:
         print(f"audit: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -100,16 +101,8 @@ def audit(
     raise typer.Exit(report.exit_status)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def write_report(path: Path, text: str) -> None:
+    """Write ``path`` whole or not at all; FileNotFoundError where its folder is missing: a typo makes no folders."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(ENOENT, "no such folder", str(path.parent))
+    write_text(path, text)

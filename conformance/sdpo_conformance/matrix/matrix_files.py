@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.files import write_json
+from sdpo_conformance.files import write_json, write_text
 from sdpo_conformance.matrix.badge import badge
 from sdpo_conformance.matrix.cells import Row
 from sdpo_conformance.matrix.columns import Column
@@ -22,9 +21,7 @@ def write_matrix(
     html = page(columns, rows, content["created"])
     json_path, page_path = folder / "matrix.json", folder / "matrix.html"
     write_json(json_path, content)
-    partial = page_path.with_name(f"{page_path.name}.{os.getpid()}.partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, page_path)
+    write_text(page_path, html)
     for name, column in zip(badge_names(columns), columns, strict=True):
         write_json(folder / "badges" / f"{name}.json", badge(column))
     return [json_path, page_path, folder / "badges"]

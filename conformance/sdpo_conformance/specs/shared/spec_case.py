@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -12,9 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sdpo_conformance.files import write_tensors
 from sdpo_conformance.specs.shared.oracle.truth import SpecTruth
 from sdpo_conformance.specs.shared.yardstick import Eager, Errors, Expectations, eager_of, expectations_of
 
@@ -148,10 +148,7 @@ class SpecCase:
             "incoming": repr(self.incoming),
             "name": self.name,
         }
-        tensors = {key: value.contiguous().clone() for key, value in {**self.tensors(), **(extra or {})}.items()}
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        write_tensors(path, {**self.tensors(), **(extra or {})}, metadata)
 
     @classmethod
     def load(cls, path: Path, kind: CaseKind) -> SpecCase:
