@@ -4,24 +4,28 @@
 
 A defect is diagnosed right when it is named, or is among those that cannot be told from what is named. A pair is
 right when both its defects are, in either order.
+
+``--leave-one-out`` diagnoses each defect by a catalogue without it, as a defect that nobody catalogued is: silence is
+right, and so is a neighbour, whose naming requirement the defect breaks or that breaks the defect's own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
 from sdpo_conformance.diagnosis.observed import Observed, values_of
+from sdpo_conformance.files import write_json
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.defects import catalogue, combine, find
@@ -113,6 +117,33 @@ def measure(name: str, entry: Capability, seed: int) -> Measured:
     )
 
 
+def measure_left_out(name: str, entry: Capability, seed: int) -> Measured:
+    """Judge, and diagnose by the catalogue's other defects; what explains less than half is not said."""
+    import torch
+
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    defect = find(name)
+    observed, held = failures_of(defect, entry, seed)
+    others = {one.name: one for one in catalogue().values() if one.name != name}
+    with patch("sdpo_conformance.diagnosis.diagnose.catalogue", return_value=others):
+        answer = diagnose(observed, held)
+    if answer is not None and 2 * len(answer.explained) < len(observed):
+        answer = None
+    said = () if answer is None else getattr(answer.defects[0], "violates", ())
+    return Measured(
+        defect=name,
+        entry=entry.value,
+        right=answer is None or bool({*said[:1]} & {*defect.violates} or {*defect.violates[:1]} & {*said}),
+        answer="silence" if answer is None else answer.name,
+        equivalent=() if answer is None else tuple(one.name for one in answer.equivalent),
+        explained=0 if answer is None else len(answer.explained),
+        failures=len(observed),
+        error=0.0 if answer is None else answer.error,
+        seconds=time.monotonic() - started,
+    )
+
+
 def random_pairs(count: int, seed: int) -> list[str]:
     """Pairs of independent loss defects, each caught by a MUST, drawn without replacement."""
     from sdpo_conformance.specs import find_spec
@@ -137,11 +168,16 @@ def random_pairs(count: int, seed: int) -> list[str]:
     return drawn
 
 
-def measured(work: Sequence[tuple[str, Capability]], seed: int, jobs: int) -> Iterator[Measured]:
+def measured(
+    work: Sequence[tuple[str, Capability]],
+    seed: int,
+    jobs: int,
+    how: Callable[[str, Capability, int], Measured] = measure,
+) -> Iterator[Measured]:
     """Every measurement as it comes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(measure, name, entry, seed) for name, entry in work]):
+        for future in as_completed([pool.submit(how, name, entry, seed) for name, entry in work]):
             yield future.result()
 
 
@@ -154,23 +190,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--entry", default=Capability.LOSS.value, choices=[c.value for c in Capability])
     parser.add_argument("--only", action="append", help="only these defects")
     parser.add_argument("--json", type=Path, help="write every measurement here")
+    parser.add_argument("--leave-one-out", action="store_true", help="each defect by a catalogue without it")
     options = parser.parse_args(arguments)
     entry = Capability(options.entry)
     singles = [name for name in options.only or catalogue() if entry in find(name).capabilities]
-    pairs = [] if options.only else random_pairs(options.pairs, options.seed)
+    pairs = [] if options.only or options.leave_one_out else random_pairs(options.pairs, options.seed)
+    how = measure_left_out if options.leave_one_out else measure
     found = []
-    for one in measured([(name, entry) for name in (*singles, *pairs)], options.seed, options.jobs):
+    for one in measured([(name, entry) for name in (*singles, *pairs)], options.seed, options.jobs, how):
         found.append(one)
         if not one.right:
             print(f"{one.defect}: said {one.answer} ({one.explained} of {one.failures})", flush=True)
     for kind, names in (("defects", singles), ("pairs", pairs)):
         of_kind = [one for one in found if one.defect in names]
         print(f"{kind}: {sum(one.right for one in of_kind)} of {len(of_kind)} diagnosed right")
+    print(f"silent: {sum(one.answer in ('silence', 'no match') for one in found)} of {len(found)}")
     if options.json:
         content = {"seed": options.seed, "pairs": pairs, "measured": [asdict(one) for one in found]}
-        partial = options.json.with_name(options.json.name + ".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, options.json)
+        write_json(options.json, content)
     return 0 if all(one.right for one in found if one.defect in singles) else 1
 
 
