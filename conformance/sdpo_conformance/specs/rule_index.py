@@ -63,6 +63,8 @@ def _rules(name: str) -> tuple[Rule, ...]:
     spec = find_spec(name)
     try:
         found = [rule for path in modules(spec.rules, "test_*.py") for rule in rules_of(path)]
+        if not found:
+            raise NotWrittenOut(spec.rules)
     except NotWrittenOut:
         found = [
             Rule(one.id, one.level.value, one.statement, one.source, one.why, tuple(c.value for c in one.capabilities))
