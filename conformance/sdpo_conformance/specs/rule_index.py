@@ -100,9 +100,7 @@ def rules_of(path: Path) -> Iterator[Rule]:
         for call in function.decorator_list:
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "requirement":
                 named = {word.arg: word.value for word in call.keywords if word.arg}
-                given = dict(
-                    zip(("id", "level", "statement", "source", "why", "capabilities"), call.args, strict=False)
-                )
+                given = dict(zip(POSITIONS, call.args, strict=False))
                 read = {key: value_of(node, names) for key, node in {**given, **named}.items()}
                 yield Rule(
                     read["id"], str(read["level"]), read["statement"], read["source"], read["why"],

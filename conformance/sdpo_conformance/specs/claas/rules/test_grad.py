@@ -123,16 +123,7 @@ def test_grad_2(subject: Subject) -> None:
 )
 def test_grad_3(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        outcome = subject.evaluate(case)
-        if outcome.touched:
-            raise Disagreement(
-                f"{', '.join(outcome.touched)} after the call",
-                "the values and requires_grad passed in",
-                "others",
-                case=case,
-                outcome=outcome,
-                probe="unmodified",
-            )
+        refuse_touched(case, subject.evaluate(case))
 
     corner = corner_of(subject).but(
         mask=("ragged", "full", "fractional", "holed"),
@@ -157,6 +148,11 @@ def untouched_elsewhere(subject: Subject, case: LossCase) -> None:
         case = with_garbage(case, math.nan)
         with suppress(ImplementationError):
             outcome = subject.evaluate(case)
+    refuse_touched(case, outcome)
+
+
+def refuse_touched(case: LossCase, outcome: Outcome) -> None:
+    """Raises Disagreement where the call changed an input."""
     if outcome.touched:
         raise Disagreement(
             f"{', '.join(outcome.touched)} after the call",
