@@ -107,7 +107,7 @@ def on_own_input(loss_input: Any) -> dict[str, Tensor]:
         teacher = loss_input.teacher_logits / training.temperature
         pair = _Logits(batch["completion_ids"], loss_input.completion_mask, mask, logits, teacher)
         loss = _Trainer._compute_self_distillation_loss(trainer, model, batch, pair)
-    return {"loss": loss, "logged_distillation_loss": torch.tensor(logged[-1])}
+    return {"loss": loss, "logged_distillation_loss": torch.tensor(logged[-1], dtype=torch.float64)}
 
 
 def _stand_in(args: Any, logits: Tensor, served: dict[str, Any], log: Any) -> SimpleNamespace:

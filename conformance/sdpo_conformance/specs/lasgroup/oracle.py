@@ -20,6 +20,7 @@ from sdpo_conformance.specs.lasgroup.loss_input import AGGREGATIONS, LasgroupLos
 from sdpo_conformance.specs.shared.oracle.categories import (
     Categories,
     divergence,
+    log_probs_at,
     renormalised,
     slope,
     to_logits,
@@ -79,8 +80,6 @@ def check(loss_input: LasgroupLossInput) -> None:
 
 def categories_of(at_support: Tensor, training: LasgroupTraining) -> Categories:
     """The categories of one side, made of its log-probs at the support."""
-    if training.distillation_topk is None:
-        return Categories(at_support)
     return with_tail(at_support) if training.distillation_add_tail else renormalised(at_support)
 
 
@@ -113,10 +112,12 @@ def lasgroup_loss(loss_input: LasgroupLossInput, published: bool = False) -> Spe
     aside: dict[str, Tensor] = {"l": l, "lt": lt, "mask": mask}
 
     if training.full_logit_distillation:
-        k = z.shape[-1] if training.distillation_topk is None else min(training.distillation_topk, z.shape[-1])
-        support = z.topk(k, dim=-1).indices
-        q = categories_of(l.gather(-1, support), training)
-        p = categories_of(lt.gather(-1, support), training)
+        if training.distillation_topk is None:
+            support = torch.arange(z.shape[-1]).expand_as(z)
+            q, p = Categories(l), Categories(lt)
+        else:
+            support = z.topk(min(training.distillation_topk, z.shape[-1]), dim=-1).indices
+            q, p = (categories_of(log_probs_at(one, support), training) for one in (z, zt))
         per_token = divergence(q.log, p.log, training.alpha, published)
         renormalises = training.distillation_topk is not None and not training.distillation_add_tail
         at_support = to_support(q, slope(q.log, p.log, training.alpha, published), renormalises)
@@ -137,6 +138,8 @@ def lasgroup_loss(loss_input: LasgroupLossInput, published: bool = False) -> Spe
     elif loss_input.rollout_log_probs is not None:
         assert loss_input.old_log_probs is not None
         responded = response_mask != 0
+        if published and not bool(responded.any()):
+            raise ValueError("no response token: upstream cannot describe the rollout weights")
         old, rollout = (read(t, responded) for t in (loss_input.old_log_probs, loss_input.rollout_log_probs))
         aside["rollout_is_weights"] = rollout_weights(old, rollout, response_mask, training)
         factor = factor * aside["rollout_is_weights"]

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sdpo_conformance.specs.ms_swift.loss_input import INACTIVE, MsSwiftLossInput
 from sdpo_conformance.specs.shared.oracle.categories import (
+    Categories,
     divergence,
     log_mixture,
-    renormalised,
     slope,
     to_support,
     weighted,
@@ -72,6 +72,15 @@ def paired(loss_input: MsSwiftLossInput) -> Paired:
     return Paired(where, z.gather(-1, support), x, support, x.shape[-1])
 
 
+def position_divergence(log_q: Tensor, log_p: Tensor, beta: float, published: bool) -> Tensor:
+    """D, (N,): each side's sum first, then their mix, as ms-swift rounds."""
+    if beta in (0, 1):
+        return divergence(log_q, log_p, beta, published)
+    log_m = log_mixture(log_p, log_q, beta)
+    teacher, student = (weighted(one, one - log_m, published).sum(-1) for one in (log_p, log_q))
+    return beta * teacher + (1 - beta) * student
+
+
 def teacher_slope(log_q: Tensor, log_p: Tensor, beta: float, published: bool) -> Tensor:
     """dD / d log p_c, (N, C), every category moving alone."""
     if beta == 0:
@@ -84,8 +93,8 @@ def teacher_slope(log_q: Tensor, log_p: Tensor, beta: float, published: bool) ->
 def ms_swift_loss(loss_input: MsSwiftLossInput, published: bool = False) -> SpecTruth:
     """The truth on this input; limits, ``published`` and refusals as in ``lasgroup_loss``."""
     pairs, training = paired(loss_input), loss_input.training
-    q, p = (renormalised(one / training.temperature) for one in (pairs.student, pairs.teacher))
-    per_position = divergence(q.log, p.log, training.beta, published)
+    q, p = (Categories((one / training.temperature).log_softmax(-1)) for one in (pairs.student, pairs.teacher))
+    per_position = position_divergence(q.log, p.log, training.beta, published)
     moved = to_support(q, slope(q.log, p.log, training.beta, published), renormalises=True)
     if pairs.borrowed < pairs.support.shape[-1]:
         through = to_support(p, teacher_slope(q.log, p.log, training.beta, published), renormalises=True)
@@ -106,7 +115,7 @@ def ms_swift_loss(loss_input: MsSwiftLossInput, published: bool = False) -> Spec
     factor[pairs.where[:, 0], pairs.where[:, 1]] = share
     total = per_position.sum()
     return SpecTruth(
-        loss=total * share,
+        loss=total / count if count else total * 0,
         metrics={"total": total, "num_valid": torch.tensor(float(count), dtype=torch.float64)},
         per_token=per_token,
         factor=factor,

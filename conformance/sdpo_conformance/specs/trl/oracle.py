@@ -18,6 +18,7 @@ from torch import Tensor
 from sdpo_conformance.specs.shared.oracle.categories import (
     Categories,
     divergence,
+    log_probs_at,
     renormalised,
     slope,
     to_logits,
@@ -80,7 +81,8 @@ def trl_loss(loss_input: TRLLossInput, published: bool = False) -> SpecTruth:
             raise ValueError("the teacher server returned no log-prob for a token that counts")
     else:
         assert loss_input.teacher_logits is not None
-        lt = (read(loss_input.teacher_logits) / training.temperature).log_softmax(-1)
+        zt = read(loss_input.teacher_logits) / training.temperature
+        lt = zt.log_softmax(-1)
         aside["lt"] = lt
         teacher_chosen = lt.gather(-1, y).squeeze(-1)
 
@@ -89,7 +91,7 @@ def trl_loss(loss_input: TRLLossInput, published: bool = False) -> SpecTruth:
         difference = chosen - teacher_chosen
         per_token, at_support = difference * chosen, difference.unsqueeze(-1)
     else:
-        a, b, support = _at_support(loss_input, l, None if served else lt, counted, published)
+        a, b, support = _at_support(loss_input, z, None if served else zt, counted)
         renormalises = training.distillation_mode == "topk_logits" and not training.distillation_add_tail
         if training.distillation_mode == "full_logits" and not served:
             q, p = Categories(a), Categories(b)
@@ -126,20 +128,19 @@ def trl_loss(loss_input: TRLLossInput, published: bool = False) -> SpecTruth:
 
 
 def _at_support(
-    loss_input: TRLLossInput, logprobs: Tensor, teacher: Tensor | None, counted: Tensor, published: bool
+    loss_input: TRLLossInput, z: Tensor, zt: Tensor | None, counted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of student and teacher at the support, (B, T, K), and the support. A served teacher's are set to 0
     where nothing counts, on both sides, so that padding of -inf does no harm."""
-    training = loss_input.training
-    if teacher is None:
+    training, l = loss_input.training, z.log_softmax(-1)  # noqa: E741
+    if zt is None:
         assert loss_input.teacher_topk_ids is not None
         assert loss_input.teacher_topk_logprobs is not None
         support, here = loss_input.teacher_topk_ids.long(), counted.unsqueeze(-1)
-        a, b = logprobs.gather(-1, support), upcast(loss_input.teacher_topk_logprobs)
+        a, b = l.gather(-1, support), upcast(loss_input.teacher_topk_logprobs)
         return torch.where(here, a, torch.zeros_like(a)), torch.where(here, b, torch.zeros_like(b)), support
     if training.distillation_mode == "full_logits":
-        support = torch.arange(logprobs.shape[-1]).expand_as(logprobs)
-    else:
-        assert training.distillation_topk is not None
-        support = logprobs.topk(training.distillation_topk, dim=-1).indices
-    return logprobs.gather(-1, support), teacher.gather(-1, support), support
+        return l, zt.log_softmax(-1), torch.arange(z.shape[-1]).expand_as(z)
+    assert training.distillation_topk is not None
+    support = z.topk(training.distillation_topk, dim=-1).indices
+    return log_probs_at(z, support), log_probs_at(zt, support), support

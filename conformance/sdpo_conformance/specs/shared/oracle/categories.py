@@ -5,6 +5,9 @@
     else           m = alpha p + (1 - alpha) q
                    D = alpha sum p (log p - log m) + (1 - alpha) sum q (log q - log m)
 
+In the order of operations of lasgroup and TRL, so that what is left of a divergence of equal distributions is what is
+left there.
+
 Sources: lasgroup/SDPO verl/trainer/ppo/core_algos.py 1112-1162; trl 1.16.0 trl/experimental/sdpo/loss_utils.py 23-53;
 ms-swift 4.6.0 swift/rlhf_trainers/gkd_loss.py 94-150.
 """
@@ -32,6 +35,12 @@ class Categories:
     open: Tensor | None = None
 
 
+def log_probs_at(logits: Tensor, support: Tensor) -> Tensor:
+    """(B, T, K): logits at the support minus the whole vocabulary's logsumexp, the order in which lasgroup and TRL
+    round. Near a tail of 1e-7 the last bits of these numbers decide the tail's."""
+    return logits.gather(-1, support) - logits.logsumexp(-1, keepdim=True)
+
+
 def renormalised(at_support: Tensor) -> Categories:
     """x_k / sum_j x_j through logsumexp, without a floor."""
     return Categories(at_support - at_support.logsumexp(-1, keepdim=True))
@@ -54,7 +63,7 @@ def weighted(log_weight: Tensor, difference: Tensor, published: bool) -> Tensor:
 
 def log_mixture(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     """log(alpha p + (1 - alpha) q), 0 < alpha < 1."""
-    return torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha))
+    return torch.logsumexp(torch.stack((log_q + math.log(1 - alpha), log_p + math.log(alpha))), dim=0)
 
 
 def divergence(log_q: Tensor, log_p: Tensor, alpha: float, published: bool = False) -> Tensor:
@@ -64,9 +73,9 @@ def divergence(log_q: Tensor, log_p: Tensor, alpha: float, published: bool = Fal
     if alpha == 1:
         return weighted(log_q, log_q - log_p, published).sum(-1)
     log_m = log_mixture(log_p, log_q, alpha)
-    teacher = weighted(log_p, log_p - log_m, published).sum(-1)
-    student = weighted(log_q, log_q - log_m, published).sum(-1)
-    return alpha * teacher + (1 - alpha) * student
+    teacher = weighted(log_p, log_p - log_m, published)
+    student = weighted(log_q, log_q - log_m, published)
+    return torch.lerp(student, teacher, alpha).sum(-1)
 
 
 def slope(log_q: Tensor, log_p: Tensor, alpha: float, published: bool = False) -> Tensor:
