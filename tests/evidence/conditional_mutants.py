@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -275,17 +277,39 @@ def kill(
     return found
 
 
+Task = tuple[str, str, str]
+"""kind, profile, name"""
+
+
+def judge(task: Task) -> tuple[str, tuple[str, str] | None]:
+    """A mutant's name and first failure."""
+    torch.set_num_threads(1)
+    kind, profile, name = task
+    return name, kill(kind, profile, [name])[name]
+
+
+def judged(tasks: list[Task], jobs: int) -> Iterator[tuple[str, tuple[str, str] | None]]:
+    """Every task's outcome as it comes, from ``jobs`` processes."""
+    if jobs == 1:
+        yield from map(judge, tasks)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(judge, task) for task in tasks]):
+            yield done.result()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.evidence.conditional_mutants")
     parser.add_argument("what", choices=("reach", "kill"))
     parser.add_argument("--profile", choices=sorted(PROFILES), default="quick")
     parser.add_argument("--kind", choices=KINDS, action="append")
     parser.add_argument("--match", default="", help="only mutants whose name holds this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that judge mutants")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     left = 0
     for kind in options.kind or KINDS:
-        started = time.process_time()
+        started = time.monotonic()
         if options.what == "reach":
             seen = visited(kind, options.profile)
             missing = [name for name, hit in seen.items() if not hit]
@@ -293,14 +317,13 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             chosen = [name for name in mutants(kind) if options.match in name]
             missing, total = [], len(chosen)
-            for name in chosen:
-                outcome = kill(kind, options.profile, [name])[name]
+            for name, outcome in judged([(kind, options.profile, name) for name in chosen], options.jobs):
                 print(f"{name}: {outcome[0] if outcome else 'SURVIVES'}", flush=True)
                 missing += [] if outcome else [name]
         left += len(missing)
         word = "visited" if options.what == "reach" else "killed"
         print(f"{kind}, {options.profile}: {total - len(missing)} of {total} {word}, ", end="")
-        print(f"{time.process_time() - started:.0f} s of CPU; not: {'; '.join(missing) or 'none'}", flush=True)
+        print(f"{time.monotonic() - started:.0f} s; not: {'; '.join(missing) or 'none'}", flush=True)
     return 1 if left else 0
 
 

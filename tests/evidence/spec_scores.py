@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +47,46 @@ def verdict(spec: Spec, function: Any, requirement: str, seed: int, profile: str
     return "passed", subject.tally.examples, ""
 
 
+@dataclass(frozen=True)
+class Task:
+    """One loss with one seed: a ``defect`` by the rule that names it, or a ``right`` one by every MUST."""
+
+    spec: str
+    kind: str
+    name: str
+    seed: int
+    profile: str
+
+
+def judge(task: Task) -> tuple[Task, list[str], int]:
+    """The task, what is wrong about its verdicts, and the examples judged."""
+    torch.set_num_threads(1)
+    spec = find_spec(task.spec)
+    if task.kind == "defect":
+        defect = importlib.import_module(f"{spec.package}.defects").catalogue()[task.name]
+        named = defect.violates[0]
+        outcome, examples, message = verdict(spec, defect.wrong, named, task.seed, task.profile, spec.dtypes)
+        return task, [] if outcome == "failed" else [f"{named} {outcome} {message[:90]}"], examples
+    function, dtypes = right_losses(spec.name)[task.name]
+    wrong, examples = [], 0
+    for id, requirement in spec.requirements().items():
+        if str(requirement.level) == "MUST":
+            outcome, judged, message = verdict(spec, function, id, task.seed, task.profile, dtypes)
+            examples += judged
+            wrong += [f"{id} {outcome} {message[:120]}"] if outcome in ("failed", "secondary") else []
+    return task, wrong, examples
+
+
+def verdicts(work: list[Task], jobs: int) -> Iterator[tuple[Task, list[str], int]]:
+    """Every task's outcome as it comes, from ``jobs`` processes."""
+    if jobs == 1:
+        yield from map(judge, work)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(judge, task) for task in work]):
+            yield done.result()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``python -m``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -51,35 +94,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--profile", choices=sorted(PROFILES), default="quick")
     parser.add_argument("--only", action="append", help="only these defects")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that judge losses")
     parser.add_argument("--skip", choices=("mutation", "alarms"), default="")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     spec = find_spec(options.spec)
     defects = importlib.import_module(f"{spec.package}.defects").catalogue()
-    started, missed, runs = time.monotonic(), [], 0
+    started = time.monotonic()
+    missed: list[str] = []
+    alarms: list[str] = []
     if options.skip != "mutation":
-        for name in options.only or defects:
-            for seed in range(options.seeds):
-                runs += 1
-                named = defects[name].violates[0]
-                found = verdict(spec, defects[name].wrong, named, seed, options.profile, spec.dtypes)
-                if found[0] != "failed":
-                    missed.append(f"{name} by {named} with seed {seed}: {found[0]} {found[2][:90]}")
-        print(f"{spec.name}: {len(defects)} defects, {runs - len(missed)}/{runs} caught by the rule that names them")
-    alarms, examples = [], 0
-    if options.skip != "alarms":
-        for name, (function, dtypes) in right_losses(spec.name).items():
-            for seed in range(options.seeds):
-                for id, requirement in spec.requirements().items():
-                    if str(requirement.level) != "MUST":
-                        continue
-                    found = verdict(spec, function, id, seed, options.profile, dtypes)
-                    examples += found[1]
-                    if found[0] in ("failed", "secondary"):
-                        alarms.append(f"{name}: {id} with seed {seed}: {found[2][:120]}")
+        names = options.only or list(defects)
+        work = [
+            Task(spec.name, "defect", name, seed, options.profile) for name in names for seed in range(options.seeds)
+        ]
+        for task, found, _ in verdicts(work, options.jobs):
+            missed += [f"{task.name} with seed {task.seed}: {line}" for line in found]
         print(
-            f"{spec.name}: {len(right_losses(spec.name))} right losses, {examples} examples, {len(alarms)} false alarms"
+            f"{spec.name}: {len(names)} defects, "
+            f"{len(work) - len(missed)}/{len(work)} caught by the rule that names them"
         )
+    if options.skip != "alarms":
+        right, examples = right_losses(spec.name), 0
+        work = [
+            Task(spec.name, "right", name, seed, options.profile) for name in right for seed in range(options.seeds)
+        ]
+        for task, found, judged in verdicts(work, options.jobs):
+            alarms += [f"{task.name} with seed {task.seed}: {line}" for line in found]
+            examples += judged
+        print(f"{spec.name}: {len(right)} right losses, {examples} examples, {len(alarms)} false alarms")
     for line in (*missed, *alarms):
         print(f"  {line}")
     print(f"  {time.monotonic() - started:.0f} s")
