@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo_implementations.packed_attention import SequenceLengths
+
 
 @dataclass(frozen=True)
 class SharedForward:
@@ -42,7 +44,7 @@ def lay_out(
         positions = [[position for length in lengths for position in range(length)]]
         arguments = {
             "position_ids": torch.tensor(positions, device=device),
-            "sequence_lengths": tuple(lengths),
+            "sequence_lengths": SequenceLengths(tuple(lengths), device),
         }
     else:
         longest = max(lengths)

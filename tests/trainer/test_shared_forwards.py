@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sdpo_conformance.bench.memory import MIB, cpu_peak
 from sdpo_conformance.protocol import Sample, TrainingConfig
-from sdpo_implementations import reference, step_loop
+from sdpo_implementations import packed_attention, reference, step_loop
 from sdpo_implementations.micro_batches import activation_bytes_per_token, micro_batches
 from sdpo_implementations.packed_attention import can_pack
 from sdpo_implementations.step_loop import Kernels
@@ -138,6 +139,36 @@ def test_shared_forwards_are_those_of_one_sample_at_a_time(label: str) -> None:
 def test_other_adapters_in_the_decoder(arguments: dict[str, Any]) -> None:
     alone = step_of(adapted(tiny("Llama"), **arguments), None, Kernels.from_logits(reference.compute_sdpo_loss))
     assert_same(step_of(adapted(tiny("Llama"), **arguments), None), alone)
+
+
+def one_call(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
+    """What ``torch.nn.attention.varlen`` computes, which a CPU has not, one sequence after the other."""
+    ends = bounds.tolist()
+    assert longest == max(end - start for start, end in itertools.pairwise(ends))
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(tensor[start:end].transpose(0, 1) for tensor in (query, key, value)),
+            is_causal=True, scale=scale, enable_gqa=True,
+        ).transpose(0, 1)
+        for start, end in itertools.pairwise(ends)
+    ]  # fmt: skip
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("label", ["qwen3", "gpt2, learned positions"])
+def test_uneven_sequences_are_one_call_where_torch_has_it(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, more, _ = MODELS[label]
+    plain = step_of(adapted(tiny(name, **more)), None)
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return one_call(*arguments)
+
+    monkeypatch.setattr(packed_attention, "in_one_call", lambda query: True)
+    monkeypatch.setattr(packed_attention, "variable_length_attention", lambda: counted)
+    assert_same(step_of(adapted(tiny(name, **more)), None), plain)
+    assert len(calls) == 2 * 4, "two layers: base, teacher, and the two steps' student"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -8,7 +8,7 @@ run CPU tensors through the interpreter on a machine that has a GPU.
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -50,6 +50,8 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """
     if INTERPRETED:
         return np.errstate(all="ignore")
+    if tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
