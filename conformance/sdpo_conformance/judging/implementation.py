@@ -11,11 +11,13 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.protocol import Capability, Claims
+from sdpo_conformance.specs import specs
 from sdpo_conformance.specs.spec import Spec
 
 BUNDLED = ("reference", "triton_fused")
@@ -63,22 +65,31 @@ def _find(target: str, spec: Spec) -> Any:
     name, _, attribute = _split(target)
     if name.endswith(".py") or "/" in name:
         module = _from_file(Path(name))
-    elif name in spec.bundled:
-        module = _import(spec.bundled[name], target)
-    elif name in BUNDLED and spec.bundled:
-        raise LoadingError(
-            f"{name} computes CLaaS's loss, not {spec.title}'s; bundled for the spec {spec.name}: "
-            f"{', '.join(spec.bundled)}"
-        )
-    elif name in BUNDLED or name.startswith("adapters."):
-        module = _import(f"sdpo_implementations.{name}", target)
     else:
-        module = _import(name, target)
+        bundled = name in BUNDLED or name.startswith("adapters.")
+        path = spec.bundled.get(name, f"sdpo_implementations.{name}" if bundled else name)
+        _refuse_another_loss(name, path, spec)
+        module = _import(path, target)
     for part in attribute.split(".") if attribute else ():
         if not hasattr(module, part):
             raise LoadingError(f"{target}: {name} has no attribute {attribute!r}")
         module = getattr(module, part)
     return module
+
+
+def bundled_of(spec: Spec) -> Mapping[str, str]:
+    """Name -> module of what is bundled for a spec."""
+    return spec.bundled or {name: f"sdpo_implementations.{name}" for name in BUNDLED}
+
+
+def _refuse_another_loss(name: str, path: str, spec: Spec) -> None:
+    """What is bundled for another spec would fail rule by rule at the first field that it does not know."""
+    for other in specs():
+        if other.name != spec.name and path in bundled_of(other).values():
+            raise LoadingError(
+                f"{name} computes {other.title}'s loss, not {spec.title}'s; bundled for the spec {spec.name}: "
+                + ", ".join(f"{short} ({module})" for short, module in bundled_of(spec).items())
+            )
 
 
 def _split(target: str) -> tuple[str, str, str]:

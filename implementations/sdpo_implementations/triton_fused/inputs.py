@@ -34,27 +34,27 @@ class Tokens:
     kl_reg_weight: float
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
 
-def _check(name: str, value: Any, dims: tuple[int, ...] | int, device: torch.device, integers: bool) -> None:
-    _require(isinstance(value, Tensor), f"{name} must be a tensor, got {type(value).__name__}")
-    _require(value.device == device, f"{name} is on {value.device}, the student on {device}: move it there")
+def check_tensor(name: str, value: Any, dims: tuple[int, ...] | int, device: torch.device, integers: bool) -> None:
+    require(isinstance(value, Tensor), f"{name} must be a tensor, got {type(value).__name__}")
+    require(value.device == device, f"{name} is on {value.device}, the student on {device}: move it there")
     if isinstance(dims, int):
-        _require(value.dim() == dims, f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
+        require(value.dim() == dims, f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
     else:
-        _require(tuple(value.shape) == dims, f"{name} must have shape {dims}, got {tuple(value.shape)}")
+        require(tuple(value.shape) == dims, f"{name} must have shape {dims}, got {tuple(value.shape)}")
     if integers:
-        _require(value.dtype in INTEGERS, f"{name} must be int64 or int32, got {value.dtype}")
+        require(value.dtype in INTEGERS, f"{name} must be int64 or int32, got {value.dtype}")
 
 
-def _check_floats(name: str, value: Tensor) -> None:
-    _require(value.dtype.is_floating_point, f"{name} must be floating point, got {value.dtype}")
+def check_floats(name: str, value: Tensor) -> None:
+    require(value.dtype.is_floating_point, f"{name} must be floating point, got {value.dtype}")
 
 
-def _check_range(name: str, ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
+def check_range(name: str, ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
     """On the CPU alone: on a GPU the answer would stall the queue, and the kernels give NaN instead."""
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
@@ -67,11 +67,11 @@ def _check_range(name: str, ids: Tensor, vocabulary: int, counted: Tensor | None
 
 def check_features(name: str, features: Any) -> None:
     """(B, T, width) in a supported dtype, on a device the kernels run on."""
-    _require(isinstance(features, Tensor), f"{name} must be a tensor, got {type(features).__name__}")
-    _require(features.dim() == 3, f"{name} must have shape (B, T, width), got {tuple(features.shape)}")
-    _require(features.dtype in FLOATS, f"{name} must be float32, bfloat16 or float16, got {features.dtype}")
-    _require(features.shape[-1] > 0, f"{name} must not be empty in its last dimension")
-    _require(
+    require(isinstance(features, Tensor), f"{name} must be a tensor, got {type(features).__name__}")
+    require(features.dim() == 3, f"{name} must have shape (B, T, width), got {tuple(features.shape)}")
+    require(features.dtype in FLOATS, f"{name} must be float32, bfloat16 or float16, got {features.dtype}")
+    require(features.shape[-1] > 0, f"{name} must not be empty in its last dimension")
+    require(
         features.is_cuda or (INTERPRETED and features.device.type == "cpu"),
         f"{name} is on {features.device}: move it to a CUDA device, or set TRITON_INTERPRET=1 at start for the CPU",
     )
@@ -79,13 +79,13 @@ def check_features(name: str, features: Any) -> None:
 
 def check_head(head: Any, hidden_name: str, hidden: Tensor) -> None:
     """(V, H) beside hidden states (B, T, H): same device, same dtype."""
-    _check("lm_head_weight", head, 2, hidden.device, integers=False)
-    _require(
+    check_tensor("lm_head_weight", head, 2, hidden.device, integers=False)
+    require(
         head.shape[1] == hidden.shape[-1],
         f"lm_head_weight must have shape (V, {hidden.shape[-1]}) to match {hidden_name}, got {tuple(head.shape)}",
     )
-    _require(head.shape[0] > 0, "lm_head_weight must have at least one row")
-    _require(
+    require(head.shape[0] > 0, "lm_head_weight must have at least one row")
+    require(
         head.dtype == hidden.dtype,
         f"lm_head_weight is {head.dtype}, {hidden_name} {hidden.dtype}: both must have the same dtype",
     )
@@ -95,18 +95,18 @@ def check_support(
     teacher_logprobs: Any, support: Any, student: Tensor, vocabulary: int, counted: Tensor | None
 ) -> None:
     """(B, T, K) log-probs at (B, T, K) token ids, 1 <= K <= V."""
-    _check("teacher_indices", support, 3, student.device, integers=True)
+    check_tensor("teacher_indices", support, 3, student.device, integers=True)
     batch, length, k = *student.shape[:2], support.shape[-1]
-    _check("teacher_indices", support, (batch, length, k), student.device, integers=True)
-    _check("teacher_logprobs", teacher_logprobs, (batch, length, k), student.device, integers=False)
-    _check_floats("teacher_logprobs", teacher_logprobs)
-    _require(1 <= k <= vocabulary, f"teacher_indices must hold 1 to {vocabulary} entries a token, got {k}")
-    _check_range("teacher_indices", support, vocabulary, counted)
+    check_tensor("teacher_indices", support, (batch, length, k), student.device, integers=True)
+    check_tensor("teacher_logprobs", teacher_logprobs, (batch, length, k), student.device, integers=False)
+    check_floats("teacher_logprobs", teacher_logprobs)
+    require(1 <= k <= vocabulary, f"teacher_indices must hold 1 to {vocabulary} entries a token, got {k}")
+    check_range("teacher_indices", support, vocabulary, counted)
 
 
 def check_response_ids(response_ids: Any, student: Tensor, vocabulary: int, counted: Tensor | None) -> None:
-    _check("response_ids", response_ids, tuple(student.shape[:2]), student.device, integers=True)
-    _check_range("response_ids", response_ids, vocabulary, counted)
+    check_tensor("response_ids", response_ids, tuple(student.shape[:2]), student.device, integers=True)
+    check_range("response_ids", response_ids, vocabulary, counted)
 
 
 def _hyperparameter(training: Any, name: str) -> float:
@@ -114,7 +114,7 @@ def _hyperparameter(training: Any, name: str) -> float:
         value = float(getattr(training, name))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"training.{name} must be a number") from error
-    _require(value == value, f"training.{name} must be a number, got nan")
+    require(value == value, f"training.{name} must be a number, got nan")
     return value
 
 
@@ -135,18 +135,18 @@ def read_tokens(loss_input: Any, features_name: str, features: Tensor, vocabular
     shape = tuple(features.shape[:2])
     device = features.device
     mask = loss_input.response_mask
-    _check("response_mask", mask, shape, device, integers=False)
+    check_tensor("response_mask", mask, shape, device, integers=False)
     # Only where ids are checked: on a GPU the comparison would be a kernel for nothing.
     counted = mask != 0 if device.type == "cpu" else None
     check_support(loss_input.teacher_logprobs, loss_input.teacher_indices, features, vocabulary, counted)
     check_response_ids(loss_input.response_ids, features, vocabulary, counted)
     for name in ("old_student_logprobs", "base_logprobs"):
-        _check(name, getattr(loss_input, name), shape, device, integers=False)
-        _check_floats(name, getattr(loss_input, name))
+        check_tensor(name, getattr(loss_input, name), shape, device, integers=False)
+        check_floats(name, getattr(loss_input, name))
     training = loss_input.training
     alpha = _hyperparameter(training, "alpha")
     is_clip = _hyperparameter(training, "is_clip")
-    _require(alpha >= 0, f"training.alpha must be at least 0, got {alpha}")
+    require(alpha >= 0, f"training.alpha must be at least 0, got {alpha}")
     return Tokens(
         features=flat(features),
         teacher_logprobs=flat(loss_input.teacher_logprobs.detach()).contiguous(),

@@ -22,6 +22,9 @@ SPEC = Spec(
     },
     entries=("compute_sdpo_loss",),
     sweeps=("LAS-NUM-1", "LAS-NUM-2"),
-    bundled={"reference": "sdpo_implementations.reference.lasgroup"},
+    bundled={
+        "reference": "sdpo_implementations.reference.lasgroup",
+        "triton_fused": "sdpo_implementations.triton_fused.lasgroup",
+    },
     dtypes=("float32", "float64", "bfloat16", "float16"),
 )

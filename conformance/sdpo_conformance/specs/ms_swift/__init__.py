@@ -22,6 +22,9 @@ SPEC = Spec(
     },
     entries=("compute_sdpo_loss",),
     sweeps=("MSS-NUM-1", "MSS-NUM-2"),
-    bundled={"reference": "sdpo_implementations.reference.ms_swift"},
+    bundled={
+        "reference": "sdpo_implementations.reference.ms_swift",
+        "triton_fused": "sdpo_implementations.triton_fused.ms_swift",
+    },
     dtypes=("float32", "float64", "bfloat16", "float16"),
 )

@@ -23,6 +23,9 @@ SPEC = Spec(
     },
     entries=("compute_sdpo_loss",),
     sweeps=("TRL-NUM-1", "TRL-NUM-2"),
-    bundled={"reference": "sdpo_implementations.reference.trl"},
+    bundled={
+        "reference": "sdpo_implementations.reference.trl",
+        "triton_fused": "sdpo_implementations.triton_fused.trl",
+    },
     dtypes=("float32", "float64", "bfloat16", "float16"),
 )

@@ -22,6 +22,9 @@ SPEC = Spec(
     },
     entries=("compute_sdpo_loss",),
     sweeps=("VTK-NUM-1", "VTK-NUM-2"),
-    bundled={"reference": "sdpo_implementations.reference.verl_topk"},
+    bundled={
+        "reference": "sdpo_implementations.reference.verl_topk",
+        "triton_fused": "sdpo_implementations.triton_fused.verl_topk",
+    },
     dtypes=("float32", "float64", "bfloat16", "float16"),
 )

@@ -49,14 +49,14 @@ def _largest(keys, k):
 
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["stretches", "values", "indices"])
 def selection_kernel(
-    # logits (N, stretches * SUBTILE) and their maxima (N, stretches)
+    # logits (N, width) and the maxima (N, stretches) of their SUBTILE columns
     logits, maxima,
     # scratch (N, k): the chosen stretches
     stretches,
     # results (N, k), in no order
     values, indices,
     # sizes and strides
-    n_rows, n_stretches, k, stride_logits, stride_maxima,
+    n_rows, width, n_stretches, k, stride_logits, stride_maxima,
     ROWS: tl.constexpr, STRETCHES: tl.constexpr, ENTRIES: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
     """values, indices = logits.topk(k, sorted=False)
@@ -77,8 +77,8 @@ def selection_kernel(
     entry = tl.arange(0, ENTRIES)[None, :]
     start = tl.load(stretches + wide * k + entry, mask=present & (entry < k), other=0) * SUBTILE
     column = start[:, :, None] + tl.arange(0, SUBTILE)[None, None, :]
-    real3 = (present & (entry < k))[:, :, None] & (column >= 0)
-    z = tl.load(logits + wide[:, :, None] * stride_logits + column, mask=real3, other=0.0)
+    real3 = (present & (entry < k))[:, :, None] & (column < width)
+    z = tl.load(logits + wide[:, :, None] * stride_logits + column, mask=real3, other=0.0).to(tl.float32)
     z = tl.reshape(z, (ROWS, ENTRIES * SUBTILE))
     column = tl.reshape(column, (ROWS, ENTRIES * SUBTILE))
     real = tl.reshape(real3, (ROWS, ENTRIES * SUBTILE))
@@ -89,8 +89,8 @@ def selection_kernel(
 
 
 def select_largest(logits: Tensor, maxima: Tensor, k: int, values: Tensor, indices: Tensor) -> None:
-    """Fill ``values`` float32 and ``indices`` int64, (N, k), in no order, from ``logits`` (N, stretches *
-    SUBTILE) float32 and their ``maxima`` (N, stretches); k <= stretches."""
+    """Fill ``values`` float32 and ``indices`` int64, (N, k), in no order, from ``logits`` (N, width), of
+    any floating dtype, and their ``maxima`` (N, stretches) float32; k <= stretches."""
     n_rows, n_stretches = maxima.shape
     width, entries = next_power_of_2(n_stretches), next_power_of_2(k)
     largest = max(width, entries * SUBTILE)
@@ -98,6 +98,7 @@ def select_largest(logits: Tensor, maxima: Tensor, k: int, values: Tensor, indic
     warps = 4 if largest <= 2**13 else 8 if largest <= 2**14 else 16 if largest <= 2**15 else 32
     scratch = torch.empty((n_rows, k), dtype=torch.int32, device=logits.device)
     selection_kernel[(ceil_div(n_rows, rows),)](
-        logits, maxima, scratch, values, indices, n_rows, n_stretches, k, logits.stride(0), maxima.stride(0),
+        logits, maxima, scratch, values, indices, n_rows, logits.shape[1], n_stretches, k,
+        logits.stride(0), maxima.stride(0),
         ROWS=rows, STRETCHES=width, ENTRIES=entries, SUBTILE=SUBTILE, num_warps=warps,
     )  # fmt: skip
