@@ -37,10 +37,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file of contiguous copies."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, scratch: bool = False
+) -> None:
+    """Write a .safetensors file of contiguous copies. ``scratch``: in place, and half of it where the writer is killed:
+    taking a file's place waits for the disk, which a file written before every call cannot afford."""
     from safetensors.torch import save_file
 
+    copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    text = dict(metadata) if metadata else None
+    if scratch:
+        path.unlink(missing_ok=True)
+        save_file(copies, path, metadata=text)
+        return
     with whole(path) as partial:
-        copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(copies, partial, metadata=dict(metadata) if metadata else None)
+        save_file(copies, partial, metadata=text)

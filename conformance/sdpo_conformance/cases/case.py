@@ -49,8 +49,8 @@ class Case(Protocol):
     def tokens_alone(self) -> Iterator[Case]:
         """Every token that counts, as a batch of its own."""
 
-    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None) -> None:
-        """Write the case (.safetensors) whole, with ``extra`` tensors beside the inputs."""
+    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None, scratch: bool = False) -> None:
+        """Write the case (.safetensors) whole, with ``extra`` tensors beside the inputs; ``scratch``: in place."""
 
 
 def support_width(case: Case) -> int:

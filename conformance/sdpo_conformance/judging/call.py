@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,21 +47,44 @@ class NotReported(ImplementationError):
 
 @dataclass
 class Watchdog:
-    """Ends the process when one call lasts longer than ``seconds``, leaving a traceback in ``log``."""
+    """Ends the process when one call lasts longer than ``seconds``, leaving a traceback in ``log``.
+
+    Setting the timer starts a thread and stopping it waits for one, which takes longer than most calls. So a timer of a
+    quarter more than the limit stays set from one short call to the next, and is set anew once the quarter is over.
+    """
 
     seconds: float = 0.0
     log: IO[str] | None = None
+    _set_at: float | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         if not self.seconds or self.log is None:
             yield
             return
-        faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.log)
+        begin = time.monotonic()
+        if self._set_at is None or begin - self._set_at > self.seconds / 4:
+            faulthandler.dump_traceback_later(1.25 * self.seconds, exit=True, file=self.log)
+            self._set_at = begin
         try:
             yield
         finally:
+            if self.seconds < LONG_LIMIT or time.monotonic() - begin > SHORT_CALL:
+                self.rest()
+
+    def rest(self) -> None:
+        """Stop the timer: what follows is no call of the implementation's."""
+        if self._set_at is not None:
             faulthandler.cancel_dump_traceback_later()
+            self._set_at = None
+
+
+SHORT_CALL = 0.01
+"""Seconds of a call after which stopping the timer costs nothing beside it."""
+
+LONG_LIMIT = 20.0
+"""Seconds of a limit below which the timer is stopped after every call: between two of them the suite itself may take
+as long."""
 
 
 WATCHDOG = Watchdog()

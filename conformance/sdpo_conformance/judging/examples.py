@@ -232,7 +232,7 @@ class Subject:
     def keep(self, case: Case) -> None:
         """Write the case to ``scratch``."""
         if self.scratch is not None:
-            case.save(self.scratch)
+            case.save(self.scratch, scratch=True)
 
     def expectations(self, case: Case) -> Expectations | None:
         """Truth and bounds, or None where plain PyTorch is not finite either: no MUST may ask for it."""

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.files import write_json
 from sdpo_conformance.judging.call import ImplementationError
@@ -90,10 +92,13 @@ def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> R
         pid = json.loads(running.read_text(encoding="utf-8"))["pid"]
         path = run.folder / "crashes" / f"{pid}.log"
         log = path.read_text(encoding="utf-8") if path.exists() else ""
-    error = ImplementationError(cause_of_death(log, entry, running.exists()), "\n".join(log.splitlines()[:12]))
+    error = ImplementationError(
+        cause_of_death(log, entry, running.exists(), run.options.call_timeout), "\n".join(log.splitlines()[:12])
+    )
     case = running.with_suffix(".safetensors")
     if case.exists():
-        error.case = run.spec.parts.load(case)
+        with suppress(SafetensorError):  # killed while it was written
+            error.case = run.spec.parts.load(case)
     expected = run.implementation.claims.expected_failures.get(requirement_id, "")
     return Record(
         requirement=requirement_id,
@@ -105,12 +110,11 @@ def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> R
     )
 
 
-def cause_of_death(log: str, entry: Capability, started: bool) -> str:
-    """One line from what faulthandler left."""
+def cause_of_death(log: str, entry: Capability, started: bool, limit: float) -> str:
+    """One line from what faulthandler left; ``limit``: seconds that a call may last."""
     first = log.strip().splitlines()[0] if log.strip() else ""
     if first.startswith("Timeout"):
-        limit = first.partition("(")[2].partition(")")[0]
-        return f"{entry.value} did not return within {limit} (a hang; --call-timeout sets the limit)"
+        return f"{entry.value} did not return within {limit:g} s (a hang; --call-timeout sets the limit)"
     if first.startswith("Fatal Python error"):
         return f"{entry.value} crashed the process: {first.removeprefix('Fatal Python error: ')}"
     if not started:

@@ -224,7 +224,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     found = requirement_of(pyfuncitem)
     if found is None:
         return (yield)
-    from sdpo_conformance.judging.call import ImplementationError
+    from sdpo_conformance.judging.call import WATCHDOG, ImplementationError
     from sdpo_conformance.judging.compare import Disagreement
     from sdpo_conformance.reproduction.failure import failure_of
 
@@ -235,7 +235,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     failure: dict[str, Any] = {}
     error: BaseException | None = None
     try:
-        result = yield
+        try:
+            result = yield
+        finally:
+            WATCHDOG.rest()
         if expected:
             status, reason = Status.UNEXPECTED_PASS, f"claimed to fail: {expected}"
     except (Disagreement, ImplementationError) as raised:

@@ -144,8 +144,8 @@ class LossCase:
             name=self.name,
         )
 
-    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None) -> None:
-        """Write ``path`` (.safetensors) atomically, with ``extra`` tensors beside the inputs."""
+    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None, scratch: bool = False) -> None:
+        """Write ``path`` (.safetensors) whole, with ``extra`` tensors beside the inputs; ``scratch``: in place."""
         metadata = {
             "training": json.dumps(asdict(self.training)),
             "layout": self.layout,
@@ -153,7 +153,7 @@ class LossCase:
             "incoming": repr(self.incoming),
             "name": self.name,
         }
-        write_tensors(path, {**self.tensors(), **(extra or {})}, metadata)
+        write_tensors(path, {**self.tensors(), **(extra or {})}, metadata, scratch)
 
     @classmethod
     def load(cls, path: Path) -> LossCase:

@@ -83,9 +83,16 @@ def parts_of(
         widest = max(dtypes, key=lambda dtype: -torch.finfo(dtype).eps)
         if corner != everything or widest not in (torch.float32, torch.float64):
             return
+        yield from converted(widest)
+
+    @cache
+    def converted(dtype: torch.dtype) -> tuple[SpecCase, ...]:
+        """One object for every requirement that judges the case: its truth and its bounds are computed once."""
+        cases = []
         for case in known():
-            floats = {key: value.to(widest) for key, value in case.tensors().items() if value.is_floating_point()}
-            yield SpecCase(case.with_fields(**floats).loss_input, kind, name=case.name)
+            floats = {key: value.to(dtype) for key, value in case.tensors().items() if value.is_floating_point()}
+            cases.append(SpecCase(case.with_fields(**floats).loss_input, kind, name=case.name))
+        return tuple(cases)
 
     def built(source: Source, corner: Any, entry: Any, dtypes: Sequence[torch.dtype], shape_of: Any = None) -> SpecCase:
         return build(source, corner, dtypes)

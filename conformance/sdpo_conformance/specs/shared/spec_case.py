@@ -139,7 +139,7 @@ class SpecCase:
                 ones[self.kind.rows] = torch.ones_like(rows[:1])
             yield replace(token.with_fields(**ones), layout="contiguous")
 
-    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None, scratch: bool = False) -> None:
         """Write ``path`` (.safetensors) atomically, with ``extra`` tensors beside the inputs."""
         metadata = {
             "spec": self.kind.spec,
@@ -148,7 +148,7 @@ class SpecCase:
             "incoming": repr(self.incoming),
             "name": self.name,
         }
-        write_tensors(path, {**self.tensors(), **(extra or {})}, metadata)
+        write_tensors(path, {**self.tensors(), **(extra or {})}, metadata, scratch)
 
     @classmethod
     def load(cls, path: Path, kind: CaseKind) -> SpecCase:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -21,13 +21,18 @@ def _recorded() -> tuple[LossCase, ...]:
 def recorded_within(corner: Corner, entry: Capability, dtypes: Iterable[torch.dtype]) -> Iterator[LossCase]:
     """The recorded cases that lie within ``corner``, in the widest of ``dtypes``, for ``entry``."""
     widest = max(dtypes, key=lambda dtype: -torch.finfo(dtype).eps)
-    for case in _recorded():
-        if not admits(corner, case):
-            continue
-        floats = {key: value.to(widest) for key, value in case.tensors().items() if value.is_floating_point()}
-        named = case.with_fields(**floats)
-        converted = LossCase(named.loss_input, name=case.name)
-        yield converted.to_fused() if is_fused_entry(entry) else converted
+    for number, case in enumerate(_recorded()):
+        if admits(corner, case):
+            yield _converted(number, widest, is_fused_entry(entry))
+
+
+@cache
+def _converted(number: int, dtype: torch.dtype, fused: bool) -> LossCase:
+    """One object for every requirement that judges the case: its truth and its bounds are computed once."""
+    case = _recorded()[number]
+    floats = {key: value.to(dtype) for key, value in case.tensors().items() if value.is_floating_point()}
+    converted = LossCase(case.with_fields(**floats).loss_input, name=case.name)
+    return converted.to_fused() if fused else converted
 
 
 def admits(corner: Corner, case: LossCase) -> bool:
