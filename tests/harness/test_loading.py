@@ -69,6 +69,36 @@ def test_what_is_wrong_with_a_name(target: str, words: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("target", "spec", "words"),
+    [
+        ("sdpo_implementations.triton_fused", "trl", r"computes CLaaS's loss, not TRL's; bundled for the spec trl: .*"),
+        (
+            "sdpo_implementations.reference.trl",
+            "claas",
+            r"computes TRL's loss, not CLaaS's; bundled for the spec claas",
+        ),
+        (
+            "sdpo_implementations.reference.trl",
+            "lasgroup",
+            r"computes TRL's loss, not lasgroup's; .*reference.lasgroup",
+        ),
+    ],
+)
+def test_what_is_bundled_for_another_spec(target: str, spec: str, words: str) -> None:
+    """By its full path too: it would fail rule by rule at the first field that it does not know."""
+    with pytest.raises(LoadingError, match=words) as raised:
+        load_implementation(target, find_spec(spec))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton_fused"])
+@pytest.mark.parametrize("spec", ["claas", "lasgroup", "trl", "ms-swift", "verl-topk"])
+def test_each_spec_has_both_bundled(name: str, spec: str) -> None:
+    pytest.importorskip("triton")
+    assert Capability.LOSS in load_implementation(name, find_spec(spec)).offered
+
+
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(LoadingError, match=r"is a folder, expected a \.py file"):
         load_implementation(f"{tmp_path}/", find_spec("claas"))
