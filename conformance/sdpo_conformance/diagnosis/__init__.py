@@ -2,6 +2,6 @@
 
 from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
 from sdpo_conformance.diagnosis.observed import Observed
-from sdpo_conformance.diagnosis.run import diagnose_run
+from sdpo_conformance.diagnosis.run import asked_next, diagnose_run
 
-__all__ = ["Diagnosis", "Observed", "diagnose", "diagnose_run"]
+__all__ = ["Diagnosis", "Observed", "asked_next", "diagnose", "diagnose_run"]

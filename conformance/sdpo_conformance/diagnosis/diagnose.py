@@ -27,6 +27,9 @@ FITTED_ON = 3
 MOST_PAIRS = 1500
 """Pairs that are tried at all: a few seconds' work, spent on the likeliest first."""
 
+ENOUGH_FOR_PAIRS = 3
+"""Failures from which on pairs are tried: among so many pairs some return what one or two inputs showed."""
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -112,10 +115,21 @@ def explanation(
         singles = fitted
         if len(singles[0].explained) == len(observed):
             return told(singles, len(observed))
+    pairs = pairs and len(observed) >= ENOUGH_FOR_PAIRS
     twos = ranked(list(pairings(singles, known, observed, predictor)), held, broken) if pairs else []
     if twos and (not singles or len(twos[0].explained) > len(singles[0].explained)):
         return told(twos, len(observed))
     return told(singles, len(observed)) if singles else None
+
+
+def rules_behind(observed: Observed, held: Iterable[str]) -> list[str]:
+    """The requirements that name the causes which one failure may have, likeliest first; empty where its own
+    requirement is among the likeliest's."""
+    found = explanation([observed], frozenset(held), Predictor(False), pairs=False)
+    if found is None or found.defects[0].violates[:1] == (observed.requirement,):
+        return []
+    causes = [one for one in (*found.defects, *found.equivalent) if not isinstance(one, Dialect)]
+    return list(dict.fromkeys(one.violates[0] for one in causes))
 
 
 def numbered(known: Sequence[Defect], observed: Sequence[Observed], predictor: Predictor) -> Iterable[Candidate]:

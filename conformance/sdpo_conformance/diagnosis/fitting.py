@@ -11,16 +11,14 @@ from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.parameter import simplest
 
 PROMISING = 0.9
-"""Of the distance between the truth and what was observed: a defect that does not come nearer is not refined."""
+"""Of the distance between the truth and what was observed: a defect that does not come nearer is only refined where a
+small step away from what does nothing comes nearer."""
 
 
 def best_value(defect: Defect, observed: Observed, fits: Callable[[Defect, Observed], bool]) -> float | None:
     """The value at which ``fits`` holds, with as few digits as do it, or None."""
     assert defect.parameter is not None
-    values = [(distance(defect.at(value), observed), value) for value in defect.parameter.values]
-    if min(values)[0] > PROMISING:
-        return None
-    value, _ = defect.parameter.fitted(lambda value: distance(defect.at(value), observed))
+    value, _ = defect.parameter.fitted(lambda value: distance(defect.at(value), observed), PROMISING)
     if not fits(defect.at(value), observed):
         return None
     return simplest(value, lambda rounded: fits(defect.at(rounded), observed))

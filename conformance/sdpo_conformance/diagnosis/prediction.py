@@ -73,7 +73,7 @@ def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
     matched, error, aspects, wrong = True, 0.0, set(), 0
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
-        if truth is None or (name not in predicted and not name.startswith(GRADIENT)):
+        if truth is None:
             continue
         if name not in predicted:
             return NO_FIT
@@ -143,9 +143,9 @@ def agree(predicted: Mapping[str, Tensor], observed: Observed) -> bool:
     eps = coarsest(observed.case)
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
-        if truth is None or name not in predicted:
+        if truth is None or name.startswith(GRADIENT):
             continue
-        if not deviation(got, predicted[name], truth.bound, eps)[0]:
+        if name not in predicted or not deviation(got, predicted[name], truth.bound, eps)[0]:
             return False
     return True
 

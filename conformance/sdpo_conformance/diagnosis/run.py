@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
+from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose, rules_behind
 from sdpo_conformance.diagnosis.locating import located
 from sdpo_conformance.diagnosis.observed import Observed
 from sdpo_conformance.diagnosis.trainers import gathered, stated
@@ -19,6 +19,10 @@ from sdpo_conformance.specs.requirement import Level
 
 LEADING = 2
 """So many requirements may lead a report: those that the defect's entry names first."""
+
+ENOUGH = 0.85
+"""Share of the failures from which on a loss's defect is named. What fits fewer was a neighbour of the cause in every
+case but one of fifty."""
 
 MOST_EQUIVALENTS = 3
 """How many indistinguishable defects a line names."""
@@ -75,6 +79,16 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
     }
 
 
+def asked_next(folder: Path, failed: Record) -> Sequence[str]:
+    """The requirements that may name the cause of a run's first failure better than its own, likeliest first."""
+    found = failed.failure
+    if not found.get("observed") or failed.entry == Capability.DISTILL:
+        return ()
+    entry = Capability(failed.entry)
+    passed = [one.requirement for one in read_records(folder).values() if one.status is Status.PASSED]
+    return rules_behind(Observed.load(folder / found["observed"], failed.requirement, entry, found), passed)
+
+
 def led_by(match: Mapping[str, Any] | None, failed: Sequence[Record]) -> tuple[list[str], list[str]]:
     """The failed requirements that the named defects violate, and, where these explain every failure, the other MUSTs
     that failed. A dialect breaks many rules at once: none of them leads."""
@@ -100,7 +114,7 @@ def of_loss(
     names = {record.requirement for record in counted}
     telling = [one for one in observed if one.requirement in names]
     found = diagnose(telling, held) if telling else None
-    if found is None or 2 * len(found.explained) < len(telling):
+    if found is None or len(found.explained) < ENOUGH * len(telling):
         where_wrong = located(telling, held)
         return [f"{NO_MATCH}{where}", *([where_wrong] if where_wrong else [])], None
     return described(found, len(counted), where)

@@ -11,6 +11,7 @@ import faulthandler
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from sdpo_conformance.specs.spec import Spec
 
 SESSION = pytest.StashKey["Session"]()
+
+ASKED = 3
+"""Rules that a check judges after its first failure, for one that names the cause better."""
 
 
 class Session:
@@ -47,6 +51,7 @@ class Session:
         self.started = time.time()
         self.dtypes: dict[Capability, tuple[tuple[str, ...], dict[str, str]]] = {}
         self.crash_log: IO[str] | None = None
+        self.following = False
         if not self.worker:
             try:
                 start_afresh(self.folder)
@@ -266,7 +271,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     )
     write_record(session.folder, record)
     if session.options.first_cause and names_a_rule(record, session.spec):
-        pyfuncitem.session.shouldstop = f"{found.id} failed"
+        follow(pyfuncitem, record, session)
     for suffix in (".json", ".safetensors"):
         (session.folder / "running" / f"{record.key}{suffix}").unlink(missing_ok=True)
     if isinstance(error, ImplementationError) and error.device_lost:
@@ -281,6 +286,24 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     if error is not None:
         pytest.fail(f"{found.id}: {found.statement}\n{failure['summary']}", pytrace=False)
     return result
+
+
+def follow(item: pytest.Function, record: Record, session: Session) -> None:
+    """After the first failure: judge the rules that may name its cause better, and no others; stop at the first that
+    fails."""
+    run = item.session
+    wanted: list[str] = []
+    if not session.following:
+        session.following = True
+        with suppress(Exception):  # a fault of the diagnosis costs no verdict
+            wanted = list(session.spec.parts.asked_next(session.folder, record))[:ASKED]
+    ahead = run.items[run.items.index(item) + 1 :]
+    asked = [one for one in ahead if requirement_of(one).id in wanted and entry_of_item(one).value == record.entry]
+    if not asked:
+        run.shouldstop = f"{record.requirement} failed"
+        return
+    asked.sort(key=lambda one: wanted.index(requirement_of(one).id))
+    run.items[run.items.index(item) + 1 :] = asked
 
 
 def names_a_rule(record: Record, spec: Spec) -> bool:

@@ -31,7 +31,8 @@ class Parts:
     within a corner, for an entry, in the widest of the dtypes; ``expectations``: truth and bounds of an entry on a
     case; ``load``: what ``Case.save`` wrote; ``describe``: a case in words; ``ordinary``: one small ordinary case in a
     dtype, for asking whether the dtype is taken; ``defect``: the executable form of a catalogued defect by name, raises
-    KeyError; ``diagnose``: (run folder, failed records, offered entries) -> lines, matches, usable_for.
+    KeyError; ``diagnose``: (run folder, failed records, offered entries) -> lines, matches, usable_for; ``asked_next``:
+    (run folder, a first failed record) -> requirements that may name its cause better than its own.
     """
 
     visits: Callable[[Any, bool], Sequence[Any]]
@@ -44,6 +45,7 @@ class Parts:
     ordinary: Callable[[str, Any], Case]
     defect: Callable[[str], Any]
     diagnose: Callable[[Path, Sequence[Any], Sequence[Any]], Mapping[str, Any] | None]
+    asked_next: Callable[[Path, Any], Sequence[str]] = lambda folder, failed: ()
 
 
 @dataclass(frozen=True)

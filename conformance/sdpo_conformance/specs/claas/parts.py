@@ -29,6 +29,13 @@ def diagnose(folder: Path, failed: Sequence[Any], offered: Sequence[Any]) -> Map
     return diagnose_run(folder, failed, offered)
 
 
+def asked_next(folder: Path, failed: Any) -> Sequence[str]:
+    """The requirements that may name the cause of a first failure better than its own."""
+    from sdpo_conformance import diagnosis
+
+    return diagnosis.asked_next(folder, failed)
+
+
 PARTS = Parts(
     visits=visits,
     build=build_case,
@@ -40,4 +47,5 @@ PARTS = Parts(
     ordinary=ordinary_case,
     defect=defect,
     diagnose=diagnose,
+    asked_next=asked_next,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -15,6 +16,8 @@ from sdpo_conformance.specs.claas.defects.sources import Citation
 Change = Callable[[Parts], Parts]
 
 LOSSES = (Capability.LOSS, Capability.FUSED)
+NUMBER = re.compile(r"(?<!\+)-?\d+(\.\d+)?(e-?\d+)?")
+
 DIVERGENCES = (*LOSSES, Capability.DIVERGENCE)
 
 
@@ -75,7 +78,8 @@ class Defect:
         """The same defect with another number in it."""
         assert self.parameter is not None
         made = self.parameter.make(value)
-        sentence = f"{self.sentence.partition(' Here: ')[0]} Here: {self.parameter.words} {value:.5g}."
+        stated = self.parameter.stated
+        sentence = self.sentence.replace(stated, NUMBER.sub(f"{value:.5g}", stated))
         if self.change is None:
             from sdpo_conformance.specs.claas.defects.step_loop_variants import distill
 

@@ -18,6 +18,8 @@ from sdpo_conformance.specs.claas.defects.loss_parts import (
     renormalise,
 )
 from sdpo_conformance.specs.claas.defects.parameter import Parameter, logarithmic
+from sdpo_conformance.specs.claas.defects.wrong_divergence import added_to_mass
+from sdpo_conformance.specs.claas.defects.wrong_factors import smoothed
 
 TEMPERATURES = logarithmic(0.25, 4.0, 17)
 CAPS = logarithmic(0.2, 64.0, 17)
@@ -65,6 +67,19 @@ def softened(temperature: float) -> Change:
     )
 
 
+def mixed_with(epsilon: float) -> Change:
+    """Epsilon added to the mixture inside its logarithm."""
+    return around("mixture", lambda before, w: torch.log(before(w).exp() + epsilon))
+
+
+def added_to(mass: float) -> Change:
+    """A number added to the support's mass."""
+    return replacing(
+        teacher_distribution=lambda w: added_to_mass(w.tau.clamp(min=LOG_ZERO), mass),
+        student_distribution=lambda w: added_to_mass(w.l_k, mass),
+    )
+
+
 def floored(mass: float) -> Change:
     """Another floor of the support's mass."""
     return replacing(
@@ -102,76 +117,138 @@ def ratio_at(temperature: float) -> Change:
 
 NUMBERS: Mapping[str, Parameter] = MappingProxyType(
     {
-        "terms-clipped": Parameter("clip", clipped_terms, logarithmic(1e-3, 1.0, 19)),
-        "epsilon-in-logarithm": Parameter("epsilon", logged_with, logarithmic(1e-12, 1e-1, 23)),
-        "temperature-on-both": Parameter("temperature", softened, TEMPERATURES),
+        "terms-clipped": Parameter("clip", clipped_terms, logarithmic(1e-3, 1.0, 19), "0.05"),
+        "epsilon-in-logarithm": Parameter("epsilon", logged_with, logarithmic(1e-12, 1e-1, 23), "1e-5"),
+        "temperature-on-both": Parameter("temperature", softened, TEMPERATURES, "temperature 2"),
         "temperature-on-student": Parameter(
-            "temperature", lambda t: around("student_at_support", lambda before, w: before(w) / t), TEMPERATURES
+            "temperature", lambda t: around("student_at_support", lambda before, w: before(w) / t), TEMPERATURES, "0.8"
         ),
         "temperature-on-teacher": Parameter(
             "temperature",
             lambda t: around("teacher_distribution", lambda before, w: renormalise(before(w) / t)),
             TEMPERATURES,
+            "temperature of 2",
         ),
         "divergence-offset": Parameter(
             "offset",
             lambda c: replacing(jensen_shannon=lambda w: jensen_shannon(w) + c),
             (*(-c for c in logarithmic(1e-9, 1.0, 19)[::-1]), *logarithmic(1e-9, 1.0, 19)),
+            "1e-5",
         ),
-        "mass-floor-too-high": Parameter("floor", floored, logarithmic(1e-16, 1e-1, 31)),
+        "mass-floor-too-high": Parameter("floor", floored, logarithmic(1e-16, 1e-1, 31), "1e-6"),
         "divergence-scaled": Parameter(
             "factor",
             lambda c: around("per_token", lambda before, w: c * before(w)),
             (*(-c for c in logarithmic(1 / 64, 64.0, 13)[::-1]), *logarithmic(1 / 64, 64.0, 25)),
+            "multiplied by 2",
         ),
         "divergence-clipped": Parameter(
-            "clip", lambda c: around("per_token", lambda before, w: before(w).clamp(max=c)), logarithmic(1e-4, 10.0, 21)
+            "clip",
+            lambda c: around("per_token", lambda before, w: before(w).clamp(max=c)),
+            logarithmic(1e-4, 10.0, 21),
+            "0.1",
         ),
         "ratio-power": Parameter(
             "exponent",
             lambda g: replacing(log_ratio=lambda w: g * difference(w).clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)),
             tuple(x / 8 for x in range(-16, 25)),
+            "1.5",
         ),
-        "ratio-cap-hard-coded": Parameter("cap", uncapped_above, CAPS),
+        "ratio-cap-hard-coded": Parameter("cap", uncapped_above, CAPS, "5.0"),
+        "ratio-ppo-clip": Parameter(
+            "1 +-",
+            lambda c: replacing(ratio=lambda w: w.log_ratio.exp().clamp(1 - c, 1 + c)),
+            (*logarithmic(0.02, 0.5, 13), 0.6, 0.7, 0.8, 0.9, 0.99),
+            "+- 0.2",
+        ),
+        "epsilon-in-mixture": Parameter("epsilon", mixed_with, logarithmic(1e-12, 1e-1, 23), "1e-4"),
+        "teacher-smoothed": Parameter(
+            "weight",
+            lambda c: around("teacher_distribution", lambda before, w: smoothed(before(w), c)),
+            logarithmic(1e-4, 0.9, 19),
+            "0.1",
+        ),
+        "ratio-above-threshold-dropped": Parameter(
+            "threshold",
+            lambda c: around("ratio", lambda before, w: torch.where(before(w) > c, 0.0, before(w))),
+            CAPS,
+            "2.0",
+        ),
+        "anchor-weight-scaled": Parameter(
+            "times",
+            lambda c: replacing(loss=lambda w: w.distill_loss + c * w.kl_reg_weight * w.kl_reg),
+            (*(-c for c in logarithmic(1 / 32, 32.0, 11)[::-1]), *logarithmic(1 / 32, 32.0, 21)),
+            "times 2",
+        ),
+        "mass-floor-added": Parameter("added", added_to, logarithmic(1e-12, 1e-1, 23), "1e-8"),
+        "divided-by-constant": Parameter(
+            "constant",
+            lambda c: replacing(count=lambda w: w.mask.new_tensor(c)),
+            logarithmic(1.0, 65536.0, 33),
+            "64",
+        ),
+        "divergence-divided-by-constant": Parameter(
+            "constant",
+            lambda c: replacing(distill_loss=lambda w: (w.weighted * w.mask).sum() / c),
+            logarithmic(1.0, 65536.0, 33),
+            "64",
+        ),
         "ratio-floor": Parameter(
-            "floor", lambda c: around("ratio", lambda before, w: before(w).clamp(min=c)), logarithmic(1e-9, 1.0, 19)
+            "floor",
+            lambda c: around("ratio", lambda before, w: before(w).clamp(min=c)),
+            logarithmic(1e-9, 1.0, 19),
+            "0.5",
         ),
         "ratio-below-threshold-dropped": Parameter(
             "threshold",
             lambda c: around("ratio", lambda before, w: torch.where(before(w) < c, 0.0, before(w))),
             logarithmic(1e-9, 1.0, 19),
+            "0.01",
         ),
-        "log-ratio-clamp-ten": Parameter("clamp +-", clamped(lambda c: -c), logarithmic(0.05, 88.0, 27)),
-        "log-ratio-clamped-above": Parameter("clamp", clamped(lambda c: -RATIO_LOG_CLAMP), logarithmic(0.05, 88.0, 27)),
-        "ratio-without-temperature": Parameter("temperature", ratio_at, TEMPERATURES),
+        "log-ratio-clamp-ten": Parameter("clamp +-", clamped(lambda c: -c), logarithmic(0.05, 88.0, 27), "+-10"),
+        "log-ratio-clamped-above": Parameter(
+            "clamp", clamped(lambda c: -RATIO_LOG_CLAMP), logarithmic(0.05, 88.0, 27), "0.5"
+        ),
+        "ratio-without-temperature": Parameter("temperature", ratio_at, TEMPERATURES, "0.7"),
         "denominator-epsilon": Parameter(
-            "epsilon", lambda c: replacing(count=lambda w: w.mask.sum() + c), logarithmic(1e-12, 1.0, 25)
+            "epsilon", lambda c: replacing(count=lambda w: w.mask.sum() + c), logarithmic(1e-12, 1.0, 25), "1e-8"
         ),
         "reverse-kl-floor-ten": Parameter(
-            "floor", absent, tuple(float(-x) for x in (1, 5, 10, 15, 18, 25, 30, 40, 60, 100, 1000))
+            "floor", absent, tuple(float(-x) for x in (1, 5, 10, 15, 18, 25, 30, 40, 60, 100, 1000)), "-10"
         ),
         "anchor-clamp-ten": Parameter(
             "clamp +-",
             lambda c: replacing(drift=lambda w: (w.chosen - w.base).clamp(-c, c)),
             logarithmic(0.05, 88.0, 27),
+            "+-10",
         ),
         "anchor-value-clamped": Parameter(
-            "clamp", lambda c: around("k3", lambda before, w: before(w).clamp(-c, c)), logarithmic(0.01, 1e6, 25)
+            "clamp",
+            lambda c: around("k3", lambda before, w: before(w).clamp(-c, c)),
+            logarithmic(0.01, 1e6, 25),
+            "+-10",
         ),
         "anchor-weight-hard-coded": Parameter(
             "weight",
             lambda c: replacing(loss=lambda w: w.distill_loss + c * w.kl_reg),
             (*(-c for c in logarithmic(1e-4, 4.0, 9)[::-1]), *logarithmic(1e-4, 4.0, 19)),
+            "0.001",
         ),
         "anchor-scaled": Parameter(
             "factor",
             lambda c: around("k3", lambda before, w: c * before(w)),
             (*(-c for c in logarithmic(1 / 32, 32.0, 11)[::-1]), *logarithmic(1 / 32, 32.0, 21)),
+            "0.5",
         ),
         "soft-capped-logits": Parameter(
-            "cap", lambda c: replacing(logits=lambda w: c * torch.tanh(logits(w) / c)), logarithmic(5.0, 200.0, 13)
+            "cap",
+            lambda c: replacing(logits=lambda w: c * torch.tanh(logits(w) / c)),
+            logarithmic(5.0, 200.0, 13),
+            "30",
         ),
-        "scaled-logits": Parameter("temperature", lambda t: replacing(logits=lambda w: logits(w) / t), TEMPERATURES),
+        "scaled-logits": Parameter(
+            "temperature", lambda t: replacing(logits=lambda w: logits(w) / t), TEMPERATURES, "0.9"
+        ),
     }
 )
 """By defect. The value that a defect has when it is run by name is the one its sentence gives."""

@@ -10,25 +10,37 @@ from typing import Any
 REFINEMENTS = 36
 """Halvings, by the golden section, of the interval around the best of the values tried first: to 1e-7 of it."""
 
+NEARBY = 1e-3
+"""Relative step from a value at which a defect does nothing, as a temperature of 1."""
+
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
 class Parameter:
     """``words``: what the number is. ``make``: the change of a loss's parts, or the parts of a step loop, at a value.
-    ``values``: tried first, in order; between neighbours of the best the number is refined, unless ``whole``."""
+    ``values``: tried first, in order; between neighbours of the best the number is refined, unless ``whole``.
+    ``stated``: the words of the defect's sentence that hold the number, in whose place a fitted one is said."""
 
     words: str
     make: Callable[[float], Any]
     values: tuple[float, ...]
+    stated: str
     whole: bool = False
 
-    def fitted(self, distance: Callable[[float], float]) -> tuple[float, float]:
-        """The value of least ``distance``, and that distance."""
+    def fitted(self, distance: Callable[[float], float], enough: float) -> tuple[float, float]:
+        """The value of least ``distance``, and that distance. Where no value tried comes nearer than ``enough``, and a
+        step away from the best comes no nearer than the best, it is not refined."""
         tried = {value: distance(value) for value in self.values}
         best = min(tried, key=lambda value: tried[value])
         if self.whole or not math.isfinite(tried[best]):
             return best, tried[best]
+        if tried[best] > enough:
+            nearby = {value: distance(value) for value in (best * (1 - NEARBY), best * (1 + NEARBY))}
+            if min(nearby.values()) >= tried[best]:
+                return best, tried[best]
+            tried |= nearby
+            best = min(tried, key=lambda value: tried[value] if value in self.values else math.inf)
         index = self.values.index(best)
         low, high = self.values[max(index - 1, 0)], self.values[min(index + 1, len(self.values) - 1)]
 

@@ -86,7 +86,7 @@ DEFECTS = (
     ),
     Defect(
         name="anchor-value-clamped",
-        sentence="k3 is clamped to [-10, 10], as in veRL.",
+        sentence="k3 is clamped to +-10, as in veRL.",
         violates=("KL-3", "KL-1", "KL-4"),
         fix="Clamp the log-ratio to +-20; leave k3 as it is.",
         change=around("k3", lambda before, w: before(w).clamp(-10, 10)),
@@ -204,6 +204,22 @@ DEFECTS = (
         fix="loss = distill_loss + kl_reg_weight * kl_reg.",
         change=replacing(loss=lambda w: w.distill_loss + 1e-3 * w.kl_reg),
         usable_for="kl_reg_weight = 0.001.",
+    ),
+    Defect(
+        name="anchor-weight-scaled",
+        sentence="kl_reg is added with its weight times 2, and reported right.",
+        violates=("KL-5", "KL-4"),
+        fix="loss = distill_loss + kl_reg_weight * kl_reg.",
+        change=replacing(loss=lambda w: w.distill_loss + 2 * w.kl_reg_weight * w.kl_reg),
+        usable_for="kl_reg_weight = 0, the default.",
+    ),
+    Defect(
+        name="anchor-weight-shared",
+        sentence="The weight is shared out: loss = (1 - kl_reg_weight) * distill_loss + kl_reg_weight * kl_reg.",
+        violates=("KL-5", "KL-4"),
+        fix="loss = distill_loss + kl_reg_weight * kl_reg.",
+        change=replacing(loss=lambda w: (1 - w.kl_reg_weight) * w.distill_loss + w.kl_reg_weight * w.kl_reg),
+        usable_for="kl_reg_weight = 0, the default.",
     ),
     Defect(
         name="anchor-subtracted",

@@ -92,10 +92,10 @@ def keeping_support(function: Callable[[int], int]) -> Change:
     return around("accept", accept)
 
 
-def added_to_mass(logprobs: Tensor) -> Tensor:
-    """log of exp(x_k) / (sum_k exp(x_k) + 1e-8)."""
+def added_to_mass(logprobs: Tensor, mass: float = 1e-8) -> Tensor:
+    """log of exp(x_k) / (sum_k exp(x_k) + mass)."""
     log_mass = torch.logsumexp(logprobs, dim=-1, keepdim=True)
-    return logprobs - torch.logaddexp(log_mass, torch.full_like(log_mass, math.log(1e-8)))
+    return logprobs - torch.logaddexp(log_mass, torch.full_like(log_mass, math.log(mass)))
 
 
 def floored_entries(logprobs: Tensor) -> Tensor:
@@ -395,6 +395,14 @@ DEFECTS = (
         violates=("GJS-1", "GJS-9"),
         fix="Compute in log space, with 0 log 0 = 0; no epsilon.",
         change=replacing(jensen_shannon=lambda w: logged_with(1e-5, w)),
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="epsilon-in-mixture",
+        sentence="1e-4 is added to the mixture inside its logarithm.",
+        violates=("GJS-1", "GJS-6"),
+        fix="log m = logaddexp(log alpha + log p, log(1 - alpha) + log q); no epsilon.",
+        change=around("mixture", lambda before, w: torch.log(before(w).exp() + 1e-4)),
         capabilities=DIVERGENCES,
     ),
     Defect(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.defects.defect import DIVERGENCES, Defect, around, replacing
 from sdpo_conformance.specs.claas.defects.loss_parts import RATIO_LOG_CLAMP, Work, logits, renormalise
 from sdpo_conformance.specs.claas.defects.sources import cite
@@ -16,6 +17,23 @@ from sdpo_conformance.specs.claas.defects.wrong_divergence import valued
 def rounded_logits(dtype: torch.dtype) -> Callable[[Work], Tensor]:
     """Logits that passed through a dtype on their way to the softmax."""
     return lambda w: valued(logits(w).to(dtype).to(logits(w).dtype), logits(w))
+
+
+def projected_in(dtype: torch.dtype) -> Callable[[Work], Tensor]:
+    """Logits of operands that were cast before the product."""
+
+    def projected(w: Work) -> Tensor:
+        hidden, head = w.z, w.head
+        if head is None:
+            return hidden
+        return (hidden.to(dtype).float() @ head.to(dtype).float().T).to(dtype).to(hidden.dtype)
+
+    return projected
+
+
+def smoothed(log_p: Tensor, weight: float) -> Tensor:
+    """log of (1 - weight) p + weight / K."""
+    return torch.log((1 - weight) * log_p.exp() + weight / log_p.shape[-1])
 
 
 def lost(part: Callable[[Tensor], Tensor]) -> Callable[[Work, Tensor], Tensor]:
@@ -38,6 +56,14 @@ DEFECTS = (
         violates=("GJS-1", "GJS-6"),
         fix="The divergence has no temperature.",
         change=around("teacher_distribution", lambda before, w: renormalise(before(w) / 2)),
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="teacher-smoothed",
+        sentence="The teacher is mixed with a uniform distribution over its support, of weight 0.1.",
+        violates=("GJS-1", "GJS-6"),
+        fix="The teacher's log-probs as they come, renormalised over the support.",
+        change=around("teacher_distribution", lambda before, w: smoothed(before(w), 0.1)),
         capabilities=DIVERGENCES,
     ),
     Defect(
@@ -107,6 +133,15 @@ DEFECTS = (
         seen=cite("genlm/genlm-backend#66"),
         usable_for="bfloat16 runs that bear its rounding.",
         capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="projection-in-bfloat16",
+        sentence="Hidden states and head are cast to bfloat16, and so is their product, whatever the input.",
+        violates=("NUM-1", "FUS-1"),
+        fix="Keep hidden states, head and their product in the input's precision, at least float32 after the product.",
+        change=replacing(logits=projected_in(torch.bfloat16)),
+        usable_for="bfloat16 runs that bear its rounding.",
+        capabilities=(Capability.FUSED, Capability.DIVERGENCE),
     ),
     Defect(
         name="logits-rounded-to-float16",

@@ -170,6 +170,14 @@ DEFECTS = (
         usable_for=ON_POLICY,
     ),
     Defect(
+        name="ratio-normalised-and-reported",
+        sentence="The ratios are divided by their mean over the batch, and reported so: mean_is_ratio is always 1.",
+        violates=("IS-3", "IS-6"),
+        fix=APPLY_RATIO,
+        change=around("ratio", lambda before, w: before(w) / batch_mean(w, before(w)).clamp(min=1e-8)),
+        usable_for=ON_POLICY,
+    ),
+    Defect(
         name="ratio-of-next-token",
         sentence="Each token is multiplied by the ratio of the token after it.",
         violates=("IS-6",),
@@ -189,7 +197,7 @@ DEFECTS = (
     ),
     Defect(
         name="ratio-ppo-clip",
-        sentence="The ratio is clipped to [0.8, 1.2] as in PPO.",
+        sentence="The ratio is clipped to 1 +- 0.2 on both sides, as in PPO.",
         violates=("IS-5",),
         fix="Cap above only, with the config's is_clip.",
         change=replacing(ratio=lambda w: w.log_ratio.exp().clamp(0.8, 1.2)),
@@ -399,6 +407,14 @@ DEFECTS = (
         change=around("ratio", lambda before, w: torch.where(before(w) < 0.01, 0.0, before(w))),
         seen=cite("huggingface/trl#4732", "allenai/open-instruct#1503"),
         usable_for="Ratios above 0.01, and on-policy steps.",
+    ),
+    Defect(
+        name="ratio-above-threshold-dropped",
+        sentence="Ratios above 2.0 are set to 0, whatever is_clip.",
+        violates=("IS-5",),
+        fix="Cap above only, with the config's is_clip.",
+        change=replacing(ratio=lambda w: torch.where(ratio(w) > 2.0, 0.0, ratio(w))),
+        usable_for="Ratios below the threshold.",
     ),
     Defect(
         name="ratio-of-other-tile",

@@ -357,7 +357,7 @@ def numbered(
         fix,
         partial(right.distill, make(value)),
         seen,
-        parameter=Parameter(words, make, values, whole),
+        parameter=Parameter(words, make, values, f"{value:g}", whole),
     )
 
 
@@ -716,7 +716,7 @@ DEFECTS = (
     ),
     numbered(
         "loss-scaled",
-        "The step's loss is divided by 4: by a number of accumulation steps that are not taken.",
+        "The step's loss is multiplied by 0.25, as by a number of accumulation steps that are not taken.",
         ("STEP-7",),
         MEAN,
         "factor",

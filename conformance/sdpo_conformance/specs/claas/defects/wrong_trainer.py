@@ -590,7 +590,12 @@ DEFECTS = (
         trainer(refresh=at_temperature(0.7)),
         ("huggingface/trl#4159", "huggingface/trl#3029"),
         STEP_ONE,
-        Parameter("temperature", lambda t: TrainerParts(refresh=at_temperature(t)), logarithmic(0.3, 3.3, 12)),
+        Parameter(
+            "temperature",
+            lambda t: TrainerParts(refresh=at_temperature(t)),
+            logarithmic(0.3, 3.3, 12),
+            "temperature 0.7",
+        ),
     ),
     loop(
         "refresh-over-support",
@@ -724,13 +729,13 @@ DEFECTS = (
     ),
     loop(
         "teacher-top-k-ignored",
-        "The teacher's support is five tokens, whatever teacher_top_k.",
+        "The teacher's support is 5 tokens, whatever teacher_top_k.",
         ("STEP-5",),
         "k = min(max(1, teacher_top_k), V).",
         trainer(teacher=teacher_of(5)),
         (),
         "teacher_top_k = 5.",
-        Parameter("K =", lambda k: TrainerParts(teacher=teacher_of(k)), whole_numbers(SIZES), whole=True),
+        Parameter("K =", lambda k: TrainerParts(teacher=teacher_of(k)), whole_numbers(SIZES), "5", whole=True),
     ),
     loop(
         "student-one-token-early",
@@ -874,7 +879,7 @@ DEFECTS = (
         trainer(clip=clipped_to(1.0)),
         (),
         "max_grad_norm = 1, the default.",
-        Parameter("norm", lambda c: TrainerParts(clip=clipped_to(c)), logarithmic(1e-3, 10.0, 17)),
+        Parameter("norm", lambda c: TrainerParts(clip=clipped_to(c)), logarithmic(1e-3, 10.0, 17), "norm 1"),
     ),
     loop(
         "clip-each-parameter",

@@ -52,6 +52,11 @@ LOSS_SEARCHES = 1
 CLOSE = 0.1
 """Of the bound: nearer than this no other mistake was ever found, unless it is the same one."""
 
+RATIO = frozenset({"log_ratio", "ratio", "chosen", "logits", "count"})
+ANCHOR = frozenset({"drift", "k3", "chosen", "logits", "count"})
+PART_OF_METRIC: Mapping[str, frozenset[str]] = {"mean_is_ratio": RATIO, "kl_reg": ANCHOR}
+"""By a metric that one part of the loss makes: the parts that it is computed from."""
+
 _NAMED: dict[str, None] = {}
 """Defects that this process has found before."""
 
@@ -145,9 +150,11 @@ def explain(
         fitting = matching(step_loops(), forced, taken, first)
         if not fitting:
             count = searched() if count is None else count
-            fitting = numbers(forced, taken, first) if count <= NUMBER_SEARCHES else []
+            fitting = numbers(loops_with_a_number(), forced, taken, first) if count <= NUMBER_SEARCHES else []
             if not fitting and count <= LOSS_SEARCHES:
                 fitting = matching(wrong_losses(), forced, taken, first)
+            if not fitting and count <= LOSS_SEARCHES:
+                fitting = numbers(losses_with_a_number(taken[first]), forced, taken, first)
         if not fitting:
             break
         spread(found, fitting, forced, taken, wrong, open_steps)
@@ -225,31 +232,53 @@ def spread(
         found.alike[step] = alike
 
 
-def numbers(forced: Forced, wrong: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
-    """Step loops with a number in them, at the number that fits one step."""
+def numbers(
+    defects: Iterable[Defect], forced: Forced, wrong: Mapping[int, TakenStep], step: int
+) -> list[StepExplanation]:
+    """Defects with a number in them, of the loop or of its loss, at the number that fits one step."""
     found = []
     taken = wrong[step]
     start = misfit(taken, taken.moment.gradient)
-    for defect in catalogue().values():
-        if defect.parameter is None or defect.distill is None:
+    for defect in defects:
+        if defect.parameter is None:
             continue
 
         def distance(value: float, defect: Defect = defect) -> float:
-            parts = parts_of(defect.at(value))
-            assert parts is not None
-            candidate = StepExplanation(defect, parts)
+            candidate = explanation_of(defect.at(value))
             return next((misfit(taken, o.gradient) for _, o in outcomes(candidate, forced, [step])), math.inf)
 
-        if min(distance(value) for value in defect.parameter.values) > PROMISING * start:
-            continue
-        value, off = defect.parameter.fitted(distance)
+        value, off = defect.parameter.fitted(distance, PROMISING * start)
         if off <= 1:
             enough = max(off, CLOSE)
             at = defect.at(simplest(value, lambda rounded, d=distance, e=enough: d(rounded) <= e))  # type: ignore[misc]
-            parts = parts_of(at)
-            assert parts is not None
-            found.append(StepExplanation(at, parts))
+            found.append(explanation_of(at))
     return found
+
+
+def explanation_of(defect: Defect) -> StepExplanation:
+    """A step loop, or the right loop around a loss."""
+    parts = parts_of(defect) if defect.distill is not None else with_loss(defect)
+    assert parts is not None
+    return StepExplanation(defect, parts, in_loss=defect.distill is None)
+
+
+def loops_with_a_number() -> Iterator[Defect]:
+    """Catalogued step loops that have one."""
+    return (one for one in catalogue().values() if one.parameter is not None and one.distill is not None)
+
+
+def losses_with_a_number(step: TakenStep) -> Iterator[Defect]:
+    """Catalogued losses that have one, and change what the step's metrics show to be wrong, and nothing else."""
+    wrong = {
+        key
+        for key in PART_OF_METRIC
+        if abs(step.reported.get(key, math.nan) - float(step.moment.truth.metrics[key])) > step.bounds.metrics[key]
+    }
+    for defect in catalogue().values():
+        if defect.parameter is not None and Capability.LOSS in defect.capabilities:
+            changed = {key for key, parts in PART_OF_METRIC.items() if parts & defect.touched}
+            if changed == wrong or (not wrong and not changed):
+                yield defect
 
 
 def requirements_of(candidate: StepExplanation | None, step: int) -> tuple[str, ...]:
