@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sdpo_conformance.judging.records import Status
 from sdpo_conformance.protocol import ENTRIES, Capability, FusedSDPOLossInput, SDPOLossInput
-from sdpo_conformance.specs import find_spec
+from sdpo_conformance.specs import DEFAULT, find_spec
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.spec import Spec
 
@@ -113,14 +113,16 @@ def everywhere_text(groups: Sequence[Sequence[Mapping[str, Any]]], results: Mapp
     where = failure.get("where") or results.get("places", {}).get(record["entry"], "")
     if where:
         lines.append(Text(f"at {where}"))
-    if fields := fields_of(record["entry"]):
+    if fields := fields_of(record["entry"], find_spec(results["spec"]["name"])):
         lines.append(Text(f"{record['entry']} gets {fields}", style="dim"))
     lines.append(Text(f"the same in {len(groups)} requirements: {ids}", style="dim"))
     return block("raises", lines, 8, "bold red")
 
 
-def fields_of(entry: str) -> str:
+def fields_of(entry: str, spec: Spec) -> str:
     """What an entry is called with: the fields of its input, or its arguments."""
+    if spec.name != DEFAULT:
+        return f"a loss_input as {spec.package}.loss_input describes it"
     inputs: dict[str, Any] = {Capability.LOSS.value: SDPOLossInput, Capability.FUSED.value: FusedSDPOLossInput}
     if entry not in inputs:
         return f"{ENTRIES[Capability(entry)].signature}"
@@ -263,7 +265,7 @@ def failure_text(group: Sequence[Mapping[str, Any]], results: Mapping[str, Any] 
         lines.append(Text(f"on {failure['words']}", style="dim"))
     if entries:
         lines.append(Text(f"through: {entries}", style="dim"))
-    return block(record["requirement"], lines, 8, "bold red")
+    return block(record["requirement"], lines, max(8, len(record["requirement"]) + 2), "bold red")
 
 
 def diagnosis_lines(diagnosis: Mapping[str, Any] | None) -> list[Text]:

@@ -63,7 +63,8 @@ def write_reproduction(
         },
         failure["probe"],
     )
-    expected = spec.parts.expectations(case, entry)
+    refused = failure["probe"] == "refusal"  # an input that has to be refused has no truth
+    expected = Expectations({}, {}, False) if refused else spec.parts.expectations(case, entry)
     case.save(folder / f"{key}.safetensors", stored_truth(case, entry, expected, other))
     path = folder / f"{key}.py"
     write_text(path, program)

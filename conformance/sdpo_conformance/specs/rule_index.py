@@ -7,6 +7,7 @@ A rule is ``@requirement(ID, LEVEL, STATEMENT, source=..., why=..., capabilities
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -81,7 +82,15 @@ def defect_index(spec: Spec) -> tuple[CataloguedDefect, ...]:
 
 @lru_cache
 def _defects(package: str) -> tuple[CataloguedDefect, ...]:
-    return tuple(defect for path in modules(f"{package}.defects", "*.py") for defect in defects_of(path))
+    found = tuple(defect for path in modules(f"{package}.defects", "*.py") for defect in defects_of(path))
+    return found or tuple(_imported_defects(package))
+
+
+def _imported_defects(package: str) -> Iterator[CataloguedDefect]:
+    """The catalogue of a spec whose entries are made by functions: it has to be imported."""
+    module = importlib.import_module(f"{package}.defects")
+    for one in (*module.catalogue().values(), *module.DIALECTS):
+        yield CataloguedDefect(one.name, one.sentence, one.violates, one.fix, one.usable_for, "defects", {})
 
 
 def modules(package: str, pattern: str) -> list[Path]:

@@ -19,7 +19,7 @@ class MsSwiftCorner(drawing.Kinds):
     """The defaults are neutral: the teacher's top-k given, temperature 1, a whole response.
 
     teacher: topk (log-probs given), local (logits, of which gkd_logits_topk are kept), full, larger (V_t > V), smaller
-    (V_t < V) · beta: as alpha · labels: full, ragged, holes, row_empty, first (the row's first label counts), none ·
+    (V_t < V) · beta: as alpha · labels: full, ragged, holes, row_empty, first (some rows' first label counts), none ·
     prompt: same, longer (the teacher's is), rows (its rows differ in their counts) · cover: all, some (a position whose
     top-k is all -inf) · mass: normal, shifted (a constant added to the teacher's log-probs), low (e^-25 to e^-60).
     """
@@ -66,7 +66,10 @@ def draw_active(source: Source, numbers: Numbers, kinds: Sequence[str], b: int, 
     elif kind == "holes":
         counted = numbers.uniform(0, 1, b, t) < 0.6
         counted.view(-1)[int(numbers.below(b * t, 1))] = True
-    first = torch.full((b, 1), kind == "first")
+    first = torch.full((b, 1), False)
+    if kind == "first":
+        first = numbers.uniform(0, 1, b, 1) < 0.5
+        first[int(numbers.below(b, 1))] = True
     return torch.cat((first, counted), dim=1)
 
 

@@ -35,6 +35,11 @@ def without_roll(labels: Tensor) -> Tensor:
     return found & (torch.arange(labels.shape[1], device=labels.device) < labels.shape[1] - 1)
 
 
+def across_rows(labels: Tensor) -> Tensor:
+    """A shift over the flattened batch: a row's last position follows the next row's first label."""
+    return labels.flatten().roll(-1).view_as(labels) != INACTIVE
+
+
 def shifted_by(function: Any) -> Change:
     """Other active positions, on both sides."""
     return replacing(here=lambda flow: function(flow.labels), there=lambda flow: function(flow.teacher_labels))
@@ -240,6 +245,13 @@ POSITIONS = (
         "POS-2",
         "torch.roll, as upstream has it.",
         shifted_by(without_roll),
+    ),
+    defect(
+        "shift-across-rows",
+        "The labels are shifted over the flattened batch.",
+        "POS-2",
+        "torch.roll along dims=1: each row by itself.",
+        shifted_by(across_rows),
     ),
     defect(
         "pairs-reversed",

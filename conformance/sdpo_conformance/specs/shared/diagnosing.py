@@ -214,8 +214,11 @@ def diagnose_spec_run(
     if len(first.explained) < of:
         lines.append(f"{of - len(first.explained)} failures remain unexplained: there is more wrong than this")
     usable = defect.usable_for if len(first.explained) == of else ""
+    named = [one for one in defect.violates if any(record.requirement == one for record in failed)]
+    because = dict.fromkeys(telling[index].requirement for index in sorted(first.explained))
     return {
         "lines": lines,
+        **({"first": named, "because": [one for one in because if one not in named]} if named else {}),
         "usable_for": f"Usable for: {usable[0].lower() + usable[1:] if not usable.startswith('-') else usable}"
         if usable
         else "",

@@ -131,6 +131,21 @@ def served_tempered(before: Any, flow: Flow) -> Tensor:
     return found / flow.temperature if flow.served and not flow.sampled else found
 
 
+def students_own(before: Any, flow: Flow) -> Tensor:
+    """As many of the student's largest, whoever holds the teacher."""
+    found: Tensor = before(flow)
+    return flow.l.topk(found.shape[-1], dim=-1).indices if flow.served and not flow.sampled else found
+
+
+def among_the_served(before: Any, flow: Flow) -> Tensor:
+    """The served log-probs at another support, -30 where the server said nothing."""
+    found: Tensor = before(flow)
+    if not flow.served or flow.sampled:
+        return found
+    known = torch.full_like(flow.l, -30.0).scatter(-1, flow.served_ids, found.to(flow.l.dtype))
+    return known.gather(-1, flow.support)
+
+
 def served_padding(flow: Flow, loss_input: Any) -> None:
     """A served teacher's log-probs as they are where nothing counts."""
     if loss_input.teacher_topk_logprobs is not None:
@@ -259,6 +274,13 @@ REFUSED = (
 )
 
 SERVER = (
+    defect(
+        "served-student-support",
+        "With a served teacher the support is the student's top-k.",
+        "SRV-1",
+        "The teacher's own top-k: the server can score nothing else.",
+        both(around("support", students_own), around("b", among_the_served)),
+    ),
     defect(
         "served-tempered",
         "A served teacher's log-probs are divided by the temperature.",

@@ -557,6 +557,13 @@ REDUCTION = (
         around("loss", unscaled_row_mean),
     ),
     defect(
+        "row-floor-of-one",
+        "A row's mean is over at least one token.",
+        "RED-3",
+        "Add 1e-8 to the row's mask sum: a row of fractions is divided by less than 1.",
+        replacing(lengths=lambda flow: flow.mask.sum(-1).clamp(min=1.0)),
+    ),
+    defect(
         "local-rows",
         "The row modes divide by this call's own rows.",
         "RED-5",

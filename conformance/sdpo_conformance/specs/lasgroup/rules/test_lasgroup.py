@@ -264,7 +264,7 @@ REDUCTION = (
         "loss_agg_mode: row sums, row means (sum + 1e-8) or sums over T, as named",
         f"{CORE} 1061-1078",
         "an option that is silently ignored is believed",
-        REDUCED.but(aggregation=AGGREGATIONS[1:], mask=("full", "ragged")),
+        REDUCED.but(aggregation=AGGREGATIONS[1:], mask=("full", "ragged", "tiny")),
         control=token_mean,
     ),
     Rule(

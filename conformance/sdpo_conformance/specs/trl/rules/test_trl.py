@@ -108,9 +108,12 @@ def unanswered(subject: Subject, case: Any) -> None:
         refuses(subject, case.with_fields(teacher_actual_logprobs=missing), "a token that counts has no log-prob")
 
 
-def untempered_served(case: Any) -> Any:
-    """Temperature 1."""
-    return case.with_training(temperature=1.0, distillation_is_clip=None)
+def local_teacher(case: Any) -> Any:
+    """The same student and options with a local teacher over the student's own top-k."""
+    fields = case.loss_input
+    k = fields.teacher_topk_ids.shape[-1]
+    local = case.with_training(use_teacher_server=False, distillation_topk=k, distillation_is_clip=None)
+    return local.with_fields(teacher_logits=0.5 * fields.student_logits.flip(-1))
 
 
 def logs_what_it_trains(subject: Subject, case: Any) -> None:
@@ -184,7 +187,7 @@ RULES = (
         f"{TRAINER} 1318-1333",
         "the server has applied the temperature already",
         SERVED.but(temperature=("below", "above", "one"), alpha=("half", "inside", "zero", "one"), ratio="no_old"),
-        control=untempered_served,
+        control=local_teacher,
     ),
     Rule(
         "TRL-SRV-2",
