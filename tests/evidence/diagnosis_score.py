@@ -19,17 +19,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
 from sdpo_conformance.diagnosis.observed import Observed, values_of
 from sdpo_conformance.files import write_json
+from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.profiles import PROFILES
-from sdpo_conformance.protocol import Capability
+from sdpo_conformance.judging.records import Record, Status
+from sdpo_conformance.protocol import Capability, Claims
+from sdpo_conformance.reproduction.failure import failure_of
+from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas.defects import catalogue, combine, find
 from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.loss_case import LossCase
 
 BROAD = ("GJS-1", "GJS-9", "RKL-1", "IS-2", "IS-10", "KL-1", "RED-1", "RED-4")
 """Requirements that every measured defect is judged by, besides those it violates."""
@@ -55,13 +64,6 @@ class Measured:
 
 def failures_of(defect: Defect, entry: Capability, seed: int) -> tuple[list[Observed], list[str]]:
     """What the suite observes of a defect, and the requirements that held."""
-    from sdpo_conformance.judging.call import ImplementationError
-    from sdpo_conformance.judging.compare import Disagreement
-    from sdpo_conformance.judging.examples import Subject
-    from sdpo_conformance.protocol import Claims
-    from sdpo_conformance.specs import find_spec
-    from sdpo_conformance.specs.claas.loss_case import LossCase
-
     profile = replace(PROFILES["quick"], shrink_seconds=0.3)
     observed, held = [], []
     wanted = dict.fromkeys((*defect.violates, *BROAD))
@@ -115,6 +117,54 @@ def measure(name: str, entry: Capability, seed: int) -> Measured:
         error=0.0 if answer is None else answer.error,
         seconds=time.monotonic() - started,
     )
+
+
+def measure_trainer(name: str, entry: Capability, seed: int, left_out: bool = False) -> Measured:
+    """Judge a step loop by every rule, and read the diagnosis of the run; ``left_out``: by a catalogue without it."""
+    import torch
+
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    spec, defect = find_spec("claas"), find(name)
+    others = {one.name: one for one in catalogue().values() if not left_out or one.name != name}
+    failed: list[Record] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        for reader in ("specs.claas.step_loop.explanations", "diagnosis.trainers"):
+            stack.enter_context(patch(f"sdpo_conformance.{reader}.catalogue", return_value=others))
+        for requirement in spec.requirements().values():
+            if entry not in requirement.capabilities:
+                continue
+            subject = Subject(defect.implementation(), entry, Claims(), PROFILES["quick"], seed, dtypes=DTYPES)
+            try:
+                subject.run(requirement)
+            except (Disagreement, ImplementationError) as found:
+                failure = failure_of(folder, f"defect:{name}", "cpu", spec, requirement, entry, found)
+                failed.append(Record(requirement.id, entry.value, requirement.level, Status.FAILED, failure=failure))
+            except BaseException as error:
+                if type(error).__name__ != "Skipped":
+                    raise
+        answer = spec.parts.diagnose(folder, failed, [entry]) if failed else None
+    match = next(iter(answer["matches"]), None) if answer else None
+    said = match["name"] if match else ""
+    alike = tuple(match["equivalent"]) if match else ()
+    broken = find(said).violates if said else ()
+    near = bool({*broken[:1]} & {*defect.violates} or {*defect.violates[:1]} & {*broken})
+    return Measured(
+        defect=name,
+        entry=entry.value,
+        right=(not said or near) if left_out else name in (said, *alike),
+        answer=said or "silence",
+        equivalent=alike,
+        explained=match["explained"] if match else 0,
+        failures=match["of"] if match else len(failed),
+        error=0.0,
+        seconds=time.monotonic() - started,
+    )
+
+
+def measure_trainer_left_out(name: str, entry: Capability, seed: int) -> Measured:
+    return measure_trainer(name, entry, seed, left_out=True)
 
 
 def measure_left_out(name: str, entry: Capability, seed: int) -> Measured:
@@ -176,7 +226,9 @@ def measured(
 ) -> Iterator[Measured]:
     """Every measurement as it comes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # A fresh process each: a trainer's diagnosis tries the names first that it gave before.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
         for future in as_completed([pool.submit(how, name, entry, seed) for name, entry in work]):
             yield future.result()
 
@@ -194,13 +246,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     entry = Capability(options.entry)
     singles = [name for name in options.only or catalogue() if entry in find(name).capabilities]
-    pairs = [] if options.only or options.leave_one_out else random_pairs(options.pairs, options.seed)
-    how = measure_left_out if options.leave_one_out else measure
+    trainers = entry is Capability.DISTILL
+    pairs = [] if options.only or options.leave_one_out or trainers else random_pairs(options.pairs, options.seed)
+    if trainers:
+        how = measure_trainer_left_out if options.leave_one_out else measure_trainer
+    else:
+        how = measure_left_out if options.leave_one_out else measure
     found = []
     for one in measured([(name, entry) for name in (*singles, *pairs)], options.seed, options.jobs, how):
         found.append(one)
-        if not one.right:
-            print(f"{one.defect}: said {one.answer} ({one.explained} of {one.failures})", flush=True)
+        mark = "right" if one.right else "WRONG" if one.answer not in ("silence", "no match") else "silent"
+        print(f"{mark} {one.defect}: said {one.answer} ({one.explained} of {one.failures})", flush=True)
     for kind, names in (("defects", singles), ("pairs", pairs)):
         of_kind = [one for one in found if one.defect in names]
         print(f"{kind}: {sum(one.right for one in of_kind)} of {len(of_kind)} diagnosed right")

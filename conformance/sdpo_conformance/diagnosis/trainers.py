@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdpo_conformance.diagnosis.replay import alike
 from sdpo_conformance.judging.records import Record
 from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.defect import Defect
@@ -66,37 +65,4 @@ def stated(failed: Sequence[Record]) -> Defect | None:
         name = str(record.failure.get("mistake"))
         if record.failure.get("shows") == "metric" and name in catalogue():
             return catalogue()[name]
-    return None
-
-
-def repeated(failed: Sequence[Record]) -> Defect | None:
-    """The catalogued loop that fails in the same words on the same scenario, for what no gradient shows: metrics,
-    updates, what is left behind."""
-    from sdpo_conformance.judging.call import ImplementationError
-    from sdpo_conformance.specs.claas.step_loop.findings import findings
-    from sdpo_conformance.trainer.observation import Observation, observe
-    from sdpo_conformance.trainer.scenarios import BFLOAT16, SCENARIOS, UNRECORDED
-
-    scenarios = {one.name: one for one in (*SCENARIOS, UNRECORDED, BFLOAT16)}
-    for record in failed:
-        failure, scenario = record.failure, scenarios.get(str(record.failure.get("scenario")))
-        if scenario is None or failure.get("shows") == "refusal":
-            continue
-        for defect in catalogue().values():
-            if defect.distill is None or defect.violates[0] != record.requirement:
-                continue
-            try:
-                observation = observe(defect.distill, scenario)
-            except ImplementationError:
-                continue
-            if not isinstance(observation, Observation):
-                continue
-            found = findings(observation)
-            if any(
-                record.requirement in one.requirements
-                and one.disagreement.aspect == failure.get("aspect")
-                and alike(one.disagreement.got, str(failure.get("got")))
-                for one in found
-            ):
-                return defect
     return None
