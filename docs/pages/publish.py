@@ -1,6 +1,7 @@
-"""Put the table of published/matrix.json into index.md, between its two markers.
+"""Put the tables of published/ into index.md and own-rules.md, between their markers.
 
 sdpo-conformance matrix A B C --out docs/results/published
+sdpo-conformance matrix A B --spec trl --out docs/results/published/trl
 python docs/pages/publish.py
 """
 
@@ -37,23 +38,44 @@ def where(column: Column) -> str:
     return f"{run['device']}: {run.get('device_name') or 'CPU'}, {versions}"
 
 
-def main() -> None:
-    """Rewrite index.md."""
-    source = HERE / "published" / "matrix.json"
-    columns = read_columns(source)
+SPECS = ("lasgroup", "trl", "ms-swift", "verl-topk")
+"""Specs beside CLaaS, whose results lie in folders of their own."""
+
+HEADS = (
+    "| implementation | package | device | MUST | SHOULD | recognised as | profile |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+)
+
+
+def machines(columns: list[Column]) -> list[str]:
+    """One line for each machine that a column was judged on."""
+    return [f"- {one}" for one in dict.fromkeys(where(column) for column in columns if column.results is not None)]
+
+
+def table(columns: list[Column]) -> list[str]:
+    """The columns as the rows of a table."""
     rows = rows_of(columns)
-    told = dict.fromkeys(where(column) for column in columns if column.results is not None)
-    table = [
-        *(f"- {machine}" for machine in told),
-        "",
-        "| implementation | package | device | MUST | SHOULD | recognised as | profile |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *(line(column, rows) for column in columns),
-    ]
-    page = HERE / "index.md"
+    return [*HEADS, *(line(column, rows) for column in columns)]
+
+
+def rewrite(page: Path, lines: list[str]) -> None:
+    """Put ``lines`` between the page's markers."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{chr(10).join(table)}\n{END}{after}", encoding="utf-8")
+    text = "\n".join(lines)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Rewrite index.md and own-rules.md."""
+    published = HERE / "published"
+    columns = read_columns(published / "matrix.json")
+    rewrite(HERE / "index.md", [*machines(columns), "", *table(columns)])
+    sections: list[str] = []
+    for name in SPECS:
+        columns = read_columns(published / name / "matrix.json")
+        sections += [f"## {name}", "", *machines(columns), "", *table(columns), ""]
+    rewrite(HERE / "own-rules.md", sections[:-1])
 
 
 if __name__ == "__main__":
