@@ -169,7 +169,7 @@ def tail_rules(v: Views) -> tuple[Rule, ...]:
             "of the whole vocabulary's probability",
             v.sources["tail"],
             "without it the divergence is blind to how much mass the support has",
-            neutral,
+            neutral.but(support=tuple(kind for kind in neutral.support if kind != "one")),  # its control would be 0
             control=v.renormalised,
         ),
         Rule(

@@ -186,7 +186,12 @@ RULES = (
         "a served teacher's own top-k is the support; its log-probs are taken as they are, whatever the temperature",
         f"{TRAINER} 1318-1333",
         "the server has applied the temperature already",
-        SERVED.but(temperature=("below", "above", "one"), alpha=("half", "inside", "zero", "one"), ratio="no_old"),
+        SERVED.but(
+            temperature=("below", "above", "one"),
+            alpha=("half", "inside", "zero", "one"),
+            ratio="no_old",
+            support=("few", "few", "many", "whole"),  # one token, renormalised, is 0: a control that clears nothing
+        ),
         control=local_teacher,
     ),
     Rule(
