@@ -13,6 +13,7 @@ from docs.pages.spec_page import updated
 from sdpo_conformance.inputs.choices import SeededSource
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.protocol import Capability
+from sdpo_conformance.report.explaining import explanations
 from sdpo_conformance.reproduction.failure import failure_of
 from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.rule_index import defect_index
@@ -47,3 +48,9 @@ def test_the_page_is_current(name: str) -> None:
     path = Path(__file__).parents[2] / "docs" / f"spec-{name}.md"
     page = path.read_text(encoding="utf-8")
     assert updated(page, name) == page, f"run python -m docs.pages.spec_page docs/spec-{name}.md"
+
+
+@pytest.mark.parametrize("name", ["LAS-TAIL-1", "TRL-SRV", "ms-swift-shift-across-rows"])
+def test_names_of_other_specs_are_explained(name: str) -> None:
+    """Without --spec: a report prints them."""
+    assert explanations(name, find_spec("claas"))

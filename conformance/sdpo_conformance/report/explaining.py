@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdpo_conformance.protocol import ENTRIES
+from sdpo_conformance.specs import specs
 from sdpo_conformance.specs.rule_index import CataloguedDefect, Rule, defect_index, part_source, rule_index
 from sdpo_conformance.specs.spec import Spec
 
@@ -26,7 +27,30 @@ STATUSES = {
 
 
 def explanations(name: str, spec: Spec) -> list[RenderableType]:
-    """What ``name`` means; raises ValueError for an unknown one, with what is near it."""
+    """What ``name`` means, in ``spec`` or in the one whose rule or defect it names; raises ValueError for an unknown
+    one, with what is near it."""
+    try:
+        return explained_by(name, spec)
+    except ValueError:
+        for other in specs():
+            if other.name != spec.name and sounds_like(name, other):
+                return explained_by(name, other)
+        raise
+
+
+def sounds_like(name: str, spec: Spec) -> bool:
+    """Whether an id or a defect's name begins as those of ``spec`` do; nothing is imported for it."""
+    wanted = name.strip()
+    prefixes = {f"{family}-" for family in spec.families}
+    return (
+        wanted.upper() in spec.families
+        or wanted.removeprefix("defect:").startswith(f"{spec.name}-")
+        or any(wanted.upper().startswith(prefix) for prefix in prefixes)
+    )
+
+
+def explained_by(name: str, spec: Spec) -> list[RenderableType]:
+    """What ``name`` means in ``spec``; raises ValueError for an unknown one."""
     wanted = name.strip()
     rules = [rule for rule in rule_index(spec) if wanted.upper() in (rule.id, rule.family)]
     if not rules:
