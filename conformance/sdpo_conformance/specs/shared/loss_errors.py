@@ -56,7 +56,7 @@ def over_categories(
     if finish == "renormalised":
         moved = slope(log_q, log_p, alpha)
         moved_error = renormalised_errors(errors, moved, log_q.exp(), student.log, eps)
-    gradient = logits_gradient_errors(at_support, moved_error, support, l, l_error, eps)
+    gradient = logits_gradient_errors(at_support, moved_error, support, l, l_error, eps, errors.tail_slope)
     fragile = None if student.tail is None else student.tail.low.squeeze(-1) < FLOAT16_RECIPROCAL
     return TokenBounds(errors.value, gradient, fragile)
 

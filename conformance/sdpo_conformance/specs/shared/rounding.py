@@ -83,10 +83,12 @@ def side_errors(at_support: Tensor, errors: Tensor, finish: str, eps: float) -> 
 
 @dataclass(frozen=True)
 class DivergenceErrors:
-    """``value`` (B, T): of D; ``at_support`` (B, T, K): of dD / d l[S_k]."""
+    """``value`` (B, T): of D; ``at_support`` (B, T, K): of dD / d l[S_k]; ``tail_slope`` (B, T, 1): |dD / dq| of the
+    tail, or None where there is none."""
 
     value: Tensor
     at_support: Tensor
+    tail_slope: Tensor | None = None
 
 
 def _value_of(alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -185,7 +187,11 @@ def _with_tail(
     tail_slope = torch.maximum(tail_slope, torch.where(mine.may_close, 1.25 * here.abs(), 0.0)) / factor_of(eps)
     size, logs = _tail_size(q0, p0, alpha)
     at_support = rest.at_support + q * (tail_slope + eps * logs + here.abs() * (hq + 2 * eps))
-    return DivergenceErrors(rest.value + (value / factor_of(eps) + 2 * eps * size).squeeze(-1), at_support)
+    # PyTorch takes expm1's derivative as its result + 1: a support of little mass has that mass off by eps,
+    # which its members share.
+    at_support = at_support + eps * here.abs() * q / q.sum(-1, keepdim=True).clamp(min=1e-300)
+    value = rest.value + (value / factor_of(eps) + 2 * eps * size).squeeze(-1)
+    return DivergenceErrors(value, at_support, here.abs())
 
 
 def _tail_size(q: Tensor, p: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -208,11 +214,21 @@ def renormalised_errors(errors: DivergenceErrors, moved: Tensor, q: Tensor, hq: 
 
 
 def logits_gradient_errors(
-    at_support: Tensor, at_support_error: Tensor, support: Tensor, logprobs: Tensor, l_error: Tensor, eps: float
+    at_support: Tensor,
+    at_support_error: Tensor,
+    support: Tensor,
+    logprobs: Tensor,
+    l_error: Tensor,
+    eps: float,
+    tail_slope: Tensor | None = None,
 ) -> Tensor:
-    """(B, T, V) errors of dD / dz' from those of dD / d l[S_k] (``at_support``: its true value)."""
+    """(B, T, V) errors of dD / dz' from those of dD / d l[S_k] (``at_support``: its true value). A tail that is summed
+    from the rest of the vocabulary hands its ``tail_slope`` to every member of it, which the support's share then takes
+    back: both are rounded."""
     total = at_support.sum(-1, keepdim=True).abs()
     total_error = at_support_error.sum(-1, keepdim=True) + eps * at_support.abs().sum(-1, keepdim=True)
+    if tail_slope is not None:
+        total_error = total_error + 4 * eps * tail_slope
     dense = logprobs.exp() * (total_error + total * (l_error + 2 * eps))
     here = at_support_error + 2 * eps * at_support.abs()
     return dense.scatter_add(-1, support, here)
