@@ -51,7 +51,7 @@ class Session:
         self.started = time.time()
         self.dtypes: dict[Capability, tuple[tuple[str, ...], dict[str, str]]] = {}
         self.crash_log: IO[str] | None = None
-        self.following = False
+        self.asked: set[str] | None = None
         if not self.worker:
             try:
                 start_afresh(self.folder)
@@ -291,19 +291,21 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 def follow(item: pytest.Function, record: Record, session: Session) -> None:
     """After the first failure: judge the rules that may name its cause better, and no others; stop at the first that
     fails."""
-    run = item.session
     wanted: list[str] = []
-    if not session.following:
-        session.following = True
+    if session.asked is None:
         with suppress(Exception):  # a fault of the diagnosis costs no verdict
             wanted = list(session.spec.parts.asked_next(session.folder, record))[:ASKED]
-    ahead = run.items[run.items.index(item) + 1 :]
-    asked = [one for one in ahead if requirement_of(one).id in wanted and entry_of_item(one).value == record.entry]
-    if not asked:
-        run.shouldstop = f"{record.requirement} failed"
-        return
-    asked.sort(key=lambda one: wanted.index(requirement_of(one).id))
-    run.items[run.items.index(item) + 1 :] = asked
+    session.asked = {record_key(name, record.entry) for name in wanted}
+    if not wanted:
+        item.session.shouldstop = f"{record.requirement} failed"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """After the first failure of a check, pass over what was not asked for."""
+    asked = item.config.stash[SESSION].asked
+    if asked is not None and record_key(requirement_of(item).id, entry_of_item(item).value) not in asked:
+        pytest.skip("another rule names the cause")
 
 
 def names_a_rule(record: Record, spec: Spec) -> bool:
