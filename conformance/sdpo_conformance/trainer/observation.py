@@ -167,6 +167,9 @@ def same(before: Tensor, after: Tensor) -> bool:
     return bool(torch.equal(torch.nan_to_num(before), torch.nan_to_num(after)))
 
 
+KEPT_OF = 3
+"""Implementations whose runs are kept: a process that judges more forgets the oldest's."""
+
 _KEPT: dict[tuple[int, Scenario, str], tuple[Any, Observation | Refusal | ImplementationError]] = {}
 
 
@@ -179,6 +182,7 @@ def observe(
     owner = distill if owner is None else owner
     key = (id(owner), scenario, device)
     if key not in _KEPT:
+        forget_all_but(KEPT_OF - 1, id(owner))
         try:
             _KEPT[key] = (owner, run_or_refusal(distill, scenario, device))
         except ImplementationError as error:
@@ -187,6 +191,14 @@ def observe(
     if isinstance(found, ImplementationError):
         raise found
     return found
+
+
+def forget_all_but(others: int, present: int) -> None:
+    """Drop the runs of all but the latest ``others`` owners beside the present one."""
+    owners = [owner for owner in dict.fromkeys(key[0] for key in _KEPT) if owner != present]
+    old = set(owners[: max(0, len(owners) - others)])
+    for key in [key for key in _KEPT if key[0] in old]:
+        del _KEPT[key]
 
 
 def run(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation:

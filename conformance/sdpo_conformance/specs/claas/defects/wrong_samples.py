@@ -715,6 +715,16 @@ DEFECTS = (
         trainer(reduce=weighed(all_but(-1))),
     ),
     numbered(
+        "tokens-over-constant",
+        "Each sample's token losses are summed and divided by 64, a maximal length, instead of their number.",
+        ("STEP-7",),
+        MEAN,
+        "constant",
+        lambda c: TrainerParts(reduce=weighed(lambda n: [length / len(n) / c for length in n])),
+        logarithmic(1, 4096, 25),
+        64.0,
+    ),
+    numbered(
         "loss-scaled",
         "The step's loss is multiplied by 0.25, as by a number of accumulation steps that are not taken.",
         ("STEP-7",),

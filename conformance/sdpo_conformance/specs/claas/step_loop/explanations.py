@@ -60,6 +60,9 @@ PART_OF_METRIC: Mapping[str, frozenset[str]] = {"mean_is_ratio": RATIO, "kl_reg"
 _NAMED: dict[str, None] = {}
 """Defects that this process has found before."""
 
+_SEARCHED_OUT: dict[tuple[str, float | None], StepExplanation] = {}
+"""What this process has found by more than the step loops: tried again on every run."""
+
 
 @dataclass
 class TakenStep:
@@ -147,7 +150,7 @@ def explain(
         if not open_steps:
             break
         first = open_steps[0]
-        fitting = matching(step_loops(), forced, taken, first)
+        fitting = matching((*_SEARCHED_OUT.values(), *step_loops()), forced, taken, first)
         if not fitting:
             count = searched() if count is None else count
             fitting = numbers(loops_with_a_number(), forced, taken, first) if count <= NUMBER_SEARCHES else []
@@ -155,6 +158,7 @@ def explain(
                 fitting = matching(wrong_losses(), forced, taken, first)
             if not fitting and count <= LOSS_SEARCHES:
                 fitting = numbers(losses_with_a_number(taken[first]), forced, taken, first)
+            _SEARCHED_OUT.update({(one.defect.name, one.defect.value): one for one in fitting})
         if not fitting:
             break
         spread(found, fitting, forced, taken, wrong, open_steps)

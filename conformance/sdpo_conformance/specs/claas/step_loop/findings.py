@@ -8,7 +8,7 @@ STEP-1 at the first step and STEP-2 at later ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
+from functools import lru_cache
 
 from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
 from sdpo_conformance.specs.claas.step_loop.gradients import gradient_finding, judged_steps
@@ -18,14 +18,11 @@ from sdpo_conformance.specs.claas.step_loop.unobserved import unobserved_finding
 from sdpo_conformance.specs.claas.step_loop.updates import update_findings
 from sdpo_conformance.trainer.observation import Observation
 
-_FOUND: WeakKeyDictionary[Observation, list[StepFinding]] = WeakKeyDictionary()
 
-
+@lru_cache(maxsize=64)
 def findings(observation: Observation) -> list[StepFinding]:
-    """Everything wrong with a run, worked out once."""
-    if observation not in _FOUND:
-        _FOUND[observation] = list(_findings(observation))
-    return _FOUND[observation]
+    """Everything wrong with a run, worked out once while it is among the latest 64: more than one trainer's."""
+    return list(_findings(observation))
 
 
 def _findings(observation: Observation) -> Iterator[StepFinding]:
