@@ -106,10 +106,14 @@ CHUNKED = tuple(HeadShape(2, t, 17, 8, 3) for t in (8, 16, 32, 64, 128, 256, 102
 
 
 def edge_cases(shapes: Sequence[HeadShape], dtypes: Sequence[torch.dtype], seed: int) -> Iterator[HeadCase]:
-    """Each shape once, in the layouts in turn, no part of the vocabulary negligible."""
+    """Each shape in a dtype drawn and in the widest, whose bounds hide nothing; in the layouts in turn, no part of the
+    vocabulary negligible."""
+    widest = min(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     for number, shape in enumerate(shapes):
         case = build_head_case(SeededSource(f"{seed}/{number}"), shape, dtypes, SCALES[:2])
         yield replace(case, layout=LAYOUTS[number % len(LAYOUTS)])
+        if case.hidden.dtype != widest:
+            yield build_head_case(SeededSource(f"{seed}/{number}"), shape, [widest], SCALES[:2])
 
 
 SPECIAL = ("raised", "sunk", "zero_row", "zero_hidden", "certain", "sure", "equal_rows", "uniform", "one_id", "int32")
