@@ -21,8 +21,7 @@ def results_of(
 ) -> dict[str, Any]:
     """The whole document; runs the diagnosis on the failures kept in ``folder``."""
     failed = [record for record in records if record.status is Status.FAILED]
-    valued = any(record.failure.get("kind") != "error" for record in failed)
-    diagnosis = diagnosed(folder, failed, implementation, spec) if valued else None
+    diagnosis = diagnosed(folder, failed, implementation, spec) if failed else None
     return {
         "format": FORMAT,
         "implementation": implementation.target,

@@ -56,9 +56,8 @@ def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> 
     if secondary:
         ids = ", ".join(dict.fromkeys(group[0]["requirement"] for group in secondary))
         console.print(block("", [Text(f"wrong for a reason reported above: {ids}")], 6))
-    if not everywhere or spec.name != DEFAULT:  # there it says which spec a missing field belongs to
-        for index, text in enumerate(diagnosis_lines(results.get("diagnosis"))):
-            console.print(block("" if index else "diagnosis", [text], LABEL))
+    for index, text in enumerate(diagnosis_lines(results.get("diagnosis"))):
+        console.print(block("" if index else "diagnosis", [text], LABEL))
     best = next((group[0] for group in [*everywhere, *shown] if group[0]["failure"].get("reproduction")), None)
     if best:
         program = folder / best["failure"]["reproduction"]

@@ -181,7 +181,7 @@ def asks_for_another_spec(failed: Sequence[Record], own: Spec) -> str:
         if found and found.group(1) in FIELDS and own.name not in FIELDS[found.group(1)]:
             names = FIELDS[found.group(1)]
             has = f"loss_input.{found.group(1)}, a field of the input of {' and '.join(names)}"
-            return f"it asks for {has}: judge it with --spec {names[0]}"
+            return f"it asks for {has}: judge it with --spec {' or '.join(names)}"
     return ""
 
 
@@ -191,6 +191,8 @@ def diagnose_spec_run(
     """``lines`` for the terminal, ``matches`` for machines, ``usable_for`` for the verdict."""
     if hint := asks_for_another_spec(failed, spec):
         return {"lines": [hint], "usable_for": "", "matches": []}
+    if all(record.failure.get("kind") == "error" for record in failed):
+        return None
     observed = [
         Observed.load(folder / record.failure["observed"], kind, record)
         for record in failed
