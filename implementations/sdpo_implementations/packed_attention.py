@@ -2,7 +2,7 @@
 
 Registered with transformers as an attention of its own, which the decoder's layers call with the lengths that the
 forward was given. On a GPU in half precision it is one call of PyTorch's variable-length attention
-(``torch.nn.attention.varlen``, torch 2.10 and later); elsewhere each run of equal lengths is one call of its scaled
+(``torch.nn.attention.varlen``, torch 2.11 and later); elsewhere each run of equal lengths is one call of its scaled
 dot-product attention. Nothing of the size of a mask over all pairs is made. Without lengths it is transformers'
 ``sdpa``.
 """

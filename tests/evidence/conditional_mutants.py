@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +21,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from tests.evidence.predicates import CALLS, HEADS, INCOMING, LOSS, SAMPLES, Call, InBatch
+from tests.evidence.processes import in_processes
 
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
@@ -288,16 +287,6 @@ def judge(task: Task) -> tuple[str, tuple[str, str] | None]:
     return name, kill(kind, profile, [name])[name]
 
 
-def judged(tasks: list[Task], jobs: int) -> Iterator[tuple[str, tuple[str, str] | None]]:
-    """Every task's outcome as it comes, from ``jobs`` processes."""
-    if jobs == 1:
-        yield from map(judge, tasks)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(judge, task) for task in tasks]):
-            yield done.result()
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.evidence.conditional_mutants")
     parser.add_argument("what", choices=("reach", "kill"))
@@ -317,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             chosen = [name for name in mutants(kind) if options.match in name]
             missing, total = [], len(chosen)
-            for name, outcome in judged([(kind, options.profile, name) for name in chosen], options.jobs):
+            for name, outcome in in_processes(judge, [(kind, options.profile, name) for name in chosen], options.jobs):
                 print(f"{name}: {outcome[0] if outcome else 'SURVIVES'}", flush=True)
                 missing += [] if outcome else [name]
         left += len(missing)

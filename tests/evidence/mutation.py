@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from tests.evidence.processes import in_processes
 
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability
@@ -133,17 +133,6 @@ def score(task: Task) -> Score:
     )
 
 
-def scores(work: Sequence[Task], jobs: int) -> Iterator[Score]:
-    """Every task's score as it comes, from ``jobs`` processes that each load torch once."""
-    if jobs == 1:
-        yield from map(score, work)
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(score, task) for task in work]):
-            yield future.result()
-
-
 @dataclass(frozen=True)
 class Summary:
     """``defects`` catalogued and judged; ``runs`` of one defect, entry and seed; ``caught`` by anything,
@@ -228,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = tasks(names, entries, options.profile, options.seeds, options.named_only)
     found: list[Score] = []
     started = time.monotonic()
-    for one in scores(work, options.jobs):
+    for one in in_processes(score, work, options.jobs):
         found.append(one)
         if not one.by_named:
             print(

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tests.evidence.processes import in_processes
 from tests.specs.right import right_losses
 
 from sdpo_conformance.judging.call import ImplementationError
@@ -77,16 +75,6 @@ def judge(task: Task) -> tuple[Task, list[str], int]:
     return task, wrong, examples
 
 
-def verdicts(work: list[Task], jobs: int) -> Iterator[tuple[Task, list[str], int]]:
-    """Every task's outcome as it comes, from ``jobs`` processes."""
-    if jobs == 1:
-        yield from map(judge, work)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(judge, task) for task in work]):
-            yield done.result()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``python -m``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -108,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         work = [
             Task(spec.name, "defect", name, seed, options.profile) for name in names for seed in range(options.seeds)
         ]
-        for task, found, _ in verdicts(work, options.jobs):
+        for task, found, _ in in_processes(judge, work, options.jobs):
             missed += [f"{task.name} with seed {task.seed}: {line}" for line in found]
         print(
             f"{spec.name}: {len(names)} defects, "
@@ -119,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         work = [
             Task(spec.name, "right", name, seed, options.profile) for name in right for seed in range(options.seeds)
         ]
-        for task, found, judged in verdicts(work, options.jobs):
+        for task, found, judged in in_processes(judge, work, options.jobs):
             alarms += [f"{task.name} with seed {task.seed}: {line}" for line in found]
             examples += judged
         print(f"{spec.name}: {len(right)} right losses, {examples} examples, {len(alarms)} false alarms")

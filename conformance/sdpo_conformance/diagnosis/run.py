@@ -21,8 +21,8 @@ LEADING = 2
 """So many requirements may lead a report: those that the defect's entry names first."""
 
 ENOUGH = 0.85
-"""Share of the failures from which on a loss's defect is named. What fits fewer was a neighbour of the cause in every
-case but one of fifty."""
+"""Share of the failures from which on a loss's defect is named. Chosen on fifty wrong losses, where what fitted fewer
+was mostly a neighbour of the cause."""
 
 MOST_EQUIVALENTS = 3
 """How many indistinguishable defects a line names."""
