@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-MOST_TOKENS = 16384
-"""No forward is larger unless the caller asks: a GPU is busy long before, and the memory is spent for nothing."""
+MOST_VALUES, MOST_TOKENS = 2**24, 16384
+"""No forward has more tokens, nor more hidden values (tokens times hidden size), unless the caller asks: a GPU is busy
+long before, and the memory is spent for nothing."""
 
 MORE_BYTES = 3
 """Beside its dtype's own, per value that a product keeps. Measured on an H100 with rank 16 on seven modules: 2.2 in
@@ -25,7 +26,25 @@ SHARE_OF_FREE = 0.7
 
 def micro_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
     """Indices of the sequences of each forward, longest first: padded to the longest, or packed, none has more
-    than ``budget`` tokens, but for a sequence that is longer alone."""
+    than ``budget`` tokens, but for a sequence that is longer alone.
+
+    No more forwards than one after the other filled up to the budget would make, and the largest of them as small as
+    that allows: a step's memory is that of its largest.
+    """
+    groups = _filled(lengths, budget, packed)
+    least, most = 1, budget
+    while least < most:
+        middle = (least + most) // 2
+        smaller = _filled(lengths, middle, packed)
+        if len(smaller) <= len(groups):
+            groups, most = smaller, middle
+        else:
+            least = middle + 1
+    return groups
+
+
+def _filled(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
+    """One forward after the other, each filled up to the budget."""
     groups: list[list[int]] = []
     used = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -52,7 +71,8 @@ def fitting_budget(model: Any, longest: int) -> int:
     the longest sequence's length. Asks the allocator; allocates nothing."""
     device = next(model.parameters()).device
     tokens = int(SHARE_OF_FREE * free_bytes(device) / activation_bytes_per_token(model, longest))
-    return max(1, min(MOST_TOKENS, tokens))
+    hidden = model.get_base_model().config.get_text_config().hidden_size
+    return max(1, min(MOST_TOKENS, MOST_VALUES // hidden, tokens))
 
 
 def free_bytes(device: torch.device) -> int:

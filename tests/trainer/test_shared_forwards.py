@@ -243,6 +243,11 @@ def test_every_sample_is_in_one_forward_within_the_budget(lengths: Sequence[int]
         assert len(group) == 1 or (sum(inside) if packed else max(inside) * len(inside)) <= budget
 
 
+def test_forwards_are_evened_out_without_becoming_more() -> None:
+    assert [len(group) for group in micro_batches([704] * 8, 4096, packed=True)] == [4, 4]
+    assert [len(group) for group in micro_batches([704] * 8, 704 * 8, packed=True)] == [8]
+
+
 @pytest.mark.parametrize("budget", [0, -1, 1.5, True])
 def test_a_budget_out_of_range_is_refused(budget: Any) -> None:
     with pytest.raises(ValueError, match="token_budget"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.bench.bench_inputs import Inputs
-from sdpo_conformance.bench.workloads import Workload
+from sdpo_conformance.bench.workloads import Direction, Workload
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,14 @@ class Budget:
 
 FULL = Budget(seconds=0.5, fewest=5, most=50, warmup=2)
 QUICK = Budget(seconds=0.3, fewest=5, most=30, warmup=1)
+STEP = Budget(seconds=10.0, fewest=3, most=9, warmup=0)
+"""A step has warmed up when it comes to its timing, and a slow trainer takes a quarter of a minute for one."""
 
 
 def budget_of(work: Workload) -> Budget:
-    return QUICK if work.quick else FULL
+    if work.quick:
+        return QUICK
+    return STEP if work.direction is Direction.STEP else FULL
 
 
 def clock() -> float:
@@ -103,11 +107,12 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def time_row(benchmark: Any, run: Callable[[Inputs], Any], copies: list[Inputs], budget: Budget) -> Timing:
     """Warm up, choose the number of rounds, and let pytest-benchmark take them.
 
-    Every copy of the inputs is warmed up: a subject may keep what its own trainer would hand it.
+    Where there are several copies of the inputs, each is warmed up: a subject may keep what its own trainer would
+    hand it. A single one has been run before.
     """
     limit = Limit(copies[0])
     turns = cycle(copies)
-    for _ in range(max(budget.warmup, len(copies))):
+    for _ in range(max(budget.warmup, len(copies) if len(copies) > 1 else 0)):
         run(next(turns))
         limit.run(copies[0])
     start = clock()

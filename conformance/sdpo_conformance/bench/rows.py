@@ -90,7 +90,7 @@ def measured(cell: BenchCell, subject: TimedSubject, implementation: Implementat
             raise
     with implementation_errors(str(work.direction)):
         peak = peak_mib(lambda: subject.run(inputs), work.device)
-        timing = time_row(benchmark, subject.run, rotation(inputs), budget_of(work))
+        timing = time_row(benchmark, subject.run, [inputs] if subject.flops else rotation(inputs), budget_of(work))
     return {
         "status": MEASURED,
         "reason": "",
