@@ -77,7 +77,7 @@ class RunOptions:
         known = requirement_ids(self.found_spec)
         for name in self.only:
             wanted = name.strip().upper()
-            if known and "-" in wanted and wanted not in known:
+            if known and "-" in wanted and wanted not in known and wanted not in self.found_spec.families:
                 near = difflib.get_close_matches(wanted, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise RunError(f"no requirement or family {name!r}{hint}; sdpo-conformance list requirements")

@@ -36,21 +36,22 @@ def rollout_weights(old: Tensor, rollout: Tensor, mask: Tensor, training: Any) -
     return weights
 
 
-def aggregate(values: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """(B, T) -> 0-dim; ``values`` are 0 where the mask is."""
-    if mode == "token-mean":
-        return (values * mask).sum() / mask.sum().clamp(min=1.0)
+def aggregate(values: Tensor, mask: Tensor, training: Any) -> Tensor:
+    """(B, T) -> 0-dim, by the whole batch's counts where they are given; ``values`` are 0 where the mask is."""
+    mode, tokens, sequences = training.loss_agg_mode, training.batch_num_tokens, training.global_batch_size
     rows, lengths = (values * mask).sum(-1), mask.sum(-1)
+    if mode == "token-mean":
+        return rows.sum() / (lengths.sum().clamp(min=1.0) if tokens is None else tokens)
     if mode == "seq-mean-token-sum-norm":
         return rows.sum() / mask.shape[-1]
     if mode == "seq-mean-token-mean":
         rows = rows / (lengths + 1e-8)
-    return rows.sum() / (lengths > 0).sum().clamp(min=1)
+    return rows.sum() / ((lengths > 0).sum().clamp(min=1) if sequences is None else sequences)
 
 
 def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
-    """``loss``, 0-dim, differentiable with respect to student_logits. Raises ValueError for options that exclude each
-    other. Where the mask is 0 nothing is read."""
+    """``loss``, 0-dim, differentiable with respect to student_logits, and ``pg_loss``, the same number without graph.
+    Raises ValueError for options that exclude each other. Where the mask is 0 nothing is read."""
     training = loss_input.training
     if not training.full_logit_distillation and training.alpha != 1:
         raise ValueError(f"sampled-token distillation needs alpha = 1, got {training.alpha}")
@@ -86,4 +87,5 @@ def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
     elif loss_input.rollout_log_probs is not None:
         old, rollout = loss_input.old_log_probs.detach().to(dtype), loss_input.rollout_log_probs.detach().to(dtype)
         per_token = per_token * rollout_weights(old, rollout, response_mask, training)
-    return {"loss": aggregate(per_token.masked_fill(ignored, 0.0), mask, training.loss_agg_mode)}
+    loss = aggregate(per_token.masked_fill(ignored, 0.0), mask, training)
+    return {"loss": loss, "pg_loss": loss.detach()}

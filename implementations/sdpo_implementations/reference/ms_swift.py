@@ -45,5 +45,6 @@ def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
     log_q, log_p = (renormalised(one / training.temperature) for one in (student, teacher))
     count = log_q.shape[0]
     total = divergence(log_q, log_p, training.beta).sum()
-    loss = total / count if count else total + loss_input.student_logits[:0].sum()
+    whole = count if training.num_items_in_batch is None else training.num_items_in_batch
+    loss = total / whole if count else total + loss_input.student_logits[:0].sum()
     return {"loss": loss, "total": total.detach(), "num_valid": torch.tensor(float(count), device=total.device)}

@@ -29,8 +29,8 @@ def aggregate(values: Tensor, mask: Tensor, training: Any) -> Tensor:
 
 
 def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
-    """``loss``, 0-dim, differentiable with respect to student_logits, and without graph ``loss_min``, ``loss_max``,
-    ``student_mass``, ``teacher_mass`` over the positions that count."""
+    """``loss``, 0-dim, differentiable with respect to student_logits, and without graph ``distillation_loss``, the same
+    number, and ``loss_min``, ``loss_max``, ``student_mass``, ``teacher_mass`` over the positions that count."""
     training = loss_input.training
     dtype = working_dtype(loss_input.student_logits)
     mask = loss_input.response_mask.to(dtype)
@@ -46,8 +46,10 @@ def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
     capped = floored if training.loss_max_clamp is None else floored.clamp(max=training.loss_max_clamp)
     counted = floored.detach()[~ignored]
     counted, masses = (counted, masses) if counted.numel() else (counted.new_zeros(1), [counted.new_zeros(1)] * 2)
+    loss = aggregate(capped.masked_fill(ignored, 0.0), mask, training)
     return {
-        "loss": aggregate(capped.masked_fill(ignored, 0.0), mask, training),
+        "loss": loss,
+        "distillation_loss": loss.detach(),
         "loss_min": counted.min(),
         "loss_max": counted.max(),
         "student_mass": masses[0].mean(),

@@ -73,20 +73,22 @@ def rollout_weights(old: Tensor, rollout: Tensor, mask: Tensor, training: Any) -
     return torch.where(mean > ROW_FLOOR, capped / mean, capped)
 
 
-def aggregate(per_token: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """(B, T) -> 0-dim."""
+def aggregate(per_token: Tensor, mask: Tensor, training: Any) -> Tensor:
+    """(B, T) -> 0-dim, by the whole batch's counts where they are given."""
+    mode, tokens, sequences = training.loss_agg_mode, training.batch_num_tokens, training.global_batch_size
     each, lengths = (per_token * mask).sum(-1), mask.sum(-1)
     if mode == "token-mean":
-        return each.sum() / lengths.sum().clamp(min=1.0)
+        return each.sum() / (lengths.sum().clamp(min=1.0) if tokens is None else tokens)
     if mode == "seq-mean-token-sum-norm":
         return each.sum() / mask.shape[-1]
     if mode == "seq-mean-token-mean":
         each = each / (lengths + ROW_FLOOR)
-    return each.sum() / (lengths > 0).sum().clamp(min=1)
+    return each.sum() / ((lengths > 0).sum().clamp(min=1) if sequences is None else sequences)
 
 
 def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
-    """``loss``, 0-dim float32, differentiable with respect to student_logits. ``student_logits`` and ``teacher_logits``
+    """``loss``, 0-dim float32, differentiable with respect to student_logits; ``pg_loss``, the same number without
+    graph. ``student_logits`` and ``teacher_logits``
     (B, T, V) float32, bfloat16 or float16. Where the mask is 0 nothing is read. Raises ValueError."""
     student = read_student(loss_input, "lasgroup")
     check_options(loss_input)
@@ -96,7 +98,7 @@ def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
     device = student.device
     mask = combined_mask("response_mask", loss_input.response_mask, loss_input.self_distillation_mask, (b, t), device)
     if mask.numel() == 0:
-        return {"loss": without_tokens(student).float()}
+        return reported(without_tokens(student))
     counted = (mask != 0).reshape(-1).float()
     y = check_ids("response_ids", loss_input.response_ids, (b, t), vocabulary, counted)
     check_features("teacher_logits", loss_input.teacher_logits)
@@ -135,4 +137,9 @@ def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
         weights = rollout_weights(given("old_log_probs"), given("rollout_log_probs"), response_mask, training)
     if weights is not None:
         per_token = per_token * torch.where(mask != 0, weights, 0.0)
-    return {"loss": aggregate(per_token, mask, training.loss_agg_mode).float()}
+    return reported(aggregate(per_token, mask, training))
+
+
+def reported(loss: Tensor) -> dict[str, Tensor]:
+    """What is logged is what is trained."""
+    return {"loss": loss.float(), "pg_loss": loss.detach().float()}

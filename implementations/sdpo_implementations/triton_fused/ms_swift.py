@@ -75,7 +75,7 @@ def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
         teacher = flat(check_values("teacher_logits", loss_input.teacher_logits, (*teacher_shape, width), device))
         if topk is None:
             per_token, _ = vocabulary_loss(logits, teacher, paired, counted, beta, temperature)
-            return mean(per_token, counted)
+            return mean(per_token, counted, training.num_items_in_batch)
         require(1 <= topk <= width, f"gkd_logits_topk must lie in [1, {width}], got {topk}")
         values, ids = Rows.read(teacher, there.float(), temperature, sums=False, maxima=True).topk(topk)
         check_range("the teacher's top-k", ids, vocabulary, there)
@@ -84,14 +84,14 @@ def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
     counted = (here & ~values.isinf().all(-1)).float()
     rows = Rows.read(logits, counted, temperature, sums=False)
     per_token = category_loss(logits, rows, rows.at(support), values, None, temperature, support, beta, tail=False)
-    return mean(per_token, counted)
+    return mean(per_token, counted, training.num_items_in_batch)
 
 
-def mean(per_token: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """Over the positions that count, (N,) each."""
+def mean(per_token: Tensor, counted: Tensor, items: int | None) -> dict[str, Tensor]:
+    """Over the positions that count, (N,) each; ``items``: those of the whole batch, where they are given."""
     count, total = counted.sum(), (per_token * counted).sum()
     return {
-        "loss": (total / count.clamp(min=1.0)).float(),
+        "loss": (total / (count.clamp(min=1.0) if items is None else items)).float(),
         "total": total.detach().float(),
         "num_valid": count,
     }

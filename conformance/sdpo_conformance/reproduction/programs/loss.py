@@ -99,11 +99,11 @@ def backward(loss_input: Any, result: Any, retain_graph: bool = False) -> tuple[
     return torch.autograd.grad(output, leaves, incoming(output), retain_graph=retain_graph, allow_unused=True)
 
 
-def judge(name: str, got: Any) -> None:
-    """Compare with the truth in float64, elementwise within the stored bound."""
+def judge(name: str, got: Any, wider: float = 1.0) -> None:
+    """Compare with the truth in float64, elementwise within the stored bound, made ``wider`` by a factor."""
     if f"expected.{name}" not in stored:
         return
-    truth, bound = stored[f"expected.{name}"], stored[f"bound.{name}"]
+    truth, bound = stored[f"expected.{name}"], wider * stored[f"bound.{name}"]
     got = torch.zeros_like(truth) if got is None else torch.as_tensor(got).detach().double().cpu().reshape(truth.shape)
     excess = torch.nan_to_num((got - truth).abs() / bound, nan=torch.inf)
     if excess.numel() and excess.max() > 1:
@@ -155,9 +155,59 @@ def probe_loss_type() -> None:
 def probe_logged() -> None:
     """What is logged is what is trained."""
     result = call(fresh_input())
-    loss, logged = float(result["loss"]), float(result.get("logged_distillation_loss", result["loss"]))
-    if not abs(loss - logged) <= 1e-2 * abs(loss) + 1e-6:
-        wrong.append(f"logged_distillation_loss: expected {loss:.7g}, the loss, got {logged:.7g}")
+    loss = float(result["loss"])
+    for name in ("logged_distillation_loss", "distillation_loss", "pg_loss"):
+        logged = result.get(name, result["loss"])
+        eps = torch.finfo(logged.dtype).eps if isinstance(logged, torch.Tensor) else 0.0
+        if not abs(loss - float(logged)) <= 2 * stored["bound.loss"].item() + eps * abs(loss):
+            wrong.append(f"{name}: expected {loss:.7g}, the loss, got {float(logged):.7g}")
+
+
+def step_by(shares: str) -> list[str]:
+    """What is wrong with the step of the batch in micro-batches of one row, each loss times its share."""
+    whole, count = fresh_input(), stored["student_logits"].shape[0]
+    rows, results, gradients = [], [], []
+    for index in range(count):
+        fields = {name: getattr(whole, name)[index : index + 1].detach().clone() for name in FIELDS}
+        fields["student_logits"].requires_grad_()
+        rows.append(SimpleNamespace(training=whole.training, **dict.fromkeys(ABSENT), **fields))
+        results.append(call(rows[-1]))
+        loss = results[-1]["loss"]
+        gradients.append(torch.autograd.grad(loss, rows[-1].student_logits, incoming(loss)))
+    if shares == "num_valid":
+        counts = [float(result["num_valid"]) for result in results]
+        weights = [one / max(sum(counts), 1.0) for one in counts]
+    else:
+        weights = [1.0 if shares == "counts" else 1 / count] * count
+    before = len(wrong)
+    losses = [one * result["loss"].detach().double() for one, result in zip(weights, results, strict=True)]
+    judge("loss", torch.stack(losses).sum(), wider=2.0)
+    parts = [one * gradient.double() for one, (gradient,) in zip(weights, gradients, strict=True)]
+    judge("gradient.student_logits", torch.cat(parts), wider=2.0)
+    found = wrong[before:]
+    del wrong[before:]
+    return [f"the step of {count} micro-batches: {one}" for one in found]
+
+
+def probe_cut_by_counts() -> None:
+    """Micro-batches that know the counts of the whole batch add up to it."""
+    wrong.extend(step_by("counts"))
+
+
+def probe_cut_by_rows() -> None:
+    """Micro-batches of one size, each divided by their number, add up to the batch."""
+    wrong.extend(step_by("rows"))
+
+
+def probe_cut_by_num_valid() -> None:
+    """Micro-batches weighted by their positions add up to the batch."""
+    wrong.extend(step_by("num_valid"))
+
+
+def probe_cut_by_counts_or_rows() -> None:
+    """Micro-batches add up to the batch, by its counts or by rows."""
+    by_counts, by_rows = step_by("counts"), step_by("rows")
+    wrong.extend(by_rows if by_counts else [])
 
 
 def probe_types() -> None:

@@ -17,6 +17,8 @@ SPEC = Spec(
         "LAS-IS": "importance sampling",
         "LAS-W": "rollout weight",
         "LAS-RED": "reduction",
+        "LAS-AGG": "micro-batches",
+        "LAS-MET": "logged loss",
         "LAS-GRAD": "autograd",
         "LAS-NUM": "numerics",
     },

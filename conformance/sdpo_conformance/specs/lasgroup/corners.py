@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class LasgroupCorner(drawing.Kinds):
     student_teacher of open and closed · mass of the teacher on the
     support: normal, low (down to e^-40) · ratio: absent, on_policy, mild, below, above_cap, clamp_high, clamp_low,
     infinite · weights: absent, given, token, sequence, token_normalised, sequence_normalised · rollout: kinds of its
-    log-ratio · aggregation: the modes of agg_loss · rows: the self-distillation mask. The rest: specs/shared/drawing.
+    log-ratio · aggregation: the modes of agg_loss · rows: the self-distillation mask · counts of the whole
+    batch: absent, whole (this call is all of it). The rest: specs/shared/drawing.
     """
 
     mode: tuple[str, ...] = ("tail",)
@@ -39,6 +40,7 @@ class LasgroupCorner(drawing.Kinds):
     mask: tuple[str, ...] = ("full",)
     rows: tuple[str, ...] = ("absent",)
     aggregation: tuple[str, ...] = ("token-mean",)
+    counts: tuple[str, ...] = ("absent",)
     logits: tuple[str, ...] = ("normal", "flat", "peaked")
     size: tuple[str, ...] = ("small", "small", "small", "tall", "wide", "crowd")
     layout: tuple[str, ...] = ("contiguous",)
@@ -120,15 +122,23 @@ def draw(source: Source, corner: LasgroupCorner, dtypes: Sequence[torch.dtype]) 
         old_log_probs=old.to(wide),
         self_distillation_mask=drawing.draw_rows(source, numbers, corner.rows, b, wide),
     )
-    return with_weights(source, numbers, corner, given, wide)
+    weighted = with_weights(source, numbers, corner, given, wide)
+    return with_counts(weighted) if source.pick(corner.counts) == "whole" else weighted
+
+
+def with_counts(given: LasgroupLossInput) -> LasgroupLossInput:
+    """The input with the counts of a batch that it is the whole of."""
+    mask = given.response_mask.double()
+    if given.self_distillation_mask is not None:
+        mask = mask * given.self_distillation_mask.double().unsqueeze(-1)
+    tokens, rows = max(float(mask.sum()), 1.0), max(int((mask.sum(-1) > 0).sum()), 1)
+    return replace(given, training=replace(given.training, batch_num_tokens=tokens, global_batch_size=rows))
 
 
 def with_weights(
     source: Source, numbers: Numbers, corner: LasgroupCorner, given: LasgroupLossInput, side: torch.dtype
 ) -> LasgroupLossInput:
     """The input with rollout weights, or with the log-probs that they are computed from."""
-    from dataclasses import replace
-
     kind = source.pick(corner.weights)
     b, t = given.response_ids.shape
     if kind == "absent":

@@ -476,6 +476,44 @@ REDUCTION = (
 )
 
 
+def by_own_counts(flow: Flow, loss_input: Any) -> None:
+    """The counts of the whole batch are not read."""
+    flow.tokens = flow.sequences = None
+
+
+def before_weights(flow: Flow) -> Tensor:
+    """The mean of D without ratio and weight."""
+    weighted, flow.weighted = flow.weighted, flow.per_token
+    found = PIPELINE.stages["loss"](flow).detach()
+    flow.weighted = weighted
+    return found
+
+
+STEP = (
+    defect(
+        "counts-ignored",
+        "batch_num_tokens and global_batch_size are ignored: each micro-batch takes its own mean.",
+        "AGG-1",
+        "Divide by the whole batch's counts where they are given.",
+        accepting(by_own_counts),
+        usable_for="steps of one micro-batch.",
+    ),
+    defect(
+        "count-kept",
+        "The first micro-batch's number of tokens is kept for those after it.",
+        "AGG-2",
+        "Sum each micro-batch's own mask.",
+        wrong.kept_for_the_step("count"),
+    ),
+    defect(
+        "logs-before-weights",
+        "pg_loss is taken before ratio and weight: not what is trained.",
+        "MET-1",
+        "Report the loss itself.",
+        wrong.measuring(pg_loss=before_weights),
+    ),
+)
+
 INSTEAD = "Compute lasgroup's loss (docs/spec-lasgroup.md), or judge this with the spec it follows."
 
 DIALECTS = (
@@ -547,6 +585,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "ratio": (*common.ratio_defects(defect), *REFUSED[1:]),
     "rollout weight": ROLLOUT,
     "reduction": REDUCTION,
+    "step": STEP,
     "plumbing": common.plumbing_defects(defect),
 }
 

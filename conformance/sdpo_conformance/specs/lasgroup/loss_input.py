@@ -19,7 +19,9 @@ class LasgroupTraining:
 
     ``distillation_topk`` None: the whole vocabulary, no tail, no renormalisation. ``is_clip`` None: no ratio.
     ``rollout_is`` ("token", "sequence" or None) and the two after it say how rollout weights are computed from
-    ``rollout_log_probs``.
+    ``rollout_log_probs``. ``batch_num_tokens`` (tokens that count, at least 1) and ``global_batch_size`` (rows that
+    have one) name the whole batch, of which this call may see a part: the losses of the parts add up. None: this call
+    is the whole batch. They are ``agg_loss``'s names; upstream's loss does not hand them on.
     """
 
     full_logit_distillation: bool = True
@@ -32,6 +34,8 @@ class LasgroupTraining:
     rollout_is: str | None = None
     rollout_is_threshold: float = 2.0
     rollout_is_batch_normalize: bool = False
+    batch_num_tokens: float | None = None
+    global_batch_size: int | None = None
 
 
 @dataclass

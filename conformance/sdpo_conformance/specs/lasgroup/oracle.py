@@ -5,7 +5,7 @@
     categories: the support and the tail 1 - exp(min(logsumexp, -1e-7)); or the support renormalised; or all of V
     D = divergence of the categories (specs/shared/oracle/categories.py); sampled token: sg(l[y] - lt[y]) l[y]
     r = min(exp(clamp(sg(l[y] - old), -20, 20)), is_clip), 1 where is_clip is None;  w = the rollout weight, or 1
-    M = response_mask * self_distillation_mask;  L = aggregate(D r w, M)
+    M = response_mask * self_distillation_mask;  L = aggregate(D r w, M), by the whole batch's counts where given
 
 Source: lasgroup/SDPO at 0e6d510, verl/trainer/ppo/core_algos.py 1025-1188, verl/workers/actor/dp_actor.py 521-534,
 verl/trainer/ppo/rollout_corr_helper.py 481-598.
@@ -53,16 +53,17 @@ def rollout_weights(old: Tensor, rollout: Tensor, mask: Tensor, training: Lasgro
     return weights / mean if bool(mean > ROW_FLOOR) else weights
 
 
-def token_weights(mask: Tensor, mode: str) -> Tensor:
-    """(B, T): what each position's loss is multiplied with in the mean; 0 / 0 where a row mode has no row."""
+def token_weights(mask: Tensor, mode: str, tokens: float | None = None, sequences: int | None = None) -> Tensor:
+    """(B, T): what each position's loss is multiplied with in the mean; 0 / 0 where a row mode has no row. ``tokens``,
+    ``sequences``: counts of a larger batch."""
     if mode == "token-mean":
-        return mask / mask.sum().clamp(min=1.0)
+        return mask / (mask.sum().clamp(min=1.0) if tokens is None else tokens)
     if mode == "seq-mean-token-sum-norm":
         return mask / mask.shape[-1]
     lengths = mask.sum(-1, keepdim=True)
     filled = (lengths > 0).to(mask)
     rows = mask / (lengths + ROW_FLOOR) if mode == "seq-mean-token-mean" else mask
-    return rows * filled / filled.sum()
+    return rows * filled / (filled.sum() if sequences is None else sequences)
 
 
 def check(loss_input: LasgroupLossInput) -> None:
@@ -144,7 +145,8 @@ def lasgroup_loss(loss_input: LasgroupLossInput, published: bool = False) -> Spe
         aside["rollout_is_weights"] = rollout_weights(old, rollout, response_mask, training)
         factor = factor * aside["rollout_is_weights"]
 
-    weight = token_weights(mask, training.loss_agg_mode)
+    counts = (None, None) if published else (training.batch_num_tokens, training.global_batch_size)
+    weight = token_weights(mask, training.loss_agg_mode, *counts)
     if not published:
         weight = torch.where(counted, weight, torch.zeros_like(weight))
     values = per_token * factor

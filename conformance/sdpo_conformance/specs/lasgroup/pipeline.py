@@ -55,6 +55,8 @@ def accept(loss_input: Any, clean: bool = True, native: bool = False) -> Flow:
         per=training.rollout_is,
         threshold=training.rollout_is_threshold,
         normalises=training.rollout_is_batch_normalize,
+        tokens=training.batch_num_tokens,
+        sequences=training.global_batch_size,
     )
 
 
@@ -110,11 +112,15 @@ def lengths(flow: Flow) -> Tensor:
 
 def count(flow: Flow) -> Tensor:
     """The token mean's denominator, 0-dim."""
+    if flow.tokens is not None:
+        return torch.tensor(flow.tokens, dtype=flow.mask.dtype, device=flow.mask.device)
     return flow.mask.sum().clamp(min=1.0)
 
 
 def row_count(flow: Flow) -> Tensor:
     """The row means' denominator, 0-dim."""
+    if flow.sequences is not None:
+        return torch.tensor(flow.sequences, device=flow.mask.device)
     return (flow.lengths > 0).sum().clamp(min=1)
 
 

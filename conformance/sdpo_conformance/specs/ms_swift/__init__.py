@@ -16,6 +16,7 @@ SPEC = Spec(
         "MSS-VOC": "two vocabularies",
         "MSS-COV": "cover",
         "MSS-RED": "reduction",
+        "MSS-AGG": "micro-batches",
         "MSS-MET": "metrics",
         "MSS-GRAD": "autograd",
         "MSS-NUM": "numerics",

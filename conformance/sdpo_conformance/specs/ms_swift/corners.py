@@ -22,6 +22,7 @@ class MsSwiftCorner(drawing.Kinds):
     (V_t < V) · beta: as alpha · labels: full, ragged, holes, row_empty, first (some rows' first label counts), none ·
     prompt: same, longer (the teacher's is), rows (its rows differ in their counts) · cover: all, some (a position whose
     top-k is all -inf) · mass: normal, shifted (a constant added to the teacher's log-probs), low (e^-25 to e^-60).
+    counts of the whole batch: absent, whole (this call is all of it).
     """
 
     teacher: tuple[str, ...] = ("topk",)
@@ -29,6 +30,7 @@ class MsSwiftCorner(drawing.Kinds):
     support: tuple[str, ...] = ("few", "few", "one", "many", "whole")
     temperature: tuple[str, ...] = ("one",)
     labels: tuple[str, ...] = ("full",)
+    counts: tuple[str, ...] = ("absent",)
     prompt: tuple[str, ...] = ("same",)
     cover: tuple[str, ...] = ("all",)
     mass: tuple[str, ...] = ("normal",)
@@ -126,6 +128,7 @@ def draw(source: Source, corner: MsSwiftCorner, dtypes: Sequence[torch.dtype]) -
         beta=drawing.draw_alpha(source, corner.beta, dtype),
         temperature=source.pick(drawing.TEMPERATURES[source.pick(corner.temperature)]),
         gkd_logits_topk=extent.k if kind == "local" else None,
+        num_items_in_batch=int(counted.sum()) or 1 if source.pick(corner.counts) == "whole" else None,
     )
     fields: dict[str, Tensor] = {}
     if kind == "topk":

@@ -16,7 +16,7 @@ from sdpo_conformance.specs.shared import catalogue as common
 from sdpo_conformance.specs.shared import stages
 from sdpo_conformance.specs.shared import wrong_stages as wrong
 from sdpo_conformance.specs.shared.defect import Maker, Parameter, SpecDefect, executable, named
-from sdpo_conformance.specs.shared.pipeline import Change, Flow, Stage, around, both, graded, replacing
+from sdpo_conformance.specs.shared.pipeline import Change, Flow, Stage, accepting, around, both, graded, replacing
 
 WORDS = {"topk": "gkd_logits_topk", "alpha": "beta", "add_tail": "", "clip": "", "old": ""}
 defect = Maker("ms-swift", "MSS", PIPELINE, WORDS)
@@ -449,6 +449,30 @@ REDUCTION = (
     ),
 )
 
+
+def by_own_count(flow: Flow, loss_input: Any) -> None:
+    """num_items_in_batch is not read."""
+    flow.items = None
+
+
+STEP = (
+    defect(
+        "count-kept",
+        "The first micro-batch's number of positions is kept for those after it.",
+        "AGG-1",
+        "Count each micro-batch's own positions.",
+        wrong.kept_for_the_step("count"),
+    ),
+    defect(
+        "items-ignored",
+        "num_items_in_batch is ignored: each micro-batch takes its own mean.",
+        "AGG-2",
+        "Divide by num_items_in_batch where it is given.",
+        accepting(by_own_count),
+        usable_for="steps of one micro-batch, and callers that weigh by num_valid.",
+    ),
+)
+
 INSTEAD = "Compute ms-swift's loss (docs/spec-ms-swift.md), or judge this with the spec it follows."
 
 
@@ -522,6 +546,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "temperature": TEMPERATURE,
     "vocabulary": VOCABULARY,
     "reduction": REDUCTION,
+    "step": STEP,
     "plumbing": tuple(one for one in common.plumbing_defects(defect) if "logsumexp" not in one.name),
 }
 

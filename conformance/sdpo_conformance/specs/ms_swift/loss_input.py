@@ -16,11 +16,14 @@ INACTIVE = -100
 @dataclass(frozen=True)
 class MsSwiftTraining:
     """``beta`` in [0, 1] weighs the teacher; 0 is the forward, 1 the reverse KL. ``gkd_logits_topk``: how many of the
-    raw teacher logits to keep, None for all."""
+    raw teacher logits to keep, None for all. ``num_items_in_batch``: active positions of the whole batch, of which this
+    call may see a part: the losses of the parts add up. None: this call is the whole batch. It is the name under which
+    transformers hands that count to ``compute_loss``; upstream does not read it."""
 
     beta: float = 0.5
     temperature: float = 1.0
     gkd_logits_topk: int | None = None
+    num_items_in_batch: int | None = None
 
 
 @dataclass

@@ -4,7 +4,8 @@
     row-major order
     x = the teacher's logits or log-probs at its support S
     log p = log_softmax(x / tau), log q = log_softmax(z[S] / tau)
-    D = divergence of the two, alpha = beta (specs/shared/oracle/categories.py);  L = sum D / number of active positions
+    D = divergence of the two, alpha = beta (specs/shared/oracle/categories.py);  L = sum D / active positions, those of
+    the whole batch where they are given
     V > V_t: the teacher gets the student's logits from V_t on, with their gradient; V < V_t: the reverse, as constants
 
 Source: ms-swift 4.6.0, swift/rlhf_trainers/gkd_loss.py 94-271, gkd_trainer.py 104-114.
@@ -100,7 +101,8 @@ def ms_swift_loss(loss_input: MsSwiftLossInput, published: bool = False) -> Spec
         through = to_support(p, teacher_slope(q.log, p.log, training.beta, published), renormalises=True)
         moved[:, pairs.borrowed :] += through[:, pairs.borrowed :]
     count = per_position.numel()
-    share = 1 / count if count else 0.0
+    whole = count if published or training.num_items_in_batch is None else training.num_items_in_batch
+    share = 1 / whole if count else 0.0
 
     logits = loss_input.student_logits
     b, s, v = logits.shape
@@ -115,7 +117,7 @@ def ms_swift_loss(loss_input: MsSwiftLossInput, published: bool = False) -> Spec
     factor[pairs.where[:, 0], pairs.where[:, 1]] = share
     total = per_position.sum()
     return SpecTruth(
-        loss=total / count if count else total * 0,
+        loss=total / whole if count else total * 0,
         metrics={"total": total, "num_valid": torch.tensor(float(count), dtype=torch.float64)},
         per_token=per_token,
         factor=factor,

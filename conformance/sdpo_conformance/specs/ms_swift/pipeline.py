@@ -34,6 +34,7 @@ def accept(loss_input: Any, clean: bool = True, native: bool = False) -> Flow:
         k=training.gkd_logits_topk,
         alpha=training.beta,
         temperature=training.temperature,
+        items=training.num_items_in_batch,
         sampled=False,
         finish="renormalised",
     )
@@ -120,8 +121,9 @@ def count(flow: Flow) -> Tensor:
 
 
 def loss(flow: Flow) -> Tensor:
-    """The mean, 0-dim; 0 where nothing counts."""
-    found: Tensor = flow.total / flow.count.clamp(min=1.0).to(flow.total.dtype)
+    """The mean, 0-dim, by the whole batch's count where it is given; 0 where nothing counts."""
+    count = flow.count.clamp(min=1.0).to(flow.total.dtype) if flow.items is None else flow.items
+    found: Tensor = flow.total / count
     return found
 
 

@@ -23,6 +23,7 @@ from sdpo_conformance.judging.expectation import Expectation
 from sdpo_conformance.judging.records import Record
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.shared.defect import SpecDefect, combine
+from sdpo_conformance.specs.shared.micro_batch_rules import SHARES, steps
 from sdpo_conformance.specs.shared.spec_case import CaseKind, SpecCase
 from sdpo_conformance.specs.spec import Spec
 
@@ -352,7 +353,24 @@ def raises(entry: SpecDefect, observed: Observed) -> bool:
     return predicted(entry, observed) is None
 
 
-PROBES: Mapping[str, Callable[[SpecDefect, Observed], bool]] = {"refusal": refuses_nothing, "raises": raises}
+def steps_alike(entry: SpecDefect, observed: Observed) -> bool:
+    """A step of several calls: the entry's is as wrong."""
+
+    def call(case: SpecCase) -> Outcome:
+        return evaluate(entry.wrong, Capability.LOSS, case)
+
+    try:
+        found = steps(call, observed.exact, observed.probe)
+    except ImplementationError:
+        return False
+    return any(fit(values_of(one), observed).matched for one in found)
+
+
+PROBES: Mapping[str, Callable[[SpecDefect, Observed], bool]] = {
+    "refusal": refuses_nothing,
+    "raises": raises,
+    **dict.fromkeys(SHARES, steps_alike),
+}
 
 
 def fitted(entry: SpecDefect, observed: Observed) -> float | None:

@@ -14,7 +14,9 @@ from sdpo_conformance.specs.shared.pipeline import (
     Change,
     Flow,
     Pipeline,
+    Result,
     Stage,
+    accepting,
     around,
     arriving,
     both,
@@ -500,3 +502,36 @@ FORWARD_KL_TOP_K = both(
     replacing(support=teachers_support),
     around("per_token", lambda before, flow: before(flow) if flow.sampled else forward_kl_top_k(flow)),
 )
+
+
+# --- a step of several calls ---
+
+
+def kept_for_the_step(stage: str) -> Change:
+    """What the first call computes there is kept for every call with the same options object, as a step's have."""
+    held: dict[str, Any] = {}
+
+    def read(flow: Flow, loss_input: Any) -> None:
+        flow.options = loss_input.training
+
+    def first(before: Stage, flow: Flow) -> Any:
+        if held.get("options") is not flow.options:
+            held.update(options=flow.options, value=before(flow))
+        return held["value"]
+
+    return both(accepting(read), around(stage, first))
+
+
+# --- metrics ---
+
+
+def measuring(**changes: Callable[[Flow], Tensor]) -> Change:
+    """Other metrics."""
+
+    def change(before: Pipeline) -> Pipeline:
+        def result(flow: Flow) -> Result:
+            return {**before.result(flow), **{name: function(flow) for name, function in changes.items()}}
+
+        return replace(before, result=result)
+
+    return change

@@ -17,6 +17,7 @@ SPEC = Spec(
         "TRL-IS": "importance sampling",
         "TRL-SRV": "served teacher",
         "TRL-RED": "reduction",
+        "TRL-AGG": "micro-batches",
         "TRL-MET": "metrics",
         "TRL-GRAD": "autograd",
         "TRL-NUM": "numerics",

@@ -311,6 +311,16 @@ SERVER = (
     ),
 )
 
+STEP = (
+    defect(
+        "row-lengths-kept",
+        "The first micro-batch's row lengths are kept for those after it.",
+        "AGG-1",
+        "Sum each micro-batch's own mask.",
+        wrong.kept_for_the_step("lengths"),
+    ),
+)
+
 LOGGED = (
     defect(
         "logs-token-mean",
@@ -379,6 +389,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "ratio": (*common.ratio_defects(defect), REFUSED[2]),
     "reduction": REDUCTION,
     "server": SERVER,
+    "step": STEP,
     "metric": LOGGED,
     "plumbing": common.plumbing_defects(defect),
 }

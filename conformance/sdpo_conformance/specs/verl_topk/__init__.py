@@ -16,6 +16,7 @@ SPEC = Spec(
         "VTK-CAP": "cap",
         "VTK-TEMP": "temperature",
         "VTK-RED": "reduction",
+        "VTK-AGG": "micro-batches",
         "VTK-MET": "metrics",
         "VTK-GRAD": "autograd",
         "VTK-NUM": "numerics",

@@ -18,8 +18,6 @@ from sdpo_conformance.specs.shared.defect import Maker, Parameter, SpecDefect, e
 from sdpo_conformance.specs.shared.pipeline import (
     Change,
     Flow,
-    Pipeline,
-    Result,
     Stage,
     accepting,
     around,
@@ -230,19 +228,12 @@ def boolean_mask(flow: Flow, loss_input: Any) -> None:
     flow.mask = (flow.mask != 0).to(flow.mask)
 
 
-# --- metrics ---
-
-
-def measuring(**changes: Callable[[Flow], Tensor]) -> Change:
-    """Other metrics."""
-
-    def change(before: Pipeline) -> Pipeline:
-        def result(flow: Flow) -> Result:
-            return {**before.result(flow), **{name: function(flow) for name, function in changes.items()}}
-
-        return replace(before, result=result)
-
-    return change
+def before_cap(flow: Flow) -> Tensor:
+    """The mean of D before the cap."""
+    capped, flow.per_token = flow.per_token, flow.floored
+    found = PIPELINE.stages["loss"](flow).detach()
+    flow.per_token = capped
+    return found
 
 
 CLAMP = Parameter("clamp", -60.0, -0.5, (-20.0, -5.0, -15.0, -30.0, -1.0))
@@ -579,13 +570,23 @@ REDUCTION = (
     ),
 )
 
+STEP = (
+    defect(
+        "row-lengths-kept",
+        "The first micro-batch's row lengths are kept for those after it.",
+        "AGG-1",
+        "Sum each micro-batch's own mask.",
+        wrong.kept_for_the_step("lengths"),
+    ),
+)
+
 METRICS = (
     defect(
         "masses-after-clamp",
         "The masses are taken after the clamp.",
         "MET-1",
         "Take them before it.",
-        measuring(
+        wrong.measuring(
             student_mass=lambda flow: over(flow.student_clamped.exp().sum(-1), flow.mask, "mean"),
             teacher_mass=lambda flow: over(flow.teacher_clamped.exp().sum(-1), flow.mask, "mean"),
         ),
@@ -595,7 +596,14 @@ METRICS = (
         "loss_max is taken after the cap.",
         "MET-2",
         "Take it before it.",
-        measuring(loss_max=lambda flow: over(flow.per_token, flow.mask, "max")),
+        wrong.measuring(loss_max=lambda flow: over(flow.per_token, flow.mask, "max")),
+    ),
+    defect(
+        "logs-before-cap",
+        "distillation_loss is taken before the cap: not what is trained.",
+        "MET-3",
+        "Report the loss itself.",
+        wrong.measuring(distillation_loss=before_cap),
     ),
 )
 
@@ -676,6 +684,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "floor and cap": SWITCHES,
     "temperature": TEMPERATURE,
     "reduction": REDUCTION,
+    "step": STEP,
     "metric": METRICS,
     "plumbing": plumbing(),
 }

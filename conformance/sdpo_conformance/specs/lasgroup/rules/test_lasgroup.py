@@ -26,6 +26,7 @@ from sdpo_conformance.specs.shared.loss_rules import (
     tail_rules,
     temperature_rules,
 )
+from sdpo_conformance.specs.shared.micro_batch_rules import calls_stand_alone, cut_rule, logged_is_trained
 from sdpo_conformance.specs.shared.rule import ALL, Rule, as_test
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
@@ -278,6 +279,47 @@ REDUCTION = (
     ),
 )
 
+STEP = (
+    cut_rule(
+        "LAS-AGG-1",
+        SHOULD,
+        "the step's gradient does not depend on how the batch is cut into micro-batches: by the batch's counts, where "
+        "batch_num_tokens and global_batch_size are given, or weighted by rows as the actor does",
+        f"{CORE} 1182-1187 divides by the micro-batch's own tokens; {ACTOR} 769-772, 902 weighs by rows. verl#7200",
+        "a micro-batch without any re-prompted row adds 0 with full weight, and tokens of short ones count more",
+        REDUCED.but(
+            mask=("ragged", "full", "random"),
+            rows=("some", "absent"),
+            weights=("absent", "given"),
+            aggregation=AGGREGATIONS,
+            counts="whole",
+            size=("small", "crowd"),
+        ),
+        "cut_by_counts_or_rows",
+    ),
+    Rule(
+        "LAS-AGG-2",
+        MUST,
+        "each micro-batch's loss is its own, whatever was called before it with the same options",
+        f"{CORE} compute_self_distillation_loss: nothing is kept between calls",
+        "one step makes many calls with one config: what the first leaves behind decides the rest",
+        REDUCED.but(mask=("ragged", "random"), aggregation=AGGREGATIONS, size=("small", "crowd")),
+        dtypes=("float32", "float64"),
+        share=0.5,
+        check=calls_stand_alone,
+    ),
+    Rule(
+        "LAS-MET-1",
+        MUST,
+        "pg_loss, where it is returned, is the loss that is trained",
+        f"{ACTOR} 910: pg_loss.detach(), scaled as the loss is",
+        "two runs with equal logs can have different gradients",
+        REDUCED.but(mask=("ragged", "random", "full"), weights=("absent", "given"), rows=("absent", "some")),
+        share=0.5,
+        check=logged_is_trained("pg_loss"),
+    ),
+)
+
 NUMERICS = (
     *precision_rules("LAS", EVERYTHING),
     Rule(
@@ -325,6 +367,7 @@ RULES = (
     OLD_REQUIRED,
     *ROLLOUT_RULES,
     *REDUCTION,
+    *STEP,
     *autograd_rules("LAS", BROAD, f"{CORE} compute_self_distillation_loss"),
     *NUMERICS,
 )

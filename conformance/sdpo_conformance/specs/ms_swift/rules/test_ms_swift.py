@@ -15,6 +15,7 @@ from sdpo_conformance.specs.ms_swift.pipeline import active
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.shared.autograd_rules import autograd_rules, limit_is_met, precision_rules
 from sdpo_conformance.specs.shared.loss_rules import refuses
+from sdpo_conformance.specs.shared.micro_batch_rules import cut_rule
 from sdpo_conformance.specs.shared.rule import ALL, LOSS, VALUE, Rule, as_test
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
@@ -355,6 +356,24 @@ RULES = (
         REDUCED.but(labels="none", size="small"),
         share=0.3,
         check=attached,
+    ),
+    cut_rule(
+        "MSS-AGG-1",
+        MUST,
+        "where num_valid is reported, the micro-batches' losses weighted by it are the whole batch's, gradient too",
+        f"{LOSS_FILE} 237-271; swift/megatron/trainers divide the sum by the global count",
+        "a caller that divides by the batch's positions would train on something else",
+        REDUCED.but(labels=("ragged", "holes", "full"), size=("small", "crowd")),
+        "cut_by_num_valid",
+    ),
+    cut_rule(
+        "MSS-AGG-2",
+        SHOULD,
+        "the step's gradient does not depend on how the batch is cut: by num_items_in_batch, where it is given",
+        f"{TRAINER} 111-114: the micro-batch's own mean; num_items_in_batch is not read",
+        "positions of a micro-batch with few of them weigh more, and the step changes with the batch size",
+        REDUCED.but(labels=("ragged", "holes", "full"), counts="whole", size=("small", "crowd")),
+        "cut_by_counts_or_rows",
     ),
     Rule(
         "MSS-MET-1",

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.shared.autograd_rules import autograd_rules, limit_is_met, precision_rules
@@ -24,7 +23,8 @@ from sdpo_conformance.specs.shared.loss_rules import (
     tail_rules,
     temperature_rules,
 )
-from sdpo_conformance.specs.shared.rule import ALL, LOSS, Rule, as_test
+from sdpo_conformance.specs.shared.micro_batch_rules import cut_rule, logged_is_trained
+from sdpo_conformance.specs.shared.rule import ALL, Rule, as_test
 from sdpo_conformance.specs.trl.corners import EVERYTHING, MODES, NEUTRAL, SERVED
 from sdpo_conformance.specs.trl.defects import WORDS
 
@@ -114,23 +114,6 @@ def local_teacher(case: Any) -> Any:
     k = fields.teacher_topk_ids.shape[-1]
     local = case.with_training(use_teacher_server=False, distillation_topk=k)
     return local.with_fields(teacher_logits=0.5 * fields.student_logits.flip(-1))
-
-
-def logs_what_it_trains(subject: Subject, case: Any) -> None:
-    """The logged number, where one is reported, is the loss."""
-    outcome = subject.evaluate(case, gradient=False)
-    if "logged_distillation_loss" not in outcome.result:
-        return
-    loss, logged = float(outcome.number(LOSS)), float(outcome.number("logged_distillation_loss"))
-    if not abs(loss - logged) <= 1e-2 * abs(loss) + 1e-6:
-        raise Disagreement(
-            "logged_distillation_loss",
-            f"{loss:.7g}, the loss",
-            f"{logged:.7g}",
-            case=case,
-            outcome=outcome,
-            probe="logged",
-        )
 
 
 def teacher_of_zero(subject: Subject, case: Any) -> None:
@@ -284,6 +267,15 @@ RULES = (
         REDUCED.but(mask="full", size=("small", "crowd")),
         of_several=True,
     ),
+    cut_rule(
+        "TRL-AGG-1",
+        MUST,
+        "micro-batches of one size, each divided by their number, add up to the whole batch's step",
+        f"{TRAINER} 1142-1143, 1252-1255: means over rows, divided by current_gradient_accumulation_steps",
+        "a normaliser that rows of another micro-batch decide makes the step depend on the cut",
+        REDUCED.but(mask=("ragged", "random", "row_empty"), rows=("some", "absent"), size=("small", "crowd")),
+        "cut_by_rows",
+    ),
     Rule(
         "TRL-MET-1",
         SHOULD,
@@ -292,7 +284,7 @@ RULES = (
         "two runs with equal logs can have different gradients",
         REDUCED.but(mask=("ragged", "random", "row_empty"), size=("small", "crowd")),
         share=0.5,
-        check=logs_what_it_trains,
+        check=logged_is_trained("logged_distillation_loss"),
     ),
     *autograd_rules("TRL", BROAD, f"{TRAINER} _compute_self_distillation_loss"),
     *precision_rules("TRL", EVERYTHING),

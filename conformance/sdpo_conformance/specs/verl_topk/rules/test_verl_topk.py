@@ -12,6 +12,7 @@ from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.shared.autograd_rules import autograd_rules, limit_is_met, precision_rules
 from sdpo_conformance.specs.shared.garbage import filled, with_garbage
+from sdpo_conformance.specs.shared.micro_batch_rules import cut_rule, logged_is_trained
 from sdpo_conformance.specs.shared.rule import ALL, VALUE, Rule, as_test
 from sdpo_conformance.specs.verl_topk.corners import EVERYTHING, NEUTRAL
 from sdpo_conformance.specs.verl_topk.loss_input import AGGREGATIONS
@@ -305,6 +306,20 @@ RULES = (
         REDUCED.but(aggregation="seq-mean-token-sum-norm", scale=("given", "none")),
         control=lambda case: case.with_training(loss_scale_factor=None),
     ),
+    cut_rule(
+        "VTK-AGG-1",
+        MUST,
+        "the losses of a batch's micro-batches, each called with the counts of the whole, add up to the whole batch's",
+        f"{LOSSES} 262-266; verl#7200, mended by verl#7225",
+        "by its own counts a micro-batch of few tokens weighs as much as one of many",
+        REDUCED.but(
+            tokens="plain",
+            mask=("ragged", "fractional"),
+            aggregation=("token-mean", "seq-mean-token-mean", "seq-mean-token-mean", *AGGREGATIONS),
+            size=("crowd", "crowd", "small"),
+        ),
+        "cut_by_counts",
+    ),
     Rule(
         "VTK-MET-1",
         MUST,
@@ -326,6 +341,18 @@ RULES = (
         ),
         check=reported("loss_min", "loss_max"),
         share=0.5,
+    ),
+    Rule(
+        "VTK-MET-3",
+        MUST,
+        "distillation_loss, where it is returned, is the loss that is trained",
+        f"{LOSSES} 225: Metric(value=distill_loss)",
+        "two runs with equal logs can have different gradients",
+        REDUCED.but(
+            mask=("ragged", "random", "full"), tokens=("plain", "far"), clamp="off", counts=("global", "local")
+        ),
+        share=0.5,
+        check=logged_is_trained("distillation_loss"),
     ),
     *autograd_rules("VTK", BROAD, f"{TOPK} compute_forward_kl_topk"),
     *precision_rules("VTK", EVERYTHING),
