@@ -20,6 +20,8 @@ ADAPTERS = {
         "liger_kernel.ops.fused_linear_scaled_cross_entropy",
         "pip install 'liger-kernel[cutedsl]'",
     ),
+    "quack_linear_cross_entropy": ("quack.epilogue.library", "pip install 'quack-kernels[cu13]'"),
+    "verl_linear_cross_entropy": ("verl.utils.kernel.linear_cross_entropy", "pip install verl"),
     "torch_linear_cross_entropy": ("torch.nn.functional", "pip install 'torch>=2.13'"),
     "cut_cross_entropy": ("cut_cross_entropy", "pip install cut-cross-entropy"),
 }

@@ -116,6 +116,8 @@ PEERS: Mapping[str, Peer] = {
     "adapters.trl_sdpo": Peer("TRL SDPO", "the student's top-k as support, teacher logits given; no anchor", trl_topk),
     "adapters.cut_cross_entropy": Peer("cut-cross-entropy"),
     "adapters.liger_scaled_cross_entropy": Peer("Liger scaled linear cross-entropy"),
+    "adapters.quack_linear_cross_entropy": Peer("QuACK lse_target_epi"),
+    "adapters.verl_linear_cross_entropy": Peer("verl linear_cross_entropy (entropy too)"),
     "adapters.torch_linear_cross_entropy": Peer("PyTorch linear_cross_entropy"),
 }
 """What ``--peers`` adds, by the name an implementation is given on the command line."""

@@ -16,7 +16,7 @@ import torch
 from sdpo_conformance.bench.bench_cells import BenchCell
 from sdpo_conformance.bench.bench_inputs import Inputs, forget, rotation
 from sdpo_conformance.bench.bench_judging import UNJUDGED, judge, nonconformity
-from sdpo_conformance.bench.measuring import Timing, budget_of, time_row
+from sdpo_conformance.bench.measuring import Limit, Timing, budget_of, time_row
 from sdpo_conformance.bench.memory import peak_mib
 from sdpo_conformance.bench.phases import phase_ms
 from sdpo_conformance.bench.subjects import NotOffered, TimedSubject, bind, load
@@ -28,6 +28,9 @@ from sdpo_conformance.protocol import Capability
 
 MEASURED, FAILED, NOT_OFFERED, NOT_RUN, UNAVAILABLE = "measured", "failed", "not offered", "not run", "unavailable"
 """Of a row: timed; raised, crashed or hung; no entry for this work; left out for time; cannot be loaded."""
+
+LIMIT_ROUNDS = 5
+"""Bare products of which the fastest gives the rate that a step's floor is computed with."""
 
 
 def measure(cell: BenchCell, benchmark: Any, deadline: float | None) -> dict[str, Any]:
@@ -111,8 +114,10 @@ def measured(cell: BenchCell, subject: TimedSubject, implementation: Implementat
 def step_figures(subject: TimedSubject, work: Workload, inputs: Inputs, timing: Timing) -> dict[str, Any]:
     """Of a whole step: response tokens a second, the floor that the model's operations set at the bare product's own
     rate, and where the time goes (of one more call; on CUDA the device's time)."""
-    limit = median(timing.limit_seconds)
-    rate = 2 * work.tokens * work.head.hidden * work.head.vocabulary / limit
+    # Back to back: a trainer that the host keeps waiting leaves the GPU at a low clock for a single product.
+    limit = Limit(inputs)
+    seconds = min(limit.time(inputs) for _ in range(LIMIT_ROUNDS))
+    rate = 2 * work.tokens * work.head.hidden * work.head.vocabulary / seconds
     with implementation_errors(str(work.direction)):
         phases = phase_ms(lambda: subject.run(inputs), work.device)
     return {
