@@ -40,18 +40,23 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_tensor(name: str, value: Any, dims: tuple[int, ...] | int, device: torch.device, integers: bool) -> None:
-    require(isinstance(value, Tensor), f"{name} must be a tensor, got {type(value).__name__}")
-    require(value.device == device, f"{name} is on {value.device}, the student on {device}: move it there")
+    # Messages are made where they are needed: until these checks are done, the GPU waits for its first kernel.
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the student on {device}: move it there")
     if isinstance(dims, int):
-        require(value.dim() == dims, f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
-    else:
-        require(tuple(value.shape) == dims, f"{name} must have shape {dims}, got {tuple(value.shape)}")
-    if integers:
-        require(value.dtype in INTEGERS, f"{name} must be int64 or int32, got {value.dtype}")
+        if value.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
+    elif value.shape != dims:
+        raise ValueError(f"{name} must have shape {dims}, got {tuple(value.shape)}")
+    if integers and value.dtype not in INTEGERS:
+        raise ValueError(f"{name} must be int64 or int32, got {value.dtype}")
 
 
 def check_floats(name: str, value: Tensor) -> None:
-    require(value.dtype.is_floating_point, f"{name} must be floating point, got {value.dtype}")
+    if not value.dtype.is_floating_point:
+        raise ValueError(f"{name} must be floating point, got {value.dtype}")
 
 
 def check_range(name: str, ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
@@ -67,28 +72,31 @@ def check_range(name: str, ids: Tensor, vocabulary: int, counted: Tensor | None)
 
 def check_features(name: str, features: Any) -> None:
     """(B, T, width) in a supported dtype, on a device the kernels run on."""
-    require(isinstance(features, Tensor), f"{name} must be a tensor, got {type(features).__name__}")
-    require(features.dim() == 3, f"{name} must have shape (B, T, width), got {tuple(features.shape)}")
-    require(features.dtype in FLOATS, f"{name} must be float32, bfloat16 or float16, got {features.dtype}")
-    require(features.shape[-1] > 0, f"{name} must not be empty in its last dimension")
-    require(
-        features.is_cuda or (INTERPRETED and features.device.type == "cpu"),
-        f"{name} is on {features.device}: move it to a CUDA device, or set TRITON_INTERPRET=1 at start for the CPU",
-    )
+    if not isinstance(features, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(features).__name__}")
+    if features.dim() != 3:
+        raise ValueError(f"{name} must have shape (B, T, width), got {tuple(features.shape)}")
+    if features.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {features.dtype}")
+    if features.shape[-1] == 0:
+        raise ValueError(f"{name} must not be empty in its last dimension")
+    if not (features.is_cuda or (INTERPRETED and features.device.type == "cpu")):
+        raise ValueError(
+            f"{name} is on {features.device}: move it to a CUDA device, or set TRITON_INTERPRET=1 at start for the CPU"
+        )
 
 
 def check_head(head: Any, hidden_name: str, hidden: Tensor) -> None:
     """(V, H) beside hidden states (B, T, H): same device, same dtype."""
     check_tensor("lm_head_weight", head, 2, hidden.device, integers=False)
-    require(
-        head.shape[1] == hidden.shape[-1],
-        f"lm_head_weight must have shape (V, {hidden.shape[-1]}) to match {hidden_name}, got {tuple(head.shape)}",
-    )
-    require(head.shape[0] > 0, "lm_head_weight must have at least one row")
-    require(
-        head.dtype == hidden.dtype,
-        f"lm_head_weight is {head.dtype}, {hidden_name} {hidden.dtype}: both must have the same dtype",
-    )
+    if head.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"lm_head_weight must have shape (V, {hidden.shape[-1]}) to match {hidden_name}, got {tuple(head.shape)}"
+        )
+    if head.shape[0] == 0:
+        raise ValueError("lm_head_weight must have at least one row")
+    if head.dtype != hidden.dtype:
+        raise ValueError(f"lm_head_weight is {head.dtype}, {hidden_name} {hidden.dtype}: both must have the same dtype")
 
 
 def check_support(
@@ -96,11 +104,14 @@ def check_support(
 ) -> None:
     """(B, T, K) log-probs at (B, T, K) token ids, 1 <= K <= V."""
     check_tensor("teacher_indices", support, 3, student.device, integers=True)
-    batch, length, k = *student.shape[:2], support.shape[-1]
-    check_tensor("teacher_indices", support, (batch, length, k), student.device, integers=True)
+    batch, length, _ = student.shape
+    k = support.shape[-1]
+    if support.shape[:2] != student.shape[:2]:
+        raise ValueError(f"teacher_indices must have shape {(batch, length, k)}, got {tuple(support.shape)}")
     check_tensor("teacher_logprobs", teacher_logprobs, (batch, length, k), student.device, integers=False)
     check_floats("teacher_logprobs", teacher_logprobs)
-    require(1 <= k <= vocabulary, f"teacher_indices must hold 1 to {vocabulary} entries a token, got {k}")
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"teacher_indices must hold 1 to {vocabulary} entries a token, got {k}")
     check_range("teacher_indices", support, vocabulary, counted)
 
 
@@ -120,10 +131,17 @@ def _hyperparameter(training: Any, name: str) -> float:
 
 def flat(tensor: Tensor) -> Tensor:
     """(B, T) -> (N,) or (B, T, X) -> (N, X), rows contiguous; a copy only where the layout asks for one."""
-    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() == 3 else tensor.reshape(-1)
-    if rows.dim() == 2 and rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]:
+    if tensor.dim() == 2:
+        return tensor.reshape(-1).contiguous()
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]:
         return rows
     return rows.contiguous()
+
+
+def flat_constant(tensor: Tensor) -> Tensor:
+    """The same without graph, and contiguous."""
+    return flat(tensor.detach() if tensor.requires_grad else tensor).contiguous()
 
 
 def flat_head(head: Tensor) -> Tensor:
@@ -149,12 +167,12 @@ def read_tokens(loss_input: Any, features_name: str, features: Tensor, vocabular
     require(alpha >= 0, f"training.alpha must be at least 0, got {alpha}")
     return Tokens(
         features=flat(features),
-        teacher_logprobs=flat(loss_input.teacher_logprobs.detach()).contiguous(),
-        support=flat(loss_input.teacher_indices).contiguous(),
-        response_ids=flat(loss_input.response_ids),
-        old_student_logprobs=flat(loss_input.old_student_logprobs.detach()),
-        base_logprobs=flat(loss_input.base_logprobs.detach()),
-        mask=flat(mask.detach()).to(torch.float32),
+        teacher_logprobs=flat_constant(loss_input.teacher_logprobs),
+        support=flat_constant(loss_input.teacher_indices),
+        response_ids=flat_constant(loss_input.response_ids),
+        old_student_logprobs=flat_constant(loss_input.old_student_logprobs),
+        base_logprobs=flat_constant(loss_input.base_logprobs),
+        mask=flat_constant(mask).to(torch.float32),
         alpha=alpha,
         is_clip=is_clip,
         kl_reg_weight=_hyperparameter(training, "kl_reg_weight"),

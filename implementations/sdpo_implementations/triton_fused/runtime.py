@@ -20,7 +20,6 @@ if not torch.cuda.is_available():
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
-import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -94,9 +93,15 @@ def processors(device: torch.device) -> int:
 
 
 @cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """(9, 0) for Hopper."""
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
 def has_tensor_memory_accelerator(device: torch.device) -> bool:
     """Hopper or later, with a Triton that takes descriptors made on the host."""
-    if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+    if INTERPRETED or device.type != "cuda" or compute_capability(device)[0] < 9:
         return False
     try:
         from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401
@@ -125,7 +130,7 @@ def storage_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def next_power_of_2(value: int) -> int:
-    return int(triton.next_power_of_2(max(1, value)))
+    return 1 << max(0, value - 1).bit_length()
 
 
 def ceil_div(value: int, divisor: int) -> int:

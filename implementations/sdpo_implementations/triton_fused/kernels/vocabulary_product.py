@@ -32,6 +32,7 @@ from sdpo_implementations.triton_fused.kernels.support_order import (
 from sdpo_implementations.triton_fused.runtime import (
     INTERPRETED,
     ceil_div,
+    compute_capability,
     describable,
     has_tensor_memory_accelerator,
     next_power_of_2,
@@ -69,7 +70,7 @@ def tiling(n_rows: int, vocabulary: int, width: int, dtype: torch.dtype, device:
         )
     if dtype == torch.float32:
         return Tiling(64, 64, 32, 8, 4, 2)
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = compute_capability(device)
     if major >= 9:
         return Tiling(64, 256, 64, 8, 4, 4) if n_rows <= 64 else Tiling(128, 256, 64, 8, 8, 3)
     if (major, minor) == (8, 0):
@@ -80,7 +81,7 @@ def tiling(n_rows: int, vocabulary: int, width: int, dtype: torch.dtype, device:
 @cache
 def overlapping_product(device: torch.device) -> Any:
     """The module ``hopper_product``, or None where it does not run: no Hopper GPU, or a Triton without its Gluon."""
-    if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if INTERPRETED or device.type != "cuda" or compute_capability(device)[0] != 9:
         return None
     try:
         return import_module("sdpo_implementations.triton_fused.kernels.hopper_product")
