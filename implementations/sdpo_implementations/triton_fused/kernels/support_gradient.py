@@ -92,7 +92,9 @@ def hidden_gradient(
         entries, inner = min(16, next_power_of_2(k_support)), min(256, next_power_of_2(width))
         rows, warps = max(1, min(64, 2**17 // (entries * inner), next_power_of_2(n_rows))), 4
     else:
-        rows, entries, inner, warps = 1, min(8, next_power_of_2(k_support)), min(256, next_power_of_2(width)), 1
+        # 64 columns of all rows of the head are 19 MB at 152k rows: a stretch that stays in the cache while the tokens
+        # go through it. 32 entries at once keep enough loads in flight.
+        rows, entries, inner, warps = 1, min(32, next_power_of_2(k_support)), min(64, next_power_of_2(width)), 1
     support_gradient_kernel[(ceil_div(n_rows, rows), ceil_div(width, inner))](
         head, support, response_ids,
         terms.support_scale if terms.support_weight is None else terms.support_weight, terms.support_scale,
