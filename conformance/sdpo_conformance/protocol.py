@@ -160,6 +160,7 @@ class Capability(StrEnum):
     RESPONSE_LOGPROBS = "compute_response_logprobs"
     TEACHER_TOPK = "compute_teacher_topk"
     DISTILL = "distill"
+    UPDATE_TEACHER = "update_teacher"
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,13 @@ ENTRIES: Mapping[Capability, Entry] = {
     ),
     Capability.DISTILL: Entry(
         "trainer", "", "", '(model, samples, training, optimizer_cls) -> {"per_step_metrics": [...]}'
+    ),
+    Capability.UPDATE_TEACHER: Entry(
+        "teacher update",
+        "",
+        "",
+        "(teacher, student, teacher_update_rate) -> the teacher's state dict, or None where it was updated in place; "
+        "both are state dicts of parameters, name -> tensor",
     ),
 }
 """What an implementation may offer, by attribute. Everything that names an entry reads it here."""

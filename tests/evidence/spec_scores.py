@@ -26,14 +26,17 @@ from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.specs import find_spec
+from sdpo_conformance.specs.shared.wrong_teachers import TeacherDefect
 from sdpo_conformance.specs.spec import Spec
 
 
 def verdict(spec: Spec, function: Any, requirement: str, seed: int, profile: str, dtypes: Any) -> tuple[str, int, str]:
-    """passed, failed, secondary or skipped; the examples judged; what was found."""
+    """passed, failed, secondary or skipped; the examples judged; what was found. ``function``: the entry that the rule
+    is tested through."""
     quick = replace(PROFILES[profile], shrink_seconds=0.0, every=1)
-    implementation = SimpleNamespace(compute_sdpo_loss=function)
-    subject = Subject(implementation, Capability.LOSS, Claims(), quick, seed, dtypes=dtypes, spec=spec)
+    (entry,) = spec.requirements()[requirement].capabilities
+    implementation = SimpleNamespace(**{entry.value: function})
+    subject = Subject(implementation, entry, Claims(), quick, seed, dtypes=dtypes, spec=spec)
     try:
         subject.run(spec.requirements()[requirement])
     except (Disagreement, ImplementationError) as found:
@@ -43,6 +46,17 @@ def verdict(spec: Spec, function: Any, requirement: str, seed: int, profile: str
             raise
         return "skipped", 0, ""
     return "passed", subject.tally.examples, ""
+
+
+def known_defects(spec: Spec) -> dict[str, Any]:
+    """The catalogue, wrong teachers among it, by name."""
+    module = importlib.import_module(f"{spec.package}.defects")
+    return {**module.catalogue(), **{one.name: one for one in getattr(module, "TEACHERS", ())}}
+
+
+def wrong(defect: Any) -> Any:
+    """The entry that has the defect."""
+    return defect.make() if isinstance(defect, TeacherDefect) else defect.wrong
 
 
 @dataclass(frozen=True)
@@ -61,18 +75,18 @@ def judge(task: Task) -> tuple[Task, list[str], int]:
     torch.set_num_threads(1)
     spec = find_spec(task.spec)
     if task.kind == "defect":
-        defect = importlib.import_module(f"{spec.package}.defects").catalogue()[task.name]
+        defect = known_defects(spec)[task.name]
         named = defect.violates[0]
-        outcome, examples, message = verdict(spec, defect.wrong, named, task.seed, task.profile, spec.dtypes)
+        outcome, examples, message = verdict(spec, wrong(defect), named, task.seed, task.profile, spec.dtypes)
         return task, [] if outcome == "failed" else [f"{named} {outcome} {message[:90]}"], examples
     function, dtypes = right_losses(spec.name)[task.name]
-    wrong, examples = [], 0
+    accused, examples = [], 0
     for id, requirement in spec.requirements().items():
-        if str(requirement.level) == "MUST":
+        if str(requirement.level) == "MUST" and Capability.LOSS in requirement.capabilities:
             outcome, judged, message = verdict(spec, function, id, task.seed, task.profile, dtypes)
             examples += judged
-            wrong += [f"{id} {outcome} {message[:120]}"] if outcome in ("failed", "secondary") else []
-    return task, wrong, examples
+            accused += [f"{id} {outcome} {message[:120]}"] if outcome in ("failed", "secondary") else []
+    return task, accused, examples
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     spec = find_spec(options.spec)
-    defects = importlib.import_module(f"{spec.package}.defects").catalogue()
+    defects = known_defects(spec)
     started = time.monotonic()
     missed: list[str] = []
     alarms: list[str] = []

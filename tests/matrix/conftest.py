@@ -152,7 +152,7 @@ def every_status() -> list[Column]:
             one["failure"].update(summary=HOSTILE, aspect=HOSTILE, expected=HOSTILE, got=HOSTILE, words=HOSTILE)
     hostile["diagnosis"] = {"lines": [HOSTILE], "usable_for": "", "matches": []}
     return [
-        column("reference", entries=tuple(capability.value for capability in Capability)),
+        column("reference", entries=find_spec("claas").entries),
         column("mypkg.loss", {"IS-2": "failed", "IS-6": "failed", "NUM-8": "failed"}, version="mypkg 1.2.3"),
         column("claimed", {"NUM-3": "expected failure", "NUM-4": "unexpected pass", "NUM-5": "internal error"}),
         column("unjudged", {"KL-3": "not judged"}, entries=("compute_fused_sdpo_loss",), device="cuda"),

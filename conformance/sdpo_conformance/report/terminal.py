@@ -120,7 +120,7 @@ def everywhere_text(groups: Sequence[Sequence[Mapping[str, Any]]], results: Mapp
 
 def fields_of(entry: str, spec: Spec) -> str:
     """What an entry is called with: the fields of its input, or its arguments."""
-    if spec.name != DEFAULT:
+    if spec.name != DEFAULT and entry == Capability.LOSS.value:
         return f"a loss_input as {spec.package}.loss_input describes it"
     inputs: dict[str, Any] = {Capability.LOSS.value: SDPOLossInput, Capability.FUSED.value: FusedSDPOLossInput}
     if entry not in inputs:

@@ -89,7 +89,7 @@ def _defects(package: str) -> tuple[CataloguedDefect, ...]:
 def _imported_defects(package: str) -> Iterator[CataloguedDefect]:
     """The catalogue of a spec whose entries are made by functions: it has to be imported."""
     module = importlib.import_module(f"{package}.defects")
-    for one in (*module.catalogue().values(), *module.DIALECTS):
+    for one in (*module.catalogue().values(), *module.DIALECTS, *getattr(module, "TEACHERS", ())):
         yield CataloguedDefect(one.name, one.sentence, one.violates, one.fix, one.usable_for, "defects", {})
 
 

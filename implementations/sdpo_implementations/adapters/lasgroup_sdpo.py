@@ -11,9 +11,11 @@ completed by ``complete_teacher``. Sources: ``verl/trainer/ppo/core_algos.py``, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdpo_implementations.adapters.availability import require
@@ -22,6 +24,23 @@ from sdpo_implementations.adapters.teacher import complete_teacher
 _INSTALL = "pip install git+https://github.com/lasgroup/SDPO@0e6d510"
 _self_distillation_loss = require("verl.trainer.ppo.core_algos", "compute_self_distillation_loss", _INSTALL)
 _rollout_weights = require("verl.trainer.ppo.rollout_corr_helper", "compute_rollout_correction_weights", _INSTALL)
+
+
+def update_teacher(teacher: dict[str, Tensor], student: Mapping[str, Tensor], teacher_update_rate: float) -> None:
+    """``DataParallelPPOActor._update_teacher`` on two modules that hold these parameters, in place. Its module is
+    imported when it is called: the loss alone needs less of verl."""
+    actor = require("verl.workers.actor.dp_actor", "DataParallelPPOActor", _INSTALL)
+    names = list(teacher)
+    modules = [torch.nn.ParameterList([one[name].detach() for name in names]) for one in (teacher, student)]
+    options = SimpleNamespace(teacher_regularization="ema", teacher_update_rate=teacher_update_rate)
+    actor._update_teacher(
+        SimpleNamespace(
+            config=SimpleNamespace(self_distillation=options, policy_loss={"loss_mode": "sdpo"}),
+            teacher_module=modules[0],
+            actor_module=modules[1],
+        )
+    )
+    teacher.update({name: value.detach() for name, value in zip(names, modules[0], strict=True)})
 
 
 def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ the full forward and reverse KL; there is no anchor to the base policy. It repor
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,8 @@ from sdpo_implementations.adapters.teacher import complete_teacher
 _INSTALL = "pip install 'trl>=1.16'"
 _Trainer = require("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer", _INSTALL)
 _Logits = require("trl.experimental.sdpo.sdpo_trainer", "DistillationLogits", _INSTALL)
+_Sync = require("trl.trainer.callbacks", "SyncRefModelCallback", _INSTALL)
+_Callback = require("trl.experimental.sdpo.teacher_sync", "PEFTAdapterEMACallback", _INSTALL)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,45 @@ def _stand_in(args: Any, logits: Tensor, served: dict[str, Any], log: Any) -> Si
         _forward_logits=lambda **_: logits,
         _get_teacher_token_logprobs_from_server=lambda inputs, kept: served,
     )
+
+
+def update_teacher(
+    teacher: dict[str, Tensor], student: Mapping[str, Tensor], teacher_update_rate: float
+) -> dict[str, Tensor]:
+    """The teacher's callbacks: ``PEFTAdapterEMACallback`` for the factors of an adapter, in PEFT's names, else what
+    ``SyncTeacherModelCallback`` calls for a model of its own."""
+    if any(".lora_" in name for name in teacher):
+        return _adapter_teacher(teacher, student, teacher_update_rate)
+    names = list(teacher)
+    modules = [torch.nn.ParameterList([one[name].detach() for name in names]) for one in (teacher, student)]
+    _Sync._sync_target_model(modules[1], modules[0], teacher_update_rate)
+    return {name: value.detach() for name, value in zip(names, modules[0], strict=True)}
+
+
+def _adapter_teacher(
+    teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], teacher_update_rate: float
+) -> dict[str, Tensor]:
+    """One step of the callback on a PEFT model of linear layers with these factors."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    layers = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in teacher})
+    base, rank = torch.nn.Module(), 1
+    for layer in layers:
+        into, out = (student[f"base_model.model.{layer}.lora_{factor}.weight"] for factor in "AB")
+        parent, rank = base, into.shape[0]
+        *path, last = layer.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, torch.nn.Linear(into.shape[1], out.shape[0], bias=False))
+    model = get_peft_model(base, LoraConfig(r=rank, target_modules=layers))
+    set_peft_model_state_dict(model, dict(student))
+    callback = _Callback(model, update_rate=teacher_update_rate)
+    callback._initialize_teacher_adapter()
+    callback.shadow_weights = {name: value.detach().clone() for name, value in teacher.items()}
+    callback.on_step_end(SimpleNamespace(), SimpleNamespace(global_step=1), None)
+    return dict(callback.shadow_weights)
 
 
 sampled_token = TRLLoss("sampled_token")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo_implementations.ema_teacher import update_teacher
 from sdpo_implementations.reference.categories import (
     LOG_RATIO_CLAMP,
     divergence,
@@ -16,6 +17,8 @@ from sdpo_implementations.reference.categories import (
     with_tail,
     working_dtype,
 )
+
+__all__ = ["SDPO_CLAIMS", "compute_sdpo_loss", "update_teacher"]
 
 SDPO_CLAIMS = {"dtypes": ["float32", "bfloat16", "float16", "float64"], "devices": ["cpu", "cuda"]}
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo_implementations.ema_teacher import update_teacher
 from sdpo_implementations.triton_fused.inputs import check_features, flat, require
 from sdpo_implementations.triton_fused.row_loss import (
     CLAIMS,
@@ -29,6 +30,8 @@ from sdpo_implementations.triton_fused.row_loss import (
     vocabulary_loss,
     without_tokens,
 )
+
+__all__ = ["SDPO_CLAIMS", "compute_sdpo_loss", "update_teacher"]
 
 SDPO_CLAIMS = CLAIMS
 

@@ -19,10 +19,12 @@ SPEC = Spec(
         "LAS-RED": "reduction",
         "LAS-AGG": "micro-batches",
         "LAS-MET": "logged loss",
+        "LAS-EMA": "teacher",
         "LAS-GRAD": "autograd",
         "LAS-NUM": "numerics",
     },
-    entries=("compute_sdpo_loss",),
+    entries=("compute_sdpo_loss", "update_teacher"),
+    own_entries={"LAS-EMA": "update_teacher"},
     sweeps=("LAS-NUM-1", "LAS-NUM-2"),
     bundled={
         "reference": "sdpo_implementations.reference.lasgroup",

@@ -18,6 +18,7 @@ from sdpo_conformance.specs.shared import wrong_stages as wrong
 from sdpo_conformance.specs.shared.catalogue import CAP
 from sdpo_conformance.specs.shared.defect import Maker, SpecDefect, executable, named
 from sdpo_conformance.specs.shared.pipeline import Flow, accepting, around, both, replacing
+from sdpo_conformance.specs.shared.wrong_teachers import teacher_defects
 
 WORDS = {
     "topk": "distillation_topk",
@@ -589,6 +590,9 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "plumbing": common.plumbing_defects(defect),
 }
 
+TEACHERS = teacher_defects("lasgroup", "LAS")
+"""Known ways to get the EMA teacher wrong; they compute no loss."""
+
 
 @cache
 def catalogue() -> Mapping[str, SpecDefect]:
@@ -598,4 +602,4 @@ def catalogue() -> Mapping[str, SpecDefect]:
 
 def load(name: str) -> Any:
     """The executable form of an entry, or of two as ``one+other``, as ``--impl=defect:NAME`` takes it."""
-    return executable(name, catalogue(), DIALECTS)
+    return executable(name, catalogue(), DIALECTS, TEACHERS)

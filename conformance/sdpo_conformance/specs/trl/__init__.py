@@ -19,10 +19,12 @@ SPEC = Spec(
         "TRL-RED": "reduction",
         "TRL-AGG": "micro-batches",
         "TRL-MET": "metrics",
+        "TRL-EMA": "teacher",
         "TRL-GRAD": "autograd",
         "TRL-NUM": "numerics",
     },
-    entries=("compute_sdpo_loss",),
+    entries=("compute_sdpo_loss", "update_teacher"),
+    own_entries={"TRL-EMA": "update_teacher"},
     sweeps=("TRL-NUM-1", "TRL-NUM-2"),
     bundled={
         "reference": "sdpo_implementations.reference.trl",

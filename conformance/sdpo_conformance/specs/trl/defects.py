@@ -15,6 +15,7 @@ from sdpo_conformance.specs.shared import catalogue as common
 from sdpo_conformance.specs.shared import wrong_stages as wrong
 from sdpo_conformance.specs.shared.defect import Maker, SpecDefect, executable
 from sdpo_conformance.specs.shared.pipeline import Flow, Pipeline, Result, accepting, around, both, replacing
+from sdpo_conformance.specs.shared.wrong_teachers import teacher_defects
 from sdpo_conformance.specs.trl.pipeline import PIPELINE
 
 WORDS = {
@@ -394,6 +395,9 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "plumbing": common.plumbing_defects(defect),
 }
 
+TEACHERS = teacher_defects("trl", "TRL")
+"""Known ways to get the EMA teacher wrong; they compute no loss."""
+
 
 @cache
 def catalogue() -> Mapping[str, SpecDefect]:
@@ -403,4 +407,4 @@ def catalogue() -> Mapping[str, SpecDefect]:
 
 def load(name: str) -> Any:
     """The executable form of an entry, or of two as ``one+other``, as ``--impl=defect:NAME`` takes it."""
-    return executable(name, catalogue(), DIALECTS)
+    return executable(name, catalogue(), DIALECTS, TEACHERS)

@@ -28,6 +28,7 @@ from sdpo_conformance.specs.shared.loss_rules import (
 )
 from sdpo_conformance.specs.shared.micro_batch_rules import calls_stand_alone, cut_rule, logged_is_trained
 from sdpo_conformance.specs.shared.rule import ALL, Rule, as_test
+from sdpo_conformance.specs.shared.teacher_rules import teacher_rules
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
 CORE = "verl/trainer/ppo/core_algos.py"
@@ -368,6 +369,7 @@ RULES = (
     *ROLLOUT_RULES,
     *REDUCTION,
     *STEP,
+    *teacher_rules("LAS", f"{ACTOR} 132-151, 919-920: once after all mini-batches of a batch"),
     *autograd_rules("LAS", BROAD, f"{CORE} compute_self_distillation_loss"),
     *NUMERICS,
 )

@@ -25,6 +25,7 @@ from sdpo_conformance.specs.shared.loss_rules import (
 )
 from sdpo_conformance.specs.shared.micro_batch_rules import cut_rule, logged_is_trained
 from sdpo_conformance.specs.shared.rule import ALL, Rule, as_test
+from sdpo_conformance.specs.shared.teacher_rules import teacher_rules
 from sdpo_conformance.specs.trl.corners import EVERYTHING, MODES, NEUTRAL, SERVED
 from sdpo_conformance.specs.trl.defects import WORDS
 
@@ -285,6 +286,11 @@ RULES = (
         REDUCED.but(mask=("ragged", "random", "row_empty"), size=("small", "crowd")),
         share=0.5,
         check=logged_is_trained("logged_distillation_loss"),
+    ),
+    *teacher_rules(
+        "TRL",
+        "trl/trainer/callbacks.py 130-132; trl/experimental/sdpo/teacher_sync.py 54-65: every teacher_sync_steps steps",
+        "trl/experimental/sdpo/teacher_sync.py 114-179",
     ),
     *autograd_rules("TRL", BROAD, f"{TRAINER} _compute_self_distillation_loss"),
     *precision_rules("TRL", EVERYTHING),
