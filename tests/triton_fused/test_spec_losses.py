@@ -31,9 +31,10 @@ TRL = {
 LASGROUP = {
     "full_logit_distillation": True, "distillation_topk": K, "distillation_add_tail": True, "alpha": 0.5,
     "is_clip": 2.0, "temperature": 1.0, "loss_agg_mode": "token-mean", "rollout_is": "sequence",
-    "rollout_is_threshold": 2.0, "rollout_is_batch_normalize": True,
+    "rollout_is_threshold": 2.0, "rollout_is_batch_normalize": True, "batch_num_tokens": None,
+    "global_batch_size": None,
 }  # fmt: skip
-MS_SWIFT = {"beta": 0.5, "temperature": 1.0, "gkd_logits_topk": None}
+MS_SWIFT = {"beta": 0.5, "temperature": 1.0, "gkd_logits_topk": None, "num_items_in_batch": None}
 VERL = {
     "log_prob_min_clamp": -4.0, "loss_max_clamp": 10.0, "temperature": 1.0, "loss_agg_mode": "token-mean", "dp_size": 1,
     "batch_num_tokens": 7.0, "global_batch_size": 2, "loss_scale_factor": None,

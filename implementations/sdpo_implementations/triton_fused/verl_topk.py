@@ -63,8 +63,9 @@ def over_counted(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
-    """``loss``, 0-dim float32, differentiable with respect to student_logits, and without graph ``loss_min``,
-    ``loss_max``, ``student_mass``, ``teacher_mass`` over the positions that count. ``student_logits`` (B, T, V)
+    """``loss``, 0-dim float32, differentiable with respect to student_logits, and without graph
+    ``distillation_loss``, the same number; ``loss_min``, ``loss_max``, ``student_mass``, ``teacher_mass`` over the
+    positions that count. ``student_logits`` (B, T, V)
     float32, bfloat16 or float16. Raises ValueError."""
     student = read_student(loss_input, "verl-topk")
     training = loss_input.training
@@ -78,7 +79,8 @@ def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
     require_entries(k)
     if mask.numel() == 0:
         zero = torch.zeros((), device=device)
-        metrics = dict.fromkeys(("loss_min", "loss_max", "student_mass", "teacher_mass"), zero)
+        names = ("distillation_loss", "loss_min", "loss_max", "student_mass", "teacher_mass")
+        metrics = dict.fromkeys(names, zero)
         return {"loss": without_tokens(student).float(), **metrics}
     support = check_ids("teacher_ids", loss_input.teacher_ids, (b, t, k), vocabulary, counted)
     teacher = flat(check_values("teacher_logprobs", loss_input.teacher_logprobs, (b, t, k), device)).contiguous()
@@ -93,8 +95,10 @@ def compute_sdpo_loss(loss_input: Any) -> dict[str, Tensor]:
     cap = training.loss_max_clamp
     capped = floored if cap is None else floored.clamp(max=cap)
     smallest, largest, _ = over_counted(floored.detach(), counted)
+    loss = aggregate(capped.view(b, t), mask, training).float()
     return {
-        "loss": aggregate(capped.view(b, t), mask, training).float(),
+        "loss": loss,
+        "distillation_loss": loss.detach(),
         "loss_min": smallest,
         "loss_max": largest,
         "student_mass": over_counted(found.student_mass, counted)[2],
