@@ -19,6 +19,8 @@ from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.shared.oracle.categories import divergence, slope, to_support, with_tail
 from sdpo_conformance.specs.shared.parts_of import recordings_folder
 from sdpo_conformance.specs.shared.recordings import Recording, recordings
+from sdpo_conformance.specs.verl_topk.loss_input import VerlTopKLossInput, VerlTopKTraining
+from sdpo_conformance.specs.verl_topk.oracle import verl_topk_loss
 
 NAMES = ("lasgroup", "trl", "ms-swift", "verl-topk")
 COUNTS = {"lasgroup": (61, 11, 2), "trl": (54, 7, 4), "ms-swift": (46, 4, 1), "verl-topk": (43, 4, 1)}
@@ -149,3 +151,17 @@ def test_tail_in_extended_precision(alpha: float, mass: float) -> None:
         ahead[index] += h
         behind[index] -= h
         assert float(got[index]) == pytest.approx(float((exact(ahead) - exact(behind)) / (2 * h)), rel=1e-6)
+
+
+def test_an_integer_mask_swallows_the_row_floor_of_verl() -> None:
+    """1 + 1e-8 is 1 in float32, to which upstream's sum of an integer mask is promoted."""
+    training = VerlTopKTraining(loss_agg_mode="seq-mean-token-mean")
+    logits = torch.randn(1, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logprobs, ids = logits.flip(-1).log_softmax(-1).topk(3, dim=-1)
+    loss = {}
+    for dtype in (torch.int64, torch.float64):
+        mask = torch.tensor([[1, 0]]).to(dtype)
+        given = VerlTopKLossInput(logits, logprobs, ids, mask, training)
+        loss[dtype] = [float(verl_topk_loss(given, published).loss) for published in (False, True)]
+    assert loss[torch.float64][0] == loss[torch.float64][1] == loss[torch.int64][0]
+    assert loss[torch.int64][1] == pytest.approx(loss[torch.int64][0] * (1 + 1e-8), rel=1e-13)

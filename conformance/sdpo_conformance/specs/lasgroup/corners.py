@@ -19,7 +19,7 @@ class LasgroupCorner(drawing.Kinds):
     """The defaults are neutral: on-policy, temperature 1, full mask, no weights.
 
     mode: tail, renormalised, whole, sampled · alpha: half, inside, near_zero, near_one, zero, one · tails: free, or
-    student_teacher of open and closed · mass of the teacher on the
+    student_teacher of open, closed and edge · mass of the teacher on the
     support: normal, low (down to e^-40) · ratio: absent, on_policy, mild, below, above_cap, clamp_high, clamp_low,
     infinite · weights: absent, given, token, sequence, token_normalised, sequence_normalised · rollout: kinds of its
     log-ratio · aggregation: the modes of agg_loss · rows: the self-distillation mask · counts of the whole

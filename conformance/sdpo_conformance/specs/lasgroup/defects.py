@@ -15,7 +15,7 @@ from sdpo_conformance.specs.lasgroup.pipeline import PIPELINE, mean_weight
 from sdpo_conformance.specs.shared import catalogue as common
 from sdpo_conformance.specs.shared import stages
 from sdpo_conformance.specs.shared import wrong_stages as wrong
-from sdpo_conformance.specs.shared.catalogue import CAP
+from sdpo_conformance.specs.shared.catalogue import BESIDE, CAP
 from sdpo_conformance.specs.shared.defect import Maker, SpecDefect, executable, named
 from sdpo_conformance.specs.shared.pipeline import Flow, accepting, around, both, replacing
 from sdpo_conformance.specs.shared.wrong_teachers import teacher_defects
@@ -430,6 +430,13 @@ REDUCTION = (
         "RED-4",
         "max(sum of the mask, 1).",
         replacing(count=counting),
+    ),
+    defect(
+        "count-with-epsilon",
+        "A constant is added to the number of tokens.",
+        "RED-8",
+        "max(sum of the mask, 1), nothing beside it.",
+        **named(wrong.increased("count"), BESIDE),
     ),
     defect(
         "denominator-unfloored",

@@ -22,6 +22,7 @@ CAP = Parameter("cap", 1e-3, 1e6, (5.0, 1.0, 10.0, 1.2, 3.0, 4.0))
 LOG_RATIO_CLAMP = Parameter("clamp", 0.05, 18.0, (10.0, 5.0, 2.0, 1.0, 0.5))
 MASS_FLOOR = Parameter("floor", 1e-9, 0.9, (1e-3, 1e-2, 0.1, 1e-4, 1e-8))
 EPSILON = Parameter("epsilon", 1e-9, 0.05, (1e-4, 1e-6, 1e-3, 1e-5))
+BESIDE = Parameter("epsilon", 1e-12, 0.5, (1e-6, 1e-8, 1e-5, 1e-4, 1e-3, 1e-10))
 TAIL_CLAMP = Parameter("clamp", 3e-7, 0.5, (1e-6, 1e-5, 1e-4, 1e-3))
 
 
@@ -183,7 +184,7 @@ def tail_defects(make: Make) -> tuple[SpecDefect, ...]:
         make(
             "tail-clamped-elsewhere",
             "The support's log-mass is clamped at another number than -1e-7.",
-            "TAIL-4",
+            "TAIL-6 TAIL-4",
             "Clamp the logsumexp to at most -1e-7.",
             **named(wrong.tail_clamped_at, TAIL_CLAMP),
         ),

@@ -45,7 +45,7 @@ CLIPS: dict[str, tuple[float, ...]] = {
     "high": (5.0, 20.0, 1.5, 100.0),
     "huge": (1e12,),
 }
-TAIL_TARGETS = {"open": (3e-7, 1e-6, 1e-4, 1e-3), "closed": (3e-8, 1e-8, 1e-10)}
+TAIL_TARGETS = {"edge": (1.5e-7, 2e-7, 4e-7), "open": (3e-7, 1e-6, 1e-4, 1e-3), "closed": (3e-8, 1e-8, 1e-10)}
 """Masses that the support leaves, on both sides of the tail's clamp at 1e-7."""
 
 

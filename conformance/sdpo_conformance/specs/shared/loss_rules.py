@@ -16,13 +16,14 @@ from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.specs.requirement import Level
-from sdpo_conformance.specs.shared.rule import ALL, VALUE, Rule
+from sdpo_conformance.specs.shared.rule import ALL, VALUE, Rule, fades
 
 MUST = Level.MUST
 FOCUSED = ("tail", "renormalised")
 DIVERGENCES = ("tail", "renormalised", "whole")
 ANY = (*DIVERGENCES, "sampled")
 SMALL = ("small", "small", "tall")
+EDGES = ("edge_edge", "edge_open", "open_edge")
 TAILS = ("open_open", "open_closed", "closed_open", "closed_closed")
 View = Callable[[Any], Any]
 
@@ -109,7 +110,11 @@ class Views:
 
     def likely_or_not(self, subject: Subject, case: Any) -> None:
         """The response as it is, and unlikely to the teacher."""
-        subject.agrees(case, VALUE)
+        try:
+            subject.agrees(case, VALUE)
+        except Disagreement as found:
+            found.secondary = fades(subject, case, VALUE, found.excess)
+            raise
         subject.agrees(self.with_unlikely_teacher(case), VALUE, control=[case])
 
 
@@ -122,6 +127,16 @@ def refuses(subject: Subject, case: Any, what: str) -> None:
     got = outcome.result.get("loss")
     words = f"loss {float(got)}" if got is not None else "a result"
     raise Disagreement("the call", f"an error: {what}", words, case=case, outcome=outcome, probe="refusal")
+
+
+def nothing_beside_the_count(subject: Subject, case: Any) -> None:
+    """What is wrong, and less so on more tokens, is the count's; what is wrong alike has another cause."""
+    try:
+        subject.agrees(case, ALL)
+    except Disagreement as found:
+        found.secondary = not fades(subject, case, ALL, found.excess)
+        found.detail = found.detail or "less so on the same tokens several times over"
+        raise
 
 
 def support_rules(v: Views) -> tuple[Rule, ...]:
@@ -220,6 +235,17 @@ def tail_rules(v: Views) -> tuple[Rule, ...]:
             value_first=True,
             dtypes=("float64",),
         ),
+        Rule(
+            f"{v.prefix}-TAIL-6",
+            MUST,
+            "the clamp holds below 1 - exp(-1e-7) and nowhere above it: a tail of twice that is as large as it is",
+            v.sources["tail"],
+            "a clamp a little earlier hides how sure the support is, where float32 cannot tell",
+            neutral.but(tails=EDGES, alpha=("half", "zero", "one"), support=("few", "one"), size=SMALL),
+            ALL,
+            control=v.renormalised,
+            dtypes=("float64",),
+        ),
     )
 
 
@@ -237,6 +263,7 @@ def divergence_rules(v: Views) -> tuple[Rule, ...]:
             neutral.but(mode=DIVERGENCES, alpha=("half", "inside", "near_zero", "near_one")),
             VALUE,
             together=v.whole,
+            of_each=True,
         ),
         Rule(
             f"{v.prefix}-DIV-2",
@@ -248,6 +275,7 @@ def divergence_rules(v: Views) -> tuple[Rule, ...]:
             VALUE,
             control=v.at_half,
             together=v.whole,
+            of_each=True,
         ),
         Rule(
             f"{v.prefix}-DIV-3",
@@ -259,6 +287,7 @@ def divergence_rules(v: Views) -> tuple[Rule, ...]:
             VALUE,
             control=v.at_half,
             together=v.whole,
+            of_each=True,
         ),
         Rule(
             f"{v.prefix}-DIV-4",

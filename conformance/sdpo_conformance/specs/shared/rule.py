@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdpo_conformance.judging.compare import GRADIENT, Disagreement
+from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.requirement import Level, requirement
@@ -22,7 +23,8 @@ class Rule:
     """``corner``: the inputs; ``aspects``: what is judged on them. ``control``: the input, or inputs, with the rule
     made idle: what is wrong there too has another cause. ``together``: inputs on which a breach of the rule shows as
     well: what is right there has another cause. ``value_first``: a wrong value is another rule's finding.
-    ``of_several``: a breach shows only where tokens come together. ``dtypes``: the only ones that can show it.
+    ``of_several``: a breach shows only where tokens come together; ``of_each``: it shows as much on the same tokens
+    several times over. ``dtypes``: the only ones that can show it.
     ``check``: another check than comparing ``aspects``.
     """
 
@@ -37,6 +39,7 @@ class Rule:
     together: Callable[[Any], Any] | None = None
     value_first: bool = False
     of_several: bool = False
+    of_each: bool = False
     dtypes: tuple[str, ...] = ()
     share: float = 1.0
     check: Callable[[Subject, Any], None] | None = None
@@ -59,7 +62,27 @@ def judge(rule: Rule, subject: Subject, case: Any) -> None:
             found.secondary = not all(subject.wrong_on(one, rule.aspects) for one in listed(rule.together(case)))
         if rule.of_several and not found.secondary:
             found.secondary = any(subject.wrong_on(token, rule.aspects) for token in case.tokens_alone())
+        if rule.of_each and not found.secondary:
+            found.secondary = fades(subject, case, rule.aspects, found.excess)
         raise
+
+
+TIMES = 8
+"""How many times over a case's tokens are taken."""
+
+
+def fades(subject: Subject, case: Any, aspects: Sequence[str], excess: float) -> bool:
+    """Whether an error is less than half as many bounds on the same tokens TIMES over: then it is beside their count,
+    not in each of them."""
+    wide = case.columns([*range(case.loss_input.student_logits.shape[1])] * TIMES)
+    expected = subject.expectations(wide)
+    if expected is None:
+        return False
+    try:
+        found = compare(wide, subject.evaluate(wide, gradient=GRADIENT in aspects), aspects, expected)
+    except ImplementationError:
+        return False
+    return found is None or 2 * found.excess < excess
 
 
 def run(rule: Rule, subject: Subject) -> None:

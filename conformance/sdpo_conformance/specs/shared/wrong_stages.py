@@ -504,6 +504,15 @@ FORWARD_KL_TOP_K = both(
 )
 
 
+def increased(stage: str) -> Callable[[float], Change]:
+    """A constant added to a count."""
+
+    def by(epsilon: float) -> Change:
+        return around(stage, lambda before, flow: before(flow) + epsilon)
+
+    return by
+
+
 # --- a step of several calls ---
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdpo_conformance.specs.shared import catalogue as common
 from sdpo_conformance.specs.shared import wrong_stages as wrong
-from sdpo_conformance.specs.shared.defect import Maker, SpecDefect, executable
+from sdpo_conformance.specs.shared.defect import Maker, SpecDefect, executable, named
 from sdpo_conformance.specs.shared.pipeline import Flow, Pipeline, Result, accepting, around, both, replacing
 from sdpo_conformance.specs.shared.wrong_teachers import teacher_defects
 from sdpo_conformance.specs.trl.pipeline import PIPELINE
@@ -163,6 +163,13 @@ def logging_token_mean(before: Pipeline) -> Pipeline:
 
 
 REDUCTION = (
+    defect(
+        "lengths-with-epsilon",
+        "A constant is added to a row's number of tokens.",
+        "RED-8",
+        "max(sum of the row's mask, 1), nothing beside it.",
+        **named(wrong.increased("lengths"), common.BESIDE),
+    ),
     defect(
         "token-mean",
         "One mean over all tokens is taken.",

@@ -22,8 +22,9 @@ LEAST_TEMPERATURE = 1e-8
 ROW_FLOOR = 1e-8
 
 
-def token_weights(mask: Tensor, training: VerlTopKTraining) -> Tensor:
-    """(B, T): what each position's loss is multiplied with."""
+def token_weights(mask: Tensor, training: VerlTopKTraining, floored: Tensor | None = None) -> Tensor:
+    """(B, T): what each position's loss is multiplied with. ``floored``: (B, 1), what a row is divided by, where it is
+    not the mask's sum + ROW_FLOOR in float64."""
     mode, ranks = training.loss_agg_mode, training.dp_size
     if mode not in AGGREGATIONS:
         raise ValueError(f"loss_agg_mode must be one of {AGGREGATIONS}, got {mode!r}")
@@ -32,10 +33,11 @@ def token_weights(mask: Tensor, training: VerlTopKTraining) -> Tensor:
     if mode == "token-sum":
         return mask * ranks
     if mode == "seq-mean-token-sum-norm":
-        divisor = mask.shape[-1] if training.loss_scale_factor is None else training.loss_scale_factor
-        return mask / divisor / training.global_batch_size * ranks
+        scale = mask.shape[-1] if training.loss_scale_factor is None else training.loss_scale_factor
+        return mask / scale / training.global_batch_size * ranks
     lengths = mask.sum(-1, keepdim=True)
-    rows = mask / (lengths + ROW_FLOOR) if mode == "seq-mean-token-mean" else mask
+    divisor = lengths + ROW_FLOOR if floored is None else floored
+    rows = mask / divisor if mode == "seq-mean-token-mean" else mask
     return rows * (lengths > 0) / training.global_batch_size * ranks
 
 
@@ -68,7 +70,9 @@ def verl_topk_loss(loss_input: VerlTopKLossInput, published: bool = False) -> Sp
     if published:
         at_support = torch.where(raw.isnan().unsqueeze(-1) & b.isnan().any(-1, keepdim=True), torch.nan, at_support)
 
-    weight = token_weights(mask, training)
+    # upstream adds the floor in the dtype of the mask's sum: an integer's or a float32's swallows it
+    native = upcast(loss_input.response_mask.sum(-1, keepdim=True) + ROW_FLOOR) if published else None
+    weight = token_weights(mask, training, native)
     per_token = floored.clamp(max=highest)
     values = torch.where(counted, per_token, torch.zeros_like(per_token))
     factor = torch.where(counted, weight, torch.zeros_like(weight))

@@ -19,6 +19,7 @@ from sdpo_conformance.specs.shared.loss_rules import (
     SMALL,
     Views,
     divergence_rules,
+    nothing_beside_the_count,
     ratio_rules,
     refuses,
     sampled_rules,
@@ -277,6 +278,17 @@ REDUCTION = (
         "rows without a token would dilute the others",
         REDUCED.but(aggregation=AGGREGATIONS[1:3], mask="row_empty"),
         control=full_mask,
+    ),
+    Rule(
+        "LAS-RED-8",
+        MUST,
+        "token-mean: nothing is added to the number of tokens",
+        f"{CORE} 1187: clamp(min=1.0), no epsilon",
+        "a constant beside it weighs most where a micro-batch has few tokens",
+        NEUTRAL.but(mode=ANY, size="small"),
+        share=0.5,
+        dtypes=("float64",),
+        check=nothing_beside_the_count,
     ),
 )
 

@@ -64,14 +64,16 @@ def whole_response(case: Any) -> Any:
     return case.with_fields(labels=labels, teacher_labels=labels.clone())
 
 
-def one_row(case: Any) -> Any:
-    """The first row alone, student and teacher on the same labels."""
+def one_pair(case: Any) -> Any:
+    """The first row alone with one active label, the second, on both sides: whatever the order, one pair."""
     first = case.rows(torch.tensor([0]))
     fields = first.loss_input
     n = min(fields.labels.shape[1], fields.teacher_labels.shape[1])
     changes = {key: value[:, :n].contiguous() for key, value in first.tensors().items()}
-    changes["teacher_labels"] = changes["labels"].clone()
-    return whole_response(first.with_fields(**changes))
+    labels = torch.full_like(changes["labels"], INACTIVE)
+    labels[:, 1] = 0
+    changes["labels"], changes["teacher_labels"] = labels, labels.clone()
+    return first.with_fields(**changes)
 
 
 def equal_vocabularies(case: Any) -> Any:
@@ -188,7 +190,7 @@ RULES = (
         f"{LOSS_FILE} 175-215",
         "with a teacher prompt of another length every pair is another",
         REDUCED.but(prompt=("longer", "rows"), labels=("ragged", "holes")),
-        control=one_row,
+        control=one_pair,
     ),
     Rule(
         "MSS-POS-4",
