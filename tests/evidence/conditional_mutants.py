@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import sys
 import time
 import weakref
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
 from tests.evidence.predicates import CALLS, HEADS, INCOMING, LOSS, SAMPLES, Call, InBatch
@@ -125,11 +127,24 @@ LEFT: Mapping[str, Callable[[Any], object]] = {
     "the random state seeded": lambda m: torch.manual_seed(0),
     "grad mode off": lambda m: torch.set_grad_enabled(False),
     "float64 as default": lambda m: torch.set_default_dtype(torch.float64),
+    "numpy's random state seeded": lambda m: numpy.random.seed(0),
+    "Python's random state seeded": lambda m: random.seed(0),
+    "deterministic algorithms on": lambda m: torch.use_deterministic_algorithms(True),
+    "products of float32 in bfloat16": lambda m: torch.set_float32_matmul_precision("medium"),
+    "the adapter in float64": lambda m: [setattr(p, "data", p.data.double()) for p in adapter(m)],
     "anomaly detection on": lambda m: torch.autograd.set_detect_anomaly(True),
     "LoRA scaled": scale_lora,
     "the adapter disabled": lambda m: m.base_model.disable_adapter_layers(),
     "the adapter merged": lambda m: m.merge_adapter(),
 }
+
+
+def sorting(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
+    """A right trainer that leaves the caller's list in another order."""
+    found = reference.distill(model, list(samples), training, optimizer_cls)
+    samples.reverse()
+    return found
+
 
 # --- losses and heads ---
 
@@ -192,6 +207,7 @@ def mutants(kind: str) -> dict[str, tuple[Capability, Function]]:
         found |= {f"call: {name}": (Capability.DISTILL, wrong_call(p)) for name, p in CALLS.items()}
         found |= {f"sample: {name}": (Capability.DISTILL, wrong_sample(p)) for name, p in SAMPLES.items()}
         found |= {f"left behind: {name}": (Capability.DISTILL, leaving(act)) for name, act in LEFT.items()}
+        found["left behind: the samples in another order"] = (Capability.DISTILL, sorting)
     elif kind == "loss":
         found |= {f"loss: {name}": (Capability.LOSS, wrong_loss("compute_sdpo_loss", p)) for name, p in LOSS.items()}
         found |= {name: (Capability.LOSS, wrong_backward("compute_sdpo_loss", p)) for name, p in INCOMING.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -179,8 +180,16 @@ class InBatch:
         return list(self.sample.response_logprobs or ())
 
     def token(self, name: str) -> int:
+        """The last one, where there are several."""
         found = getattr(self.call.model.config, f"{name}_token_id", None)
-        return -1 if found is None else int(found)
+        return -1 if found is None else int(found[-1] if isinstance(found, list) else found)
+
+    def differs_from_an_earlier_one_in(self, *fields: str) -> bool:
+        """In these fields and in no other."""
+        return any(
+            {name for name, value in vars(self.sample).items() if vars(one)[name] != value} == set(fields)
+            for one in self.earlier
+        )
 
     @property
     def earlier(self) -> tuple[Any, ...]:
@@ -206,7 +215,7 @@ SAMPLES: Mapping[str, Callable[[InBatch], bool]] = {
     **past("response", lambda x: len(x.response), 1, 16, 32, 64, 80, 128, 200, 256),
     **past("prompt + response", lambda x: len(x.prompt) + len(x.response), 32, 128, 256, 512),
     **equal("prompt", lambda x: len(x.prompt), 1, 2, 3, 4, 5),
-    **equal("response", lambda x: len(x.response), 1, 2, 3, 4, 5, 8),
+    **equal("response", lambda x: len(x.response), 1, 2, 3, 4, 5, 8, 128),
     "prompt and response alike in length": lambda x: len(x.prompt) == len(x.response),
     "both prompts alike in length": lambda x: len(x.prompt) == len(x.teacher),
     "the teacher's prompt is the shorter": lambda x: len(x.teacher) < len(x.prompt),
@@ -214,6 +223,19 @@ SAMPLES: Mapping[str, Callable[[InBatch], bool]] = {
     "shares its teacher prompt": lambda x: any(list(o.teacher_prompt_token_ids) == x.teacher for o in x.earlier),
     "shares its response": lambda x: any(list(o.response_token_ids) == x.response for o in x.earlier),
     "is a duplicate": lambda x: any(o == x.sample for o in x.earlier),
+    "is another but for the feedback": lambda x: x.differs_from_an_earlier_one_in("teacher_prompt_token_ids"),
+    "is another but for the log-probs": lambda x: x.differs_from_an_earlier_one_in("response_logprobs"),
+    "has another's response and both ends of its prompt": lambda x: any(
+        x.prompt != list(o.prompt_token_ids)
+        and len(x.prompt) == len(o.prompt_token_ids) > 4
+        and x.prompt[:2] == list(o.prompt_token_ids[:2])
+        and x.prompt[-2:] == list(o.prompt_token_ids[-2:])
+        and x.response == list(o.response_token_ids)
+        for o in x.earlier
+    ),
+    "as many response tokens as V": lambda x: len(x.response) == x.call.model.config.vocab_size,
+    "bos twice at the start of the prompt": lambda x: x.prompt[:2] == [x.token("bos")] * 2,
+    "bos twice at the start of the teacher's": lambda x: x.teacher[:2] == [x.token("bos")] * 2,
     "as long as the one before": lambda x: bool(x.earlier) and len(x.earlier[-1].response_token_ids) == len(x.response),
     **holds_token("eos"),
     **holds_token("pad"),
@@ -233,7 +255,7 @@ SAMPLES: Mapping[str, Callable[[InBatch], bool]] = {
     "none recorded for the first of the batch": lambda x: x.call.samples[0].response_logprobs is None,
     "a log-prob above -0.01": lambda x: any(r > -0.01 for r in x.recorded),
     "a log-prob below -15": lambda x: any(r <= -15 for r in x.recorded),
-    **{f"sample {n} of the batch": (lambda x, n=n: x.index == n) for n in (1, 2, 3, 4, 5, 7, 11)},  # type: ignore[misc]
+    **{f"sample {n} of the batch": (lambda x, n=n: x.index == n) for n in (1, 2, 3, 4, 5, 7, 11, 16)},  # type: ignore[misc]
 }
 
 
@@ -251,21 +273,25 @@ def config(call: Call, key: str) -> Any:
 
 
 CALLS: Mapping[str, Callable[[Call], bool]] = {
-    **equal("samples", lambda c: len(c.samples), 1, 2, 3, 4, 5, 6, 12),
-    **past("samples", lambda c: len(c.samples), 3, 8, 10),
-    **equal("steps_per_batch", lambda c: c.training.steps_per_batch, 1, 2, 3, 4, 6, 8),
-    **past("steps_per_batch", lambda c: c.training.steps_per_batch, 4, 6),
+    **equal("samples", lambda c: len(c.samples), 1, 2, 3, 4, 5, 6, 7, 9),
+    **past("samples", lambda c: len(c.samples), 3, 8, 10, 12, 16),
+    **equal("steps_per_batch", lambda c: c.training.steps_per_batch, 1, 2, 3, 4, 5, 6),
+    **past("steps_per_batch", lambda c: c.training.steps_per_batch, 4, 6, 8),
     **equal("learning_rate", lambda c: c.training.learning_rate, 3e-5, 0.1),
     "learning_rate < 1e-4": lambda c: c.training.learning_rate < 1e-4,
     "learning_rate > 0.01": lambda c: c.training.learning_rate > 0.01,
     **equal("alpha", lambda c: c.training.alpha, 0.0, 0.5, 1.0),
+    "alpha > 0.95": lambda c: 0.95 < c.training.alpha < 1,
+    "alpha < 0.05": lambda c: 0 < c.training.alpha < 0.05,
     "alpha > 0.8": lambda c: 0.8 < c.training.alpha < 1,
     "alpha < 0.4": lambda c: 0 < c.training.alpha < 0.4,
     "is_clip == 5": lambda c: c.training.is_clip == 5,
+    "is_clip < 1e-4": lambda c: c.training.is_clip < 1e-4,
     "is_clip < 1": lambda c: c.training.is_clip < 1,
     "is_clip > 10": lambda c: c.training.is_clip > 10,
     "is_clip > 100000": lambda c: c.training.is_clip > 1e5,
     "kl_reg_weight == 0": lambda c: c.training.kl_reg_weight == 0,
+    "kl_reg_weight < 0.01": lambda c: 0 < c.training.kl_reg_weight < 0.01,
     "kl_reg_weight >= 1": lambda c: c.training.kl_reg_weight >= 1,
     "max_grad_norm == 1": lambda c: c.training.max_grad_norm == 1,
     "max_grad_norm < 0.05": lambda c: c.training.max_grad_norm < 0.05,
@@ -291,6 +317,22 @@ CALLS: Mapping[str, Callable[[Call], bool]] = {
     **equal("model_type", lambda c: config(c, "model_type"), "llama", "qwen3", "gpt2", "gemma2", "cohere", "phi"),
     "one layer": lambda c: config(c, "num_hidden_layers") == 1,
     "the base is bfloat16": lambda c: next(c.model.parameters()).dtype == torch.bfloat16,
+    "LoRA on the embedding": lambda c: "lora_embedding_A" in names(c),
+    "trainable token rows": lambda c: "trainable_tokens" in names(c),
+    "another adapter beside": lambda c: len(c.model.peft_config) > 1,
+    "gradient checkpointing is on": lambda c: any(
+        getattr(module, "gradient_checkpointing", False) for module in c.model.modules()
+    ),
+    "several tokens end a response": lambda c: isinstance(config(c, "eos_token_id"), list),
+    "B is next to 0": lambda c: all(
+        bool((p.abs() < 1e-15).all()) for name, p in c.model.named_parameters() if "lora_B" in name
+    ),
+    "a third call on one model": lambda c: c.before == 2,
+    "nothing recorded": lambda c: all(s.response_logprobs is None for s in c.samples),
+    "each response is shorter than the one before": lambda c: (
+        len(c.samples) > 2
+        and all(len(a.response_token_ids) > len(b.response_token_ids) for a, b in pairwise(c.samples))
+    ),
     "a second call on one model": lambda c: c.before == 1,
     "a later call on one model": lambda c: c.before > 0,
     "one token of the teacher at alpha = 1": lambda c: c.training.alpha == 1 and c.training.teacher_top_k == 1,

@@ -16,7 +16,17 @@ def process_settings() -> dict[str, object]:
         "torch.get_default_dtype()": torch.get_default_dtype(),
         "torch.is_autocast_enabled()": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
         "torch.is_anomaly_enabled()": torch.is_anomaly_enabled(),
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+        "torch.get_float32_matmul_precision()": matmul_precision(),
     }
+
+
+def matmul_precision() -> str:
+    """How products of float32 are taken; "mixed" where torch's newer settings, by backend, say more than one word."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "mixed"
 
 
 def restore_settings(settings: Mapping[str, object]) -> None:
@@ -26,6 +36,9 @@ def restore_settings(settings: Mapping[str, object]) -> None:
     torch.set_autocast_enabled("cpu", False)
     torch.set_autocast_enabled("cuda", False)
     torch.autograd.set_detect_anomaly(bool(settings["torch.is_anomaly_enabled()"]))
+    torch.use_deterministic_algorithms(bool(settings["torch.are_deterministic_algorithms_enabled()"]))
+    if (precision := str(settings["torch.get_float32_matmul_precision()"])) not in ("mixed", matmul_precision()):
+        torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from sdpo_conformance.cases.precision import DTYPES
 
 Family = Literal["qwen3", "llama", "gpt2", "gemma2", "cohere", "phi"]
 Head = Literal["frozen", "lora", "saved"]
+Embedding = Literal["frozen", "lora", "tokens"]
 
 VOCABULARY = 67
 HIDDEN = 32
@@ -35,6 +37,18 @@ SOFTCAP = 4.0
 MULTIPLIER = 0.5
 """What cohere's logits are multiplied by."""
 
+TRAINABLE_TOKENS = (0, 3, 5, 8, 13, 21, 34)
+"""Rows of the embedding that are trained where some are."""
+
+BESIDE = "beside"
+"""The name of an adapter that is loaded and not active."""
+
+CHECKPOINTING = {"use_reentrant": False}
+"""What gradient checkpointing is turned on with: the kind that needs no input that asks for a gradient."""
+
+NEXT_TO_ZERO = 1e-20
+"""Size of B in a fresh adapter: it adds nothing, and yet each weight's copies are known by their values."""
+
 LORA_RANK = 4
 LORA_ALPHA = 8
 LORA_B_SCALE = 0.02
@@ -48,8 +62,11 @@ class ModelSpec:
 
     gemma2 caps its logits, cohere scales them, the head of phi has a bias. ``head``: "frozen", with "lora" of its
     own, or a trainable copy "saved" with the adapter (``modules_to_save``). ``dora``: the adapter learns magnitudes
-    too. ``lora_alpha`` scales what the adapter adds. ``bos``, ``eos``, ``pad``: special tokens in the configs of the
-    model and of its generation.
+    too. ``lora_alpha`` scales what the adapter adds. ``embedding``: "frozen", with "lora" of its own, or with a few
+    trainable rows, "tokens". ``fresh``: B is next to 0, as every adapter begins. ``beside``: the model holds another
+    adapter, which is not active. ``checkpointing``: gradient checkpointing is on when the model comes, as upstream has
+    it. ``bos``, ``eos`` (one or several, as Llama 3 has them), ``pad``: special tokens in the configs of the model and
+    of its generation.
 
     peft keeps the adapter of a half-precision base in float32.
     """
@@ -65,13 +82,21 @@ class ModelSpec:
     head: Head = "frozen"
     dora: bool = False
     lora_alpha: int = LORA_ALPHA
+    embedding: Embedding = "frozen"
+    fresh: bool = False
+    beside: bool = False
+    checkpointing: bool = False
     bos: int | None = None
-    eos: int | None = None
+    eos: int | tuple[int, ...] | None = None
     pad: int | None = None
 
     def __str__(self) -> str:
         more = {"lora": ", LoRA on the head", "saved": ", a trainable head", "frozen": ""}[self.head]
         more += ", DoRA" if self.dora else ""
+        more += {"lora": ", LoRA on the embedding", "tokens": ", trainable token rows", "frozen": ""}[self.embedding]
+        more += ", B next to 0" if self.fresh else ""
+        more += ", another adapter beside" if self.beside else ""
+        more += ", gradient checkpointing" if self.checkpointing else ""
         more += f", eos {self.eos} and pad {self.pad}" if self.eos is not None else ""
         head = "tied" if self.tied else "untied"
         return f"{self.family}, {head} head, V = {self.vocabulary}, {self.dtype}{more}"
@@ -92,7 +117,7 @@ def config_arguments(spec: ModelSpec) -> dict[str, Any]:
         "vocab_size": spec.vocabulary,
         "tie_word_embeddings": spec.tied,
         "bos_token_id": spec.bos,
-        "eos_token_id": spec.eos,
+        "eos_token_id": list(spec.eos) if isinstance(spec.eos, tuple) else spec.eos,
         "pad_token_id": spec.pad,
     }
     if spec.family == "gpt2":
@@ -133,19 +158,28 @@ def lora_arguments(spec: ModelSpec) -> dict[str, Any]:
         modules = ["c_attn", "c_proj", "c_fc"]
     elif spec.family == "phi":
         modules = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
+    modules += ["lm_head"] if spec.head == "lora" else []
+    modules += ["embed_tokens"] if spec.embedding == "lora" else []
     arguments: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "r": LORA_RANK,
         "lora_alpha": spec.lora_alpha,
         "lora_dropout": 0.0,
-        "target_modules": [*modules, "lm_head"] if spec.head == "lora" else modules,
+        "target_modules": modules,
         "fan_in_fan_out": spec.family == "gpt2",
     }
     if spec.head == "saved":
         arguments["modules_to_save"] = ["lm_head"]
     if spec.dora:
         arguments["use_dora"] = True
+    if spec.embedding == "tokens":
+        arguments["trainable_token_indices"] = {"embed_tokens": list(TRAINABLE_TOKENS)}
     return arguments
+
+
+def beside_arguments(spec: ModelSpec) -> dict[str, Any]:
+    """Keyword arguments of the LoraConfig of the adapter beside, or nothing where there is none."""
+    return {**lora_arguments(spec), "target_modules": lora_arguments(spec)["target_modules"][:2]} if spec.beside else {}
 
 
 CLASSES: Mapping[Family, tuple[str, str]] = {
@@ -161,6 +195,12 @@ CLASSES: Mapping[Family, tuple[str, str]] = {
 
 def build(spec: ModelSpec, device: str = "cpu") -> Any:
     """A fresh ``PeftModel`` with the spec's weights, the same on every machine, in training mode."""
+    return copy.deepcopy(pristine(spec)).to(device)
+
+
+@lru_cache(maxsize=64)
+def pristine(spec: ModelSpec) -> Any:
+    """What ``build`` copies, on the CPU: making a model takes longer than copying it."""
     import peft
     import transformers
 
@@ -173,8 +213,10 @@ def build(spec: ModelSpec, device: str = "cpu") -> Any:
         base = getattr(transformers, model_name)(config)
         base.to(DTYPES[spec.dtype])
         for name, token in (("bos", spec.bos), ("eos", spec.eos), ("pad", spec.pad)):
-            setattr(base.generation_config, f"{name}_token_id", token)
+            setattr(base.generation_config, f"{name}_token_id", list(token) if isinstance(token, tuple) else token)
         model = peft.get_peft_model(base, peft.LoraConfig(**lora_arguments(spec)))
+        if spec.beside:
+            model.add_adapter(BESIDE, peft.LoraConfig(**beside_arguments(spec)))
     generator = torch.Generator().manual_seed(spec.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -183,16 +225,23 @@ def build(spec: ModelSpec, device: str = "cpu") -> Any:
             if ".modules_to_save.default." in name:
                 original = model.get_parameter(name.replace(".modules_to_save.default.", ".original_module."))
                 parameter.mul_(0.1).add_(original)
+            if "trainable_tokens_delta" in name:  # whole rows, in spite of the name
+                rows = model.get_input_embeddings().weight[list(TRAINABLE_TOKENS)]
+                parameter.mul_(0.1).add_(rows)
         for module in model.modules():
             if getattr(module, "lora_magnitude_vector", None):
                 set_magnitudes(module)
-    return model.to(device).train()
+    if spec.checkpointing:
+        # transformers 5 has another name for it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(CHECKPOINTING)
+    return model.train()
 
 
 def scaled(name: str, draw: Tensor, spec: ModelSpec) -> Tensor:
     """Standard normal draws, scaled to what the parameter of this name is for."""
-    if "lora_B" in name:
-        return LORA_B_SCALE * LORA_ALPHA / spec.lora_alpha * draw
+    if "lora_B" in name or "lora_embedding_B" in name:
+        return (NEXT_TO_ZERO if spec.fresh else LORA_B_SCALE) * LORA_ALPHA / spec.lora_alpha * draw
     if draw.dim() == 1:
         return 1 + 0.1 * draw if "norm" in name or "ln_" in name else 0.1 * draw
     if "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -105,6 +107,8 @@ class ModelState:
             elif not same(before, now[name].detach().cpu()):
                 found.append(f"frozen weight {name} changed")
         for name, parameter in self.model.named_parameters():
+            if name in self.adapter and parameter.dtype != self.adapter[name].dtype:
+                found.append(f"{name} is left in {parameter.dtype}, was {self.adapter[name].dtype}")
             if parameter.requires_grad and name not in self.trainable:
                 found.append(f"{name} now asks for a gradient")
             elif not parameter.requires_grad and name in self.trainable:
@@ -213,46 +217,52 @@ def run_or_refusal(distill: Callable[..., Any], scenario: Scenario, device: str)
     """The run, or what the trainer raised where the scenario may be refused."""
     model = build(scenario.model, device)
     samples = samples_of(scenario)
-    handed = deepcopy(samples)
+    handed = deepcopy(list(samples))
     refused: Refusal | None = None
-    random_states: list[Tensor] = []
+    random_states: list[Mapping[str, bytes]] = []
+    settings = process_settings()
 
-    def call(on: Any, batch: Sequence[Sample], optimizer_cls: type[torch.optim.Optimizer], seed: int) -> Any:
+    def call(on: Any, batch: list[Sample], optimizer_cls: type[torch.optim.Optimizer], seed: int) -> Any:
         nonlocal refused
         state = ModelState(on) if scenario.may_refuse else None
         with implementation_errors("distill"), seeded(seed):
             try:
-                return distill(on, list(batch), scenario.training, optimizer_cls)
+                return distill(on, batch, scenario.training, optimizer_cls)
             except Exception as error:
                 if state is None or not scenario.accepts(error):
                     raise
                 refused = Refusal(error, state.changed())
             finally:
-                random_states.append(torch.random.get_rng_state())
+                random_states.append(random_state())
 
     for number, kind in enumerate(scenario.history, start=1):
         on, batch = (
             (disturbed(model, scenario.seed), samples) if kind == "another" else (model, sampled_otherwise(samples))
         )
-        call(on, deepcopy(batch), torch.optim.AdamW, scenario.seed + number)
+        call(on, deepcopy(list(batch)), torch.optim.AdamW, scenario.seed + number)
+        restore_settings(settings)  # what it leaves changed is to be seen at the judged call
     state, recorder = ModelState(model), StepRecorder(model)
     try:
-        returned = call(model, handed, recorder.optimizer_cls, scenario.seed)
+        given = list(handed)
+        returned = call(model, given, recorder.optimizer_cls, scenario.seed)
         if refused is not None and not refused.changed:
             return refused
         with implementation_errors("reading the model after distill"):
             changed = state.changed_frozen() + changed_samples(samples, handed)
+            if [id(one) for one in given] != [id(one) for one in handed]:
+                changed = (*changed, "the list of samples changed")
             now = dict(model.named_parameters())
             final = {name: now[name].detach().to("cpu", copy=True) for name in state.adapter if name in now}
     finally:
-        restore_settings(state.settings)
+        restore_settings(settings)
     if refused is not None:
         changed = (*changed, f"the batch was refused ({refused.error}), but {refused.changed[0]}")
         raise ImplementationError(changed[-1])
-    if len(random_states) > 1 and random_states[-1].equal(random_states[-2]):
-        changed = (
-            *changed,
-            "torch's random state is the same after calls that began with different ones: seeded inside",
+    if len(random_states) > 1:
+        changed += tuple(
+            f"the random state of {whose} is the same after calls that began with different ones: seeded inside"
+            for whose, after in random_states[-1].items()
+            if after == random_states[-2][whose]
         )
     return Observation(
         scenario=scenario,
@@ -305,15 +315,28 @@ def changed_samples(before: Sequence[Sample], after: Sequence[Sample]) -> tuple[
     return tuple(found)
 
 
+def random_state() -> Mapping[str, bytes]:
+    """Of every generator that a trainer's process shares."""
+    return {
+        "torch": torch.random.get_rng_state().numpy().tobytes(),
+        "numpy": repr(numpy.random.get_state(legacy=False)).encode(),
+        "Python": repr(random.getstate()).encode(),
+    }
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The global random state fixed inside and as found afterwards."""
-    state = torch.random.get_rng_state()
+    """The global random states fixed inside and as found afterwards."""
+    states = torch.random.get_rng_state(), numpy.random.get_state(), random.getstate()
     torch.manual_seed(seed)
+    numpy.random.seed(seed)
+    random.seed(seed)
     try:
         yield
     finally:
-        torch.random.set_rng_state(state)
+        torch.random.set_rng_state(states[0])
+        numpy.random.set_state(states[1])
+        random.setstate(states[2])
 
 
 def read_metrics(returned: Any) -> tuple[Mapping[str, float], ...]:

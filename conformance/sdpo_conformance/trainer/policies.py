@@ -52,33 +52,25 @@ def student_logprobs(model: Any, sample: Sample) -> Tensor:
 
 
 @torch.no_grad()
-def base_logprobs(model: Any, sample: Sample) -> Tensor:
-    """(1, T): the response's log-probs with the adapter disabled."""
+def prepare(model: Any, samples: Sequence[Sample], top_k: int) -> list[PreparedSample]:
+    """Everything about the samples that no step changes, with the adapter disabled: once for all, for disabling takes
+    longer than a forward. K = min(max(1, top_k), V); the teacher's log-probs are normalised over the vocabulary."""
+    prepared = []
     with model.disable_adapter():
-        return student_logprobs(model, sample)
-
-
-@torch.no_grad()
-def teacher_topk(model: Any, sample: Sample, top_k: int) -> tuple[Tensor, Tensor]:
-    """Log-probs and indices, each (1, T, K), K = min(max(1, top_k), V), with the adapter disabled; the
-    log-probs are normalised over the whole vocabulary."""
-    with model.disable_adapter():
-        logits = response_logits(model, sample.teacher_prompt_token_ids, sample.response_token_ids)
-    logprobs = torch.log_softmax(logits, dim=-1)
-    values, indices = logprobs.topk(min(max(1, top_k), logprobs.shape[-1]), dim=-1)
-    return values, indices
-
-
-def prepare(model: Any, sample: Sample, top_k: int) -> PreparedSample:
-    """Everything about a sample that no step changes."""
-    logprobs, indices = teacher_topk(model, sample, top_k)
-    return PreparedSample(
-        sample=sample,
-        response_ids=torch.tensor([list(sample.response_token_ids)], device=indices.device),
-        base_logprobs=base_logprobs(model, sample),
-        teacher_logprobs=logprobs,
-        teacher_indices=indices,
-    )
+        for sample in samples:
+            logits = response_logits(model, sample.teacher_prompt_token_ids, sample.response_token_ids)
+            logprobs = torch.log_softmax(logits, dim=-1)
+            values, indices = logprobs.topk(min(max(1, top_k), logprobs.shape[-1]), dim=-1)
+            prepared.append(
+                PreparedSample(
+                    sample=sample,
+                    response_ids=torch.tensor([list(sample.response_token_ids)], device=indices.device),
+                    base_logprobs=student_logprobs(model, sample),
+                    teacher_logprobs=values,
+                    teacher_indices=indices,
+                )
+            )
+    return prepared
 
 
 def recorded_logprobs(model: Any, sample: Sample) -> Tensor:

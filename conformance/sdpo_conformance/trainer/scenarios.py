@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -51,6 +51,9 @@ class Scenario:
     stand inside prompts and responses, at their first and last positions too. ``without_feedback``: samples whose
     teacher prompt is the prompt itself.
 
+    ``nearly``: pairs of samples of which the second is the first but for its "feedback" (another teacher prompt of the
+    same length), its "recorded" log-probs, or one token in the "middle" of its prompt.
+
     ``history``: what the trainer was run on before: "another" model with the same batch, or the "same" one with the
     batch of another sampler (``sampled_otherwise``). What it remembers by batch or by model then belongs to others.
     """
@@ -69,6 +72,7 @@ class Scenario:
     ruled_out: bool = False
     groups: tuple[int, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
+    nearly: tuple[tuple[int, int, Literal["feedback", "recorded", "middle"]], ...] = ()
     special: bool = False
     without_feedback: tuple[int, ...] = ()
     history: tuple[Literal["another", "same"], ...] = ()
@@ -203,17 +207,20 @@ def small(family: Family, seed: int, **more: Any) -> ModelSpec:
 WIDER: tuple[Scenario, ...] = (
     Scenario(
         name="defaults",
-        shows="every hyperparameter at its default; twelve samples, groups that share their prompts, two samples "
-        "twice, one response after two prompts of a group; pad = eos, as CLaaS sets it, both inside prompts and "
-        "responses; recorded log-probs of exactly 0",
+        shows="every hyperparameter at its default; seventeen samples, groups that share their prompts, two samples "
+        "twice, one response after two prompts of a group, the same but for feedback, for recorded log-probs and for "
+        "one token in the middle of the prompt; pad = eos, as CLaaS sets it, both inside prompts and responses; "
+        "prompts that begin with bos twice; recorded log-probs of exactly 0",
         model=small("qwen3", 21, eos=2, pad=2, bos=1),
         training=TrainingConfig(),
         lengths=(
             *((4, 6, 5), (4, 6, 5), (4, 6, 9), (5, 5, 5), (5, 5, 3), (5, 5, 5)),
             *((1, 7, 8), (1, 7, 8), (8, 3, 8), (8, 3, 1), (2, 9, 2), (9, 2, 4)),
+            *((5, 5, 3), (8, 3, 8), (8, 3, 8), (9, 2, 4), (6, 8, 1)),
         ),
-        groups=(0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 5),
+        groups=(0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10),
         copies=((3, 5), (0, 1)),
+        nearly=((4, 12, "feedback"), (8, 13, "recorded"), (8, 14, "middle"), (11, 15, "middle")),
         sampler="mismatched",
         seed=21,
         special=True,
@@ -227,17 +234,19 @@ WIDER: tuple[Scenario, ...] = (
         training=TrainingConfig(
             learning_rate=1e-3, alpha=0.9, is_clip=0.8, kl_reg_weight=0.3, teacher_top_k=7, steps_per_batch=2
         ),
-        lengths=((300, 310, 270), (1, 140, 130)),
+        lengths=((300, 310, 270), (1, 140, 128)),
         sampler="mismatched",
         seed=22,
         special=True,
     ),
     Scenario(
-        name="eight_steps",
-        shows="eight steps at the default learning rate: the policy hardly moves, and the refresh still counts; "
+        name="ten_steps",
+        shows="ten steps at the default learning rate: the policy hardly moves, and the refresh still counts; "
         "DoRA; samples alike in every length, one without feedback; an anchor of weight 1",
         model=small("llama", 23, dora=True, lora_alpha=128),
-        training=TrainingConfig(teacher_top_k=20, kl_reg_weight=1.0, alpha=0.7, max_grad_norm=100.0, steps_per_batch=8),
+        training=TrainingConfig(
+            teacher_top_k=20, kl_reg_weight=1.0, alpha=0.7, max_grad_norm=100.0, steps_per_batch=10
+        ),
         lengths=((6, 6, 6), (6, 6, 6)),
         sampler="exact",
         seed=23,
@@ -246,8 +255,9 @@ WIDER: tuple[Scenario, ...] = (
     Scenario(
         name="far",
         shows="learning rate 0.1: the policy of a step is far from that of the one before; teacher_top_k = 0, "
-        "which means 1; alpha = 1; a cap that is hardly one; four samples, lengths that coincide",
-        model=small("gpt2", 24),
+        "which means 1; alpha = 1; a cap that is hardly one; four samples, lengths that coincide; another adapter "
+        "beside the active one",
+        model=small("gpt2", 24, beside=True),
         training=TrainingConfig(
             learning_rate=0.1,
             alpha=1.0,
@@ -277,15 +287,15 @@ WIDER: tuple[Scenario, ...] = (
     ),
     Scenario(
         name="called_again",
-        shows="logits that are scaled; a third call: this model, another and this model again, one batch for all; "
-        "alpha = 1 with one token of the teacher",
-        model=small("cohere", 26, tied=True, eos=5, pad=0),
+        shows="logits that are scaled; this model, another and this one twice again, one batch for all; alpha = 1 with "
+        "one token of the teacher; gradient checkpointing on; two tokens that end a response",
+        model=small("cohere", 26, tied=True, eos=(7, 5), pad=0, checkpointing=True),
         training=TrainingConfig(learning_rate=2e-2, alpha=1.0, kl_reg_weight=0.1, teacher_top_k=1, steps_per_batch=2),
         lengths=((5, 8, 7), (4, 6, 9)),
         sampler="mismatched",
         seed=26,
         special=True,
-        history=("same", "another"),
+        history=("same", "another", "same"),
     ),
     Scenario(
         name="saved_head",
@@ -312,10 +322,40 @@ WIDER: tuple[Scenario, ...] = (
         name="anchor_alone",
         shows="no divergence at all (alpha = 0), the anchor alone",
         model=small("llama", 29),
-        training=TrainingConfig(learning_rate=5e-3, alpha=0.0, kl_reg_weight=2.0, teacher_top_k=10, steps_per_batch=2),
-        lengths=((3, 4, 7),),
+        training=TrainingConfig(learning_rate=5e-3, alpha=0.0, kl_reg_weight=2.0, teacher_top_k=10, steps_per_batch=5),
+        lengths=((3, 4, 43),),
         sampler="mismatched",
         seed=29,
+    ),
+    Scenario(
+        name="fresh",
+        shows="an adapter as it begins, B next to 0: the student is the base; seven samples, each response shorter "
+        "than the one before; alpha next to 1",
+        model=small("qwen3", 30, fresh=True, lora_alpha=16),
+        training=TrainingConfig(learning_rate=5e-3, alpha=0.99, kl_reg_weight=0.5, teacher_top_k=16, steps_per_batch=2),
+        lengths=((2, 4, 7), (4, 6, 6), (3, 5, 5), (5, 3, 4), (1, 2, 3), (3, 4, 2), (2, 3, 1)),
+        sampler="mismatched",
+        seed=30,
+    ),
+    Scenario(
+        name="faint",
+        shows="a gradient far below 1e-3: a cap and an anchor weight of 2e-6; nine samples; LoRA on the embedding",
+        model=small("llama", 31, embedding="lora"),
+        training=TrainingConfig(learning_rate=1e-3, is_clip=2e-6, kl_reg_weight=2e-6, teacher_top_k=12),
+        lengths=((1, 2, 1), (2, 3, 2), (1, 3, 1), (2, 2, 2), (3, 4, 1), (2, 4, 3), (1, 2, 2), (2, 2, 1), (3, 1, 1)),
+        sampler="mismatched",
+        seed=31,
+    ),
+    Scenario(
+        name="alone",
+        shows="one sample of which nothing was recorded, one step, after a call on this model; a prompt and a response "
+        "of 64 tokens; alpha next to 0; trainable token rows",
+        model=small("qwen3", 32, embedding="tokens", positions=160),
+        training=TrainingConfig(learning_rate=5e-3, alpha=0.01, kl_reg_weight=0.1, teacher_top_k=20),
+        lengths=((64, 66, 64),),
+        sampler="partial",
+        seed=32,
+        history=("same",),
     ),
 )
 """What a trainer meets besides, on models of some thousand parameters: run where the others found nothing."""
@@ -335,7 +375,8 @@ def within_claims(scenario: Scenario, claims: Claims) -> Scenario:
     # no longer its own
     training = replace(training, is_clip=max(training.is_clip, 1.3))
     history = tuple(call for call in scenario.history if call == "another")
-    return replace(scenario, training=training, sampler="exact", certain=False, history=history)
+    nearly = tuple(one for one in scenario.nearly if one[2] != "recorded")
+    return replace(scenario, training=training, sampler="exact", certain=False, history=history, nearly=nearly)
 
 
 def in_dtype(scenario: Scenario, dtype: str) -> Scenario:
@@ -378,9 +419,17 @@ def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
 
     samples: list[Sample] = []
     original = {copy: first for first, copy in scenario.copies}
+    almost = {other: (first, but) for first, other, but in scenario.nearly}
     for index, (prompt_length, teacher_length, response_length) in enumerate(scenario.lengths):
         if index in original:
             samples.append(samples[original[index]])
+            continue
+        if index in almost:
+            first, but = almost[index]
+            sample = all_but(samples[first], but, tokens)
+            if but == "middle":
+                sample = replace(sample, response_logprobs=recording(model, sample, scenario, generator))
+            samples.append(sample)
             continue
         prompt, teacher_prompt = tokens(prompt_length), tokens(teacher_length)
         if scenario.special:
@@ -408,10 +457,24 @@ def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
+def all_but(sample: Sample, what: str, tokens: Callable[[int], list[int]]) -> Sample:
+    """The sample with another teacher prompt, other log-probs, or another token in the middle of its prompt."""
+    if what == "recorded":
+        assert sample.response_logprobs is not None
+        return replace(sample, response_logprobs=[r - 0.7 for r in sample.response_logprobs])
+    if what == "feedback":
+        return replace(sample, teacher_prompt_token_ids=tokens(len(sample.teacher_prompt_token_ids)))
+    prompt = list(sample.prompt_token_ids)
+    middle = len(prompt) // 2
+    prompt[middle] = 3 + (prompt[middle] + 1) % 7
+    return replace(sample, prompt_token_ids=prompt)
+
+
 def with_special(ids: Sequence[int], spec: ModelSpec, index: int) -> list[int]:
     """Special tokens at the first, a middle and the last positions, in another way for each of four indices."""
     found, middle = list(ids), len(ids) // 2
     bos, eos, pad = spec.bos or 0, spec.eos or 0, spec.pad or 0
+    eos = eos[-1] if isinstance(eos, tuple) else eos
     if index % 4 == 0:
         found[0], found[middle], found[-1] = bos, spec.vocabulary - 1, eos
     elif index % 4 == 1:
@@ -420,7 +483,8 @@ def with_special(ids: Sequence[int], spec: ModelSpec, index: int) -> list[int]:
     elif index % 4 == 2:
         found[-1], found[0] = eos, eos
     else:
-        found[middle], found[-1] = eos, bos
+        found[0], found[middle], found[-1] = bos, eos, bos
+        found[1:2] = [bos] if len(found) > 4 else found[1:2]
     return found
 
 

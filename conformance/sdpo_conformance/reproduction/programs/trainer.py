@@ -27,6 +27,8 @@ CONFIG_CLASS = "LlamaConfig"
 MODEL_CLASS = "LlamaForCausalLM"
 CONFIG: dict[str, Any] = {}
 LORA: dict[str, Any] = {}
+BESIDE: dict[str, Any] = {}
+CHECKPOINTING: dict[str, Any] = {}
 TRAINING: dict[str, Any] = {}
 SAMPLES: list[dict[str, Any]] = []
 HISTORY: list[str] = []
@@ -86,8 +88,13 @@ def build() -> Any:
     config._attn_implementation = "eager"
     base = getattr(transformers, MODEL_CLASS)(config).to(getattr(torch, DTYPE))
     model: Any = peft.get_peft_model(base, peft.LoraConfig(**LORA))
+    if BESIDE:  # an adapter that is not active
+        model.add_adapter("beside", peft.LoraConfig(**BESIDE))
     weights = {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}
     model.load_state_dict(weights)
+    if CHECKPOINTING:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(CHECKPOINTING)
     return model.to(DEVICE).train()
 
 

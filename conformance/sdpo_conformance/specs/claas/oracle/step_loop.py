@@ -190,7 +190,7 @@ def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 def step_loop(model: Any, samples: Sequence[Sample], training: TrainingConfig) -> StepLoopTruth:
     """Run the loop on a float64 model, whose adapter it updates in place."""
-    prepared = [prepare(model, sample, training.teacher_top_k) for sample in samples]
+    prepared = prepare(model, samples, training.teacher_top_k)
     behaviour = [recorded_logprobs(model, sample) for sample in samples]
     optimizer = AdamW(training.learning_rate)
     steps: list[StepTruth] = []

@@ -51,7 +51,7 @@ class Ground:
         top_k = scenario.training.teacher_top_k
         self.adapter = trainable(self.model)
         model = self.at(self.start)
-        self.prepared: list[PreparedSample] = [prepare(model, sample, top_k) for sample in self.samples]
+        self.prepared: list[PreparedSample] = prepare(model, self.samples, top_k)
         self.recorded: list[Tensor] = [recorded_logprobs(model, sample) for sample in self.samples]
 
     def from_weights(self, weights: Weights) -> Ground:

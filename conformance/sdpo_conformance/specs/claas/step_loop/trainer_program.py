@@ -16,7 +16,14 @@ from sdpo_conformance.reproduction.program import filled, location
 from sdpo_conformance.specs.claas import SPEC
 from sdpo_conformance.specs.claas.oracle.step_loop import BETAS, EPSILON, WEIGHT_DECAY
 from sdpo_conformance.specs.requirement import Requirement
-from sdpo_conformance.trainer.models import CLASSES, build, config_arguments, lora_arguments
+from sdpo_conformance.trainer.models import (
+    CHECKPOINTING,
+    CLASSES,
+    beside_arguments,
+    build,
+    config_arguments,
+    lora_arguments,
+)
 from sdpo_conformance.trainer.scenarios import Scenario, samples_of
 
 
@@ -57,6 +64,8 @@ def write_reproduction(
             "MODEL_CLASS": model_class,
             "CONFIG": config_arguments(scenario.model),
             "LORA": lora_arguments(scenario.model),
+            "BESIDE": beside_arguments(scenario.model),
+            "CHECKPOINTING": CHECKPOINTING if scenario.model.checkpointing else {},
             "TRAINING": asdict(scenario.training),
             "SAMPLES": [asdict(sample) for sample in given],
             "HISTORY": list(scenario.history),
