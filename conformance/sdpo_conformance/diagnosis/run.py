@@ -173,34 +173,33 @@ def quality(error: float) -> str:
 def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[str, Any] | None]:
     """A trainer's diagnosis: the mistake that its gradients equal; where none explains half of the wrong steps, what
     is wrong where."""
-    ranked, located = gathered(failed)
-    chosen = [one for one in ranked if 2 * sum(one.steps.values()) >= located.wrong]
-    if not chosen:
+    found = gathered(failed)
+    if found.defect is None:
         anchor = stated(failed)
         if anchor is not None:
             return [
                 f"{anchor.name}: its kl_reg is the one reported{where}",
                 f"{anchor.sentence} Fix: {anchor.fix}",
             ], None
-        lines = [f"no catalogued cause fits{where}"] if ranked or located.wrong else []
-        lines += located.words
+        lines = [f"no catalogued cause fits{where}"] if found.wrong else []
+        lines += found.located
         first = next((one for one in failed if one.level is Level.MUST), None)
-        if not located.wrong and first is not None:
-            found = first.failure
+        if not found.wrong and first is not None:
+            said = first.failure
             lines.append(
-                f"{first.requirement}: {found.get('aspect')}: expected {found.get('expected')}, got {found.get('got')}"
+                f"{first.requirement}: {said.get('aspect')}: expected {said.get('expected')}, got {said.get('got')}"
             )
         return lines, None
-    best = chosen[0]
-    explained = sum(best.steps.values())
-    inside = ", in the loss of the loop" if best.in_loss else ""
-    lines = [f"{best.defect.shown}{inside}: explains the gradient of {explained} of {located.wrong} wrong steps{where}"]
-    lines.append(f"{best.defect.sentence} Fix: {best.defect.fix}")
-    if best.alike:
-        lines.append(not_apart(best.alike))
-    if explained < located.wrong:
-        lines.append(f"{located.wrong - explained} wrong steps remain unexplained: there is more wrong than this")
-    return lines, of_defect(best.defect, explained, located.wrong, 0.0, best.alike)
+    inside = ", in the loss of the loop" if found.in_loss else ""
+    shown = f"{found.defect.shown}{inside}"
+    lines = [f"{shown}: explains the gradient of {found.explained} of {found.wrong} wrong steps{where}"]
+    lines.append(f"{found.defect.sentence} Fix: {found.defect.fix}")
+    if found.alike:
+        lines.append(not_apart(found.alike))
+    if found.explained < found.wrong:
+        rest = found.wrong - found.explained
+        lines.append(f"{rest} wrong steps remain unexplained: there is more wrong than this")
+    return lines, of_defect(found.defect, found.explained, found.wrong, 0.0, found.alike)
 
 
 def of_defect(defect: Defect, explained: int, of: int, error: float, equivalent: Sequence[str]) -> dict[str, Any]:

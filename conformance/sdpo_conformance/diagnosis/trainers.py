@@ -3,60 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sdpo_conformance.judging.records import Record
 from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.defect import Defect
 
-HALF = 0.5
-"""Share of the wrong steps from which on a mistake is named."""
-
-
-@dataclass
-class Named:
-    """A defect with the wrong steps of all runs that it explains, and those that nobody can tell from it."""
-
-    defect: Defect
-    in_loss: bool
-    steps: dict[str, int] = field(default_factory=dict)
-    alike: list[str] = field(default_factory=list)
-
 
 @dataclass(frozen=True)
-class Located:
-    """What is known without a name: of each scenario, in words."""
+class NamedTrainer:
+    """What the gradients of all runs together show: the mistake, if any, how many of the ``wrong`` steps it explains,
+    what nobody can tell from it, and where the gradient is wrong, in words."""
 
-    words: tuple[str, ...]
+    defect: Defect | None
+    in_loss: bool
+    explained: int
     wrong: int
+    alike: tuple[str, ...]
+    located: tuple[str, ...]
 
 
-def gathered(failed: Sequence[Record]) -> tuple[list[Named], Located]:
-    """The mistakes that the failures' gradients equal, most explained first; where they are wrong."""
+def gathered(failed: Sequence[Record]) -> NamedTrainer:
+    """What the failures keep about the gradients. Processes may have seen different runs: the one with most counts."""
     known = catalogue()
-    named: dict[str, Named] = {}
-    wrong: dict[str, int] = {}
-    words: dict[str, str] = {}
+    best = NamedTrainer(None, False, 0, 0, (), ())
     for record in failed:
         evidence: Mapping[str, Any] | None = record.failure.get("evidence")
-        if evidence is None:
+        if evidence is None or int(evidence["wrong"]) <= best.wrong:
             continue
-        scenario = str(record.failure.get("scenario"))
-        wrong[scenario] = int(evidence["wrong"])
-        if evidence["located"]:
-            words[scenario] = f"{evidence['located']} ({scenario})"
-        mistake = evidence["mistake"]
-        if mistake is None or mistake["name"] not in known:
-            continue
-        defect = known[mistake["name"]]
-        if mistake["value"] is not None:
-            defect = defect.at(float(mistake["value"]))
-        one = named.setdefault(defect.name, Named(defect, bool(mistake["in_loss"])))
-        one.steps[scenario] = int(evidence["explained"])
-        one.alike = [name for name in evidence["alike"] if name != defect.name]
-    ranked = sorted(named.values(), key=lambda one: -sum(one.steps.values()))
-    return ranked, Located(tuple(words.values()), sum(wrong.values()))
+        mistake, defect = evidence["mistake"], None
+        if mistake is not None and mistake["name"] in known:
+            defect = known[mistake["name"]]
+            if mistake["value"] is not None:
+                defect = defect.at(float(mistake["value"]))
+        best = NamedTrainer(
+            defect,
+            in_loss=mistake is not None and bool(mistake["in_loss"]),
+            explained=int(evidence["explained"]),
+            wrong=int(evidence["wrong"]),
+            alike=tuple(evidence["alike"]),
+            located=tuple(f"{words} ({scenario})" for scenario, words in evidence["located"].items()),
+        )
+    return best
 
 
 def stated(failed: Sequence[Record]) -> Defect | None:

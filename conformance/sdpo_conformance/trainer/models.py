@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -273,7 +274,29 @@ def frozen_weights(model: Any) -> dict[str, Tensor]:
 
 
 def float64_copy(model: Any) -> Any:
-    """A copy on the CPU with every weight upcast exactly, without dropout or gradient checkpointing."""
+    """A copy on the CPU with every weight upcast exactly, without dropout or gradient checkpointing. It is asked often:
+    its ``disable_adapter`` spares PEFT's survey of all layers, and ``adapter_is_off`` says where one is inside it."""
     twin = copy.deepcopy(model).to(device="cpu", dtype=torch.float64).eval()
     twin.zero_grad(set_to_none=True)
+    twin.adapter_is_off = False
+    twin.disable_adapter = partial(adapter_off, twin)
     return twin
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The base model, as inside PEFT's ``disable_adapter``."""
+    # a property of PEFT's layers; of a transformers model the name is a method's
+    layers = [
+        module for module in model.modules() if isinstance(getattr(type(module), "disable_adapters", 0), property)
+    ]
+    before = model.adapter_is_off
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        model.adapter_is_off = True
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(not before)
+        model.adapter_is_off = before

@@ -13,6 +13,12 @@ REFINEMENTS = 36
 NEARBY = 1e-3
 """Relative step from a value at which a defect does nothing, as a temperature of 1."""
 
+PATIENCE = 6
+"""Halvings after which the distances inside the interval must have fallen: towards a value that fits they fall with the
+interval, to a twentieth."""
+
+FALLEN = 0.7
+
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -44,17 +50,22 @@ class Parameter:
         index = self.values.index(best)
         low, high = self.values[max(index - 1, 0)], self.values[min(index + 1, len(self.values) - 1)]
 
-        def seen(value: float) -> float:
-            if value not in tried:
-                tried[value] = distance(value)
-            return tried[value]
-
+        a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+        at_a, at_b = distance(a), distance(b)
+        tried |= {a: at_a, b: at_b}
+        larger: list[float] = []
         for _ in range(REFINEMENTS):
-            a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-            if seen(a) <= seen(b):
-                high = b
+            larger.append(max(at_a, at_b))
+            if len(larger) > PATIENCE and larger[-1] > FALLEN * larger[-1 - PATIENCE]:
+                break
+            if at_a <= at_b:
+                high, b, at_b = b, a, at_a
+                a = high - GOLDEN * (high - low)
+                tried[a] = at_a = distance(a)
             else:
-                low = a
+                low, a, at_a = a, b, at_b
+                b = low + GOLDEN * (high - low)
+                tried[b] = at_b = distance(b)
         best = min(tried, key=lambda value: tried[value])
         return best, tried[best]
 

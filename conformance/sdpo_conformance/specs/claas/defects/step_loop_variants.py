@@ -38,7 +38,8 @@ class Prepared:
 @dataclass
 class Run:
     """What the parts share during one call. ``step`` counts from 1; ``losses`` and ``results`` are the present
-    step's, per sample; ``metrics`` those reported so far; ``kept``: what a part leaves for later."""
+    step's, per sample; ``metrics`` those reported so far; ``kept``: what a part leaves for later; ``read``: the logits
+    of a forward without gradient, where they may be known already."""
 
     model: Any
     training: Any
@@ -51,6 +52,7 @@ class Run:
     metrics: list[Metrics] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
     forward: Callable[[Run, Tensor, Tensor], Tensor] | None = None
+    read: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 # --- one forward ---
@@ -58,7 +60,27 @@ class Run:
 
 def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
     """The logits that predict the response, (1, T, V), of one sample by itself."""
-    return run.model(input_ids=ids, use_cache=False).logits[:, -response.shape[1] - 1 : -1]
+    if run.read is not None and not torch.is_grad_enabled():
+        return run.read(ids, response)
+    return read(run.model, ids, response)
+
+
+def read(model: Any, ids: Tensor, response: Tensor) -> Tensor:
+    """The logits of a row (1, P + T) that predict its response, (1, T, V)."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, -response.shape[1] - 1 : -1]
+    return logits
+
+
+@dataclass(frozen=True)
+class ChangedLogits:
+    """A forward that changes the right logits; ``of_student``: those with gradient alone."""
+
+    change: Callable[[Tensor], Tensor]
+    of_student: bool = False
+
+    def __call__(self, run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        logits = forward(run, ids, response)
+        return logits if self.of_student and not torch.is_grad_enabled() else self.change(logits)
 
 
 def logits_at_response(run: Run, ids: Tensor, response: Tensor) -> Tensor:

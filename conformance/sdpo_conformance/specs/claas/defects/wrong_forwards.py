@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdpo_conformance.specs.claas.defects import step_loop_variants as right
-from sdpo_conformance.specs.claas.defects.step_loop_variants import Run
+from sdpo_conformance.specs.claas.defects.step_loop_variants import ChangedLogits, Run
 
 
 def rows_with(run: Run, ids: Tensor) -> list[Tensor]:
@@ -77,6 +78,16 @@ def positions_from(start: int) -> Callable[[Run, Tensor, Tensor], Tensor]:
     return forward
 
 
+def with_token_before(token: int) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """Another token before every prompt."""
+    return lambda run, ids, response: right.read(run.model, torch.nn.functional.pad(ids, (1, 0), value=token), response)
+
+
+def last_tokens(count: float) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """Prompts cut to their last tokens."""
+    return lambda run, ids, response: right.read(run.model, ids[:, -int(count) - response.shape[1] :], response)
+
+
 def constant_positions(run: Run, ids: Tensor, response: Tensor) -> Tensor:
     """Every token at position 0."""
     return read(run.model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False).logits, response)
@@ -113,13 +124,15 @@ def without_final_norm(run: Run, ids: Tensor, response: Tensor) -> Tensor:
         handle.remove()
 
 
-def through(change: Callable[[Tensor], Tensor]) -> Callable[[Run, Tensor, Tensor], Tensor]:
+def through(change: Callable[[Tensor], Tensor]) -> ChangedLogits:
     """The right logits, changed."""
-    return lambda run, ids, response: change(right.forward(run, ids, response))
+    return ChangedLogits(change)
 
 
 def student_only(forward: Callable[[Run, Tensor, Tensor], Tensor]) -> Callable[[Run, Tensor, Tensor], Tensor]:
     """A wrong forward for the student with gradient alone: what is read without gradient is right."""
+    if isinstance(forward, ChangedLogits):
+        return replace(forward, of_student=True)
 
     def either(run: Run, ids: Tensor, response: Tensor) -> Tensor:
         return (forward if torch.is_grad_enabled() else right.forward)(run, ids, response)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,9 +13,18 @@ from torch import Tensor
 from sdpo_conformance.specs.claas.defects import step_loop_variants as right
 from sdpo_conformance.specs.claas.defects import wrong_forwards as forwards
 from sdpo_conformance.specs.claas.defects.defect import Defect
-from sdpo_conformance.specs.claas.defects.parameter import Parameter, logarithmic
+from sdpo_conformance.specs.claas.defects.parameter import Parameter, logarithmic, whole_numbers
 from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, Run, TrainerParts, logprobs, topk, trainer
-from sdpo_conformance.specs.claas.defects.wrong_trainer import ADAPTER_OFF, ONE_SAMPLE, REFRESH, STEP_ONE, fitted, loop
+from sdpo_conformance.specs.claas.defects.wrong_trainer import (
+    ADAPTER_OFF,
+    NO_ANCHOR,
+    ONE_SAMPLE,
+    REFRESH,
+    SIZES,
+    STEP_ONE,
+    fitted,
+    loop,
+)
 
 KEEP_WITH = "Keep each sample's behaviour log-probs with the sample."
 TEMPERATURES = logarithmic(0.3, 3.3, 12)
@@ -194,6 +204,76 @@ def teacher_of_first(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
     prompt = first.teacher_ids[:, : first.teacher_ids.shape[1] - first.response.shape[1]]
     with run.model.disable_adapter():
         return topk(run, torch.cat([prompt, one.response], dim=1), one.response, run.training.teacher_top_k)
+
+
+def teacher_of_neighbour(order: int) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
+    """Every sample is scored behind another one's teacher prompt."""
+
+    def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+        index = next(i for i, other in enumerate(run.batch) if other is one)
+        other = run.batch[(index + order) % len(run.batch)]
+        prompt = other.teacher_ids[:, : other.teacher_ids.shape[1] - other.response.shape[1]]
+        with run.model.disable_adapter():
+            return topk(run, torch.cat([prompt, one.response], dim=1), one.response, run.training.teacher_top_k)
+
+    return teacher
+
+
+def teacher_behind_prompt(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The teacher reads the student's prompt and then its own."""
+    prompt = one.ids[:, : one.ids.shape[1] - one.response.shape[1]]
+    with run.model.disable_adapter():
+        return topk(run, torch.cat([prompt, one.teacher_ids], dim=1), one.response, run.training.teacher_top_k)
+
+
+def base_at(temperature: float) -> Callable[[Run, Prepared], Tensor]:
+    """Base log-probs at a temperature."""
+
+    def base(run: Run, one: Prepared) -> Tensor:
+        with torch.no_grad(), run.model.disable_adapter():
+            scores = right.logits_at_response(run, one.ids, one.response) / temperature
+        return scores.log_softmax(-1).gather(-1, one.response.unsqueeze(-1)).squeeze(-1)
+
+    return base
+
+
+def base_in_bfloat16(run: Run, one: Prepared) -> Tensor:
+    """Base log-probs kept in bfloat16."""
+    found = right.base(run, one)
+    return found.bfloat16().to(found.dtype)
+
+
+def anchored_by_schedule(weight: Callable[[Run], float]) -> Callable[[Run], None]:
+    """The anchor's weight follows a schedule over the steps."""
+
+    def before_step(run: Run) -> None:
+        given = run.kept.setdefault("training", run.training)
+        run.training = dataclasses.replace(given, kl_reg_weight=given.kl_reg_weight * weight(run))
+
+    return before_step
+
+
+def averaged_from_base(decay: float) -> Callable[[Run], None]:
+    """The teacher is a moving average of the adapter that starts as the base, scored again from the second step on."""
+
+    def before_step(run: Run) -> None:
+        if run.step == 1:
+            adapter = [p for p in run.model.parameters() if p.requires_grad]
+            run.kept["average"] = [torch.zeros_like(p) for p in adapter]
+            return
+        adapter = [p for p in run.model.parameters() if p.requires_grad]
+        now = [p.detach().clone() for p in adapter]
+        with torch.no_grad():
+            average = [decay * kept + (1 - decay) * p for kept, p in zip(run.kept["average"], now, strict=True)]
+            run.kept["average"] = average
+            for p, value in zip(adapter, average, strict=True):
+                p.copy_(value)
+            for one in run.batch:
+                one.support = topk(run, one.teacher_ids, one.response, run.training.teacher_top_k)
+            for p, value in zip(adapter, now, strict=True):
+                p.copy_(value)
+
+    return before_step
 
 
 def averaged_teacher(decay: float, adapter_at_first: bool) -> Callable[[Run], None]:
@@ -537,6 +617,100 @@ DEFECTS = (
         DECAYS,
         0.99,
     ),
+    numbered(
+        "teacher-moving-average-from-base",
+        "The teacher is a moving average (0.9) of the adapter from the second step on, which starts as the base.",
+        ("STEP-5",),
+        ADAPTER_OFF,
+        "decay",
+        lambda d: TrainerParts(before_step=averaged_from_base(d)),
+        DECAYS,
+        0.9,
+    ),
+    loop(
+        "teacher-prompt-of-next-sample",
+        "Each sample's teacher reads the next sample's prompt.",
+        ("STEP-5",),
+        "Each sample has its own teacher prompt.",
+        trainer(teacher=teacher_of_neighbour(1)),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "teacher-prompt-of-previous-sample",
+        "Each sample's teacher reads the previous sample's prompt.",
+        ("STEP-5",),
+        "Each sample has its own teacher prompt.",
+        trainer(teacher=teacher_of_neighbour(-1)),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "teacher-behind-student-prompt",
+        "The teacher reads the student's prompt and then its own.",
+        ("STEP-5",),
+        "Score teacher_prompt_token_ids + response_token_ids.",
+        trainer(teacher=teacher_behind_prompt),
+    ),
+    numbered(
+        "support-capped",
+        "The support has at most 16 tokens, whatever teacher_top_k.",
+        ("STEP-5",),
+        TOP_K,
+        "K at most",
+        lambda k: TrainerParts(teacher=supported(lambda top_k: min(int(k), top_k))),
+        whole_numbers(SIZES),
+        16,
+        whole=True,
+    ),
+    numbered(
+        "support-at-share",
+        "The support has 0.5 times teacher_top_k tokens.",
+        ("STEP-5",),
+        TOP_K,
+        "times",
+        lambda c: TrainerParts(teacher=supported(lambda top_k: int(top_k * c))),
+        (0.1, 0.2, 0.25, 1 / 3, 0.5, 0.75, 0.8, 0.9, 1.5, 2.0, 4.0),
+        0.5,
+        whole=True,
+    ),
+    numbered(
+        "base-at-temperature",
+        "The base's logits are divided by a temperature of 2.",
+        ("STEP-5",),
+        "Temperature 1.",
+        "temperature",
+        lambda t: TrainerParts(base=base_at(t)),
+        TEMPERATURES,
+        2.0,
+    ),
+    loop(
+        "base-in-bfloat16",
+        "The base's log-probs are kept in bfloat16.",
+        ("STEP-5",),
+        "Keep log-probs in float32.",
+        trainer(base=base_in_bfloat16),
+        (),
+        NO_ANCHOR,
+    ),
+    loop(
+        "anchor-weight-warmed-up",
+        "The anchor's weight grows linearly over the steps, to kl_reg_weight at the last.",
+        ("STEP-1", "STEP-2"),
+        "loss = distill_loss + kl_reg_weight * kl_reg at every step.",
+        trainer(before_step=anchored_by_schedule(lambda run: run.step / run.training.steps_per_batch)),
+        (),
+        NO_ANCHOR,
+    ),
+    loop(
+        "anchor-weight-decayed",
+        "The anchor's weight falls linearly over the steps, from kl_reg_weight at the first.",
+        ("STEP-2",),
+        "loss = distill_loss + kl_reg_weight * kl_reg at every step.",
+        trainer(before_step=anchored_by_schedule(lambda run: 1 - (run.step - 1) / run.training.steps_per_batch)),
+        (),
+        NO_ANCHOR,
+    ),
     loop(
         "base-one-token-early",
         "The base log-probs are sliced one position early.",
@@ -557,6 +731,28 @@ DEFECTS = (
         ("STEP-5",),
         ADAPTER_OFF,
         trainer(before_step=anchored_to_behaviour),
+    ),
+    numbered(
+        "token-before-prompt",
+        "Every prompt gets a token more at its start: token 0.",
+        ("STEP-1", "STEP-2"),
+        "The prompts are read as they are given.",
+        "token",
+        lambda token: TrainerParts(forward=forwards.with_token_before(int(token))),
+        whole_numbers(range(6)),
+        0,
+        whole=True,
+    ),
+    numbered(
+        "prompts-truncated",
+        "Prompts are cut to their last 4 tokens.",
+        ("STEP-1", "STEP-2"),
+        "Read the response after the whole prompt.",
+        "tokens",
+        lambda count: TrainerParts(forward=forwards.last_tokens(count)),
+        whole_numbers((2, 3, 4, 5, 6, 7, 8)),
+        4,
+        whole=True,
     ),
     loop(
         "student-one-token-late",
@@ -611,7 +807,17 @@ DEFECTS = (
         PACKING,
         forwards.student_only(forwards.packed(reset=True)),
     ),
-    read_otherwise("positions-from-one", "position_ids count from 1.", PADDING, forwards.positions_from(1)),
+    numbered(
+        "positions-from-one",
+        "position_ids count from 1.",
+        ("STEP-1", "STEP-2"),
+        PADDING,
+        "from",
+        lambda start: TrainerParts(forward=forwards.positions_from(int(start))),
+        whole_numbers((1, 2, 3, 4, 8)),
+        1,
+        whole=True,
+    ),
     read_otherwise("positions-constant", "Every token is at position 0.", PADDING, forwards.constant_positions),
     read_otherwise(
         "prompt-dropped",
@@ -665,6 +871,47 @@ DEFECTS = (
         lambda t: TrainerParts(forward=forwards.student_only(forwards.temperature(t))),
         TEMPERATURES,
         0.7,
+    ),
+    loop(
+        "student-logits-in-bfloat16",
+        "The student's logits are rounded to bfloat16, their gradient too; what is read without gradient is not.",
+        ("STEP-1", "STEP-2"),
+        "Keep logits in the model's own precision, and the loss in float32.",
+        trainer(forward=forwards.student_only(forwards.through(lambda z: z.bfloat16().to(z.dtype)))),
+    ),
+    loop(
+        "logits-in-bfloat16",
+        "Every policy's logits are rounded to bfloat16, their gradient too.",
+        ("STEP-1", "STEP-2"),
+        "Keep logits in the model's own precision, and log-probs in float32.",
+        trainer(forward=forwards.through(lambda z: z.bfloat16().to(z.dtype))),
+    ),
+    loop(
+        "tokens-over-longest",
+        "Each sample's token losses are summed and divided by the longest response's length.",
+        ("STEP-7",),
+        MEAN,
+        trainer(reduce=weighed(lambda n: [length / len(n) / max(n) for length in n])),
+        (),
+        "Batches whose responses are equally long.",
+    ),
+    loop(
+        "divided-by-samples-less-one",
+        "The samples' losses are summed and divided by one less than their number.",
+        ("STEP-7",),
+        MEAN,
+        trainer(reduce=weighed(lambda n: [1 / max(1, len(n) - 1) for _ in n])),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "loss-divided-by-steps",
+        "The step's loss is divided by steps_per_batch.",
+        ("STEP-7",),
+        MEAN,
+        trainer(reduce=lambda run: torch.stack(run.losses).mean() / run.training.steps_per_batch),
+        (),
+        STEP_ONE,
     ),
     loop(
         "sum-over-tokens",

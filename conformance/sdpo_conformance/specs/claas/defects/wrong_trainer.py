@@ -32,7 +32,7 @@ Loss = Callable[[Any], Mapping[str, Any]]
 STEP_ONE = "steps_per_batch = 1."
 NO_ANCHOR = "kl_reg_weight = 0, the default."
 ONE_SAMPLE = "Batches of one sample."
-SIZES = (1, 2, 3, 4, 5, 8, 10, 16, 20, 25, 32, 40, 50, 64, 67, 80, 96, 100, 120, 128, 140, 149, 160)
+SIZES = (*range(1, 21), 24, 25, 30, 32, 40, 48, 50, 64, 67, 80, 96, 100, 120, 128, 140, 149, 160)
 """Supports that are tried; the scenarios' vocabularies have 67 and 160 tokens."""
 
 TRAINING = "Training: the adapter is right, the metrics are not."
@@ -169,10 +169,31 @@ def recorded_late(run: Run, one: Prepared) -> Tensor:
     return trainer_variants.first_behaviour(run, one).roll(1, dims=1)
 
 
-def averaged_with_recorded(run: Run) -> None:
-    """Halfway between what was recorded and the current policy."""
+def averaged_with_recorded(share: float) -> Callable[[Run], None]:
+    """Between what was there and the current policy, of which it takes a share."""
+
+    def refresh(run: Run) -> None:
+        for one in run.batch:
+            one.behaviour = (1 - share) * one.behaviour + share * logprobs(run, one.ids, one.response)
+
+    return refresh
+
+
+def every_so_many(steps: float) -> Callable[[Run], None]:
+    """Only after steps that are divisible by a number."""
+
+    def refresh(run: Run) -> None:
+        if run.step % int(steps) == 0:
+            trainer_variants.refresh(run)
+
+    return refresh
+
+
+def in_bfloat16(run: Run) -> None:
+    """Fresh log-probs, kept in bfloat16."""
+    trainer_variants.refresh(run)
     for one in run.batch:
-        one.behaviour = (one.behaviour + logprobs(run, one.ids, one.response)) / 2
+        one.behaviour = one.behaviour.bfloat16().to(one.behaviour.dtype)
 
 
 # --- base and teacher ---
@@ -265,6 +286,28 @@ def unclipped(run: Run) -> float:
 def clipped_to(limit: float) -> Callable[[Run], float]:
     """Clipped to a norm, whatever max_grad_norm."""
     return lambda run: float(torch.nn.utils.clip_grad_norm_(run.parameters, limit))
+
+
+def clipped_at(times: float) -> Callable[[Run], float]:
+    """Clipped to a multiple of max_grad_norm."""
+    return lambda run: float(torch.nn.utils.clip_grad_norm_(run.parameters, times * run.training.max_grad_norm))
+
+
+def clipped_by_order(order: float) -> Callable[[Run], float]:
+    """Clipped by a norm of another order."""
+    return lambda run: float(
+        torch.nn.utils.clip_grad_norm_(run.parameters, run.training.max_grad_norm, norm_type=order)
+    )
+
+
+def clipped_part(kind: str) -> Callable[[Run], float]:
+    """The parameters of one kind clipped by their own norm, the others left."""
+
+    def clip(run: Run) -> float:
+        part = [p for name, p in run.model.named_parameters() if p.requires_grad and kind in name]
+        return float(torch.nn.utils.clip_grad_norm_(part, run.training.max_grad_norm))
+
+    return clip
 
 
 def clipped_each(run: Run) -> float:
@@ -608,10 +651,41 @@ DEFECTS = (
     ),
     loop(
         "refresh-averaged",
-        "The refresh averages old and new log-probs.",
+        "The refresh averages old and new log-probs, the new at a share of 0.5.",
         ("STEP-2", "STEP-3"),
         REFRESH,
-        trainer(refresh=averaged_with_recorded),
+        trainer(refresh=averaged_with_recorded(0.5)),
+        (),
+        STEP_ONE,
+        Parameter(
+            "share",
+            lambda s: TrainerParts(refresh=averaged_with_recorded(s)),
+            (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+            "share of 0.5",
+        ),
+    ),
+    loop(
+        "refresh-every-third-step",
+        "The refresh runs only after steps divisible by 3.",
+        ("STEP-2", "STEP-3"),
+        REFRESH,
+        trainer(refresh=every_so_many(3)),
+        (),
+        STEP_ONE,
+        Parameter(
+            "steps",
+            lambda n: TrainerParts(refresh=every_so_many(n)),
+            whole_numbers((2, 3, 4, 5)),
+            "divisible by 3",
+            whole=True,
+        ),
+    ),
+    loop(
+        "refresh-in-bfloat16",
+        "The refreshed log-probs are kept in bfloat16.",
+        ("STEP-2",),
+        "Keep log-probs in float32.",
+        trainer(refresh=in_bfloat16),
         (),
         STEP_ONE,
     ),
@@ -880,6 +954,52 @@ DEFECTS = (
         (),
         "max_grad_norm = 1, the default.",
         Parameter("norm", lambda c: TrainerParts(clip=clipped_to(c)), logarithmic(1e-3, 10.0, 17), "norm 1"),
+    ),
+    loop(
+        "clip-norm-multiplied",
+        "Gradients are clipped to 2 times max_grad_norm.",
+        ("STEP-8",),
+        "clip_grad_norm_(parameters, max_grad_norm).",
+        trainer(clip=clipped_at(2.0)),
+        (),
+        "Gradients whose norm stays below max_grad_norm.",
+        Parameter(
+            "times", lambda c: TrainerParts(clip=clipped_at(c)), logarithmic(1 / 64, 64.0, 13), "2 times max_grad_norm"
+        ),
+    ),
+    loop(
+        "clip-by-other-norm",
+        "Gradients are clipped by their norm of order 1.",
+        ("STEP-8",),
+        "Clip by the norm of order 2 over all parameters.",
+        trainer(clip=clipped_by_order(1.0)),
+        (),
+        "",
+        Parameter(
+            "order",
+            lambda n: TrainerParts(clip=clipped_by_order(n)),
+            (0.5, 1.0, 1.5, 3.0, 4.0, float("inf")),
+            "order 1",
+            whole=True,
+        ),
+    ),
+    loop(
+        "clip-lora-b-alone",
+        "Only the lora_B parameters are clipped, by their own norm.",
+        ("STEP-8",),
+        "Clip by the norm over all parameters.",
+        trainer(clip=clipped_part("lora_B")),
+        (),
+        "Gradients whose norm stays below max_grad_norm.",
+    ),
+    loop(
+        "clip-lora-a-alone",
+        "Only the lora_A parameters are clipped, by their own norm.",
+        ("STEP-8",),
+        "Clip by the norm over all parameters.",
+        trainer(clip=clipped_part("lora_A")),
+        (),
+        "Gradients whose norm stays below max_grad_norm.",
     ),
     loop(
         "clip-each-parameter",

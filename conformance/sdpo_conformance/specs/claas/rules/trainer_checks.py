@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Sample, TrainingConfig
-from sdpo_conformance.specs.claas.step_loop.findings import findings
+from sdpo_conformance.specs.claas.step_loop.findings import findings_of
 from sdpo_conformance.specs.claas.step_loop.trainer_program import write_reproduction
 from sdpo_conformance.specs.claas.step_loop.unobserved import UNOBSERVED
 from sdpo_conformance.specs.requirement import Level
@@ -48,9 +49,9 @@ def needs_steps(subject: Subject, steps: int) -> None:
         pytest.skip(f"claims max_steps_per_batch = {most}: usable with steps_per_batch up to {most} only")
 
 
-def scenarios(subject: Subject, wider: bool = False) -> Iterator[Scenario]:
-    """The scenarios within the dtypes and claims of the run; other seeds in deeper profiles. ``wider``: those that
-    are run where the first ones found nothing."""
+def scenarios(subject: Subject, wider: bool = False) -> Iterator[list[Scenario]]:
+    """The scenarios within the dtypes and claims of the run; once more with other seeds in deeper profiles.
+    ``wider``: those that are run where the first ones found nothing."""
     chosen: tuple[Scenario, ...] = ()
     for name in ("float32", "float64"):
         if name in subject.dtypes and not chosen:
@@ -62,21 +63,32 @@ def scenarios(subject: Subject, wider: bool = False) -> Iterator[Scenario]:
         pytest.skip(f"no trainer is judged in {', '.join(subject.dtypes)}: only float32, float64 and bfloat16")
     rounds = max(1, subject.profile.examples // EXAMPLES_PER_ROUND)
     for index in range(rounds):
-        for scenario in chosen:
-            yield reseeded(within_claims(scenario, subject.claims), subject.seed * rounds + index)
+        seed = subject.seed * rounds + index
+        yield [reseeded(within_claims(scenario, subject.claims), seed) for scenario in chosen]
 
 
-def observations(subject: Subject, wider: bool = False) -> Iterator[Observation]:
-    """A run of the trainer on each scenario; one that may be refused is left out where it was, and the note says so."""
+def observations(
+    subject: Subject, wider: bool = False
+) -> Iterator[tuple[tuple[Observation, ...], ImplementationError | None]]:
+    """Runs of the trainer on the scenarios up to the one where it failed, if it did, with that error; a scenario that
+    may be refused is left out where it was, and the note says so."""
     require_packages()
     refused: list[str] = []
-    for scenario in scenarios(subject, wider):
-        subject.tally.examples += 1
-        observed = observe(subject.function, scenario, subject.device, owner=subject.implementation)
-        if isinstance(observed, Observation):
-            yield observed
-        elif scenario.model.unusual_head:
-            refused.append(scenario.model.unusual_head)
+    for together in scenarios(subject, wider):
+        runs: list[Observation] = []
+        error: ImplementationError | None = None
+        for scenario in together:
+            subject.tally.examples += 1
+            try:
+                observed = observe(subject.function, scenario, subject.device, owner=subject.implementation)
+            except ImplementationError as raised:
+                error = raised
+                break
+            if isinstance(observed, Observation):
+                runs.append(observed)
+            elif scenario.model.unusual_head:
+                refused.append(scenario.model.unusual_head)
+        yield tuple(runs), error
     if refused and not subject.tally.note:
         subject.tally.note = f"refuses heads with {', '.join(dict.fromkeys(refused))}: not judged on such models"
 
@@ -87,15 +99,18 @@ def judge_runs(subject: Subject, requirement_id: str) -> None:
     for wider in (False, True):
         found: Disagreement | None = None
         anything = False
-        for observation in observations(subject, wider):
-            if not observation.observed:
-                subject.tally.note = UNOBSERVED
-            for finding in findings(observation):
-                anything = True
-                if finding.requirements[0] == requirement_id:
-                    raise reproducible(finding.disagreement, observation)
-                if found is None and requirement_id in finding.requirements:
-                    found = reproducible(finding.disagreement, observation)
+        for runs, error in observations(subject, wider):
+            for observation, found_there in findings_of(runs):
+                if not observation.observed:
+                    subject.tally.note = UNOBSERVED
+                for finding in found_there:
+                    anything = True
+                    if finding.requirements[0] == requirement_id:
+                        raise reproducible(finding.disagreement, observation)
+                    if found is None and requirement_id in finding.requirements:
+                        found = reproducible(finding.disagreement, observation)
+            if error is not None:
+                raise error
         if found is not None:
             raise found
         if anything:

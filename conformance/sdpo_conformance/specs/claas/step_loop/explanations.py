@@ -33,7 +33,7 @@ from sdpo_conformance.specs.claas.step_loop.ground import Moment, Weights
 from sdpo_conformance.specs.claas.step_loop.step_bounds import Bounds
 
 SEARCHES = 2
-"""Steps of one run for which the whole catalogue is tried: what fits none of them has no name in it."""
+"""Runs of which a step is searched for: the first by the whole catalogue, the next without fitting numbers."""
 
 PROMISING = 0.5
 """Of the truth's distance: a number that does not come nearer than this is not refined."""
@@ -42,12 +42,9 @@ NEARER = 0.25
 """Of the truth's distance: a name has to come nearer than this. Half precision's bounds alone are wide enough for
 neighbours of what happened."""
 
-NUMBER_SEARCHES = 3
-"""Runs of one process for which numbers are fitted, ten seconds or so each."""
-
-LOSS_SEARCHES = 1
-"""Runs of one process for which wrong losses are tried as well, as long again."""
-
+ENOUGH = 0.85
+"""Share of all runs' wrong steps from which on a mistake is named; a right step that it would have got wrong counts
+against it as an unexplained one does."""
 
 CLOSE = 0.1
 """Of the bound: nearer than this no other mistake was ever found, unless it is the same one."""
@@ -56,12 +53,6 @@ RATIO = frozenset({"log_ratio", "ratio", "chosen", "logits", "count"})
 ANCHOR = frozenset({"drift", "k3", "chosen", "logits", "count"})
 PART_OF_METRIC: Mapping[str, frozenset[str]] = {"mean_is_ratio": RATIO, "kl_reg": ANCHOR}
 """By a metric that one part of the loss makes: the parts that it is computed from."""
-
-_NAMED: dict[str, None] = {}
-"""Defects that this process has found before."""
-
-_SEARCHED_OUT: dict[tuple[str, float | None], StepExplanation] = {}
-"""What this process has found by more than the step loops: tried again on every run."""
 
 
 @dataclass
@@ -84,12 +75,45 @@ class StepExplanation:
     in_loss: bool = False
 
 
+@dataclass(frozen=True)
+class TakenRun:
+    """A run to be explained: ``taken`` its steps, ``wrong`` those of them whose gradient is wrong."""
+
+    forced: Forced
+    taken: Mapping[int, TakenStep]
+    wrong: Sequence[int]
+
+    @property
+    def cost(self) -> tuple[bool, int]:
+        """For an order: half precision last, for its bounds are wide; what is cheap to replay first."""
+        scenario = self.forced.ground.scenario
+        tokens = sum(prompt + teacher + response for prompt, teacher, response in scenario.lengths)
+        return scenario.model.dtype == "bfloat16", tokens * scenario.model.layers
+
+
 @dataclass
 class Explained:
-    """What each wrong step equals: by step, the best candidate, its outcome, and what cannot be told from it."""
+    """What all runs' wrong gradients equal: the mistake, None where nothing explains enough of them; by (run, step)
+    its outcome; names of what cannot be told from it on these runs."""
 
-    best: dict[int, tuple[StepExplanation, ReplayOutcome]] = field(default_factory=dict)
-    alike: dict[int, list[str]] = field(default_factory=dict)
+    best: StepExplanation | None = None
+    outcomes: Mapping[tuple[int, int], ReplayOutcome] = field(default_factory=dict)
+    alike: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate on all runs: the outcomes of the wrong steps that it explains; how many right steps it would have
+    got wrong; how many explained steps report another loss or norm than it would."""
+
+    candidate: StepExplanation
+    explained: Mapping[tuple[int, int], ReplayOutcome]
+    against: int
+    misreported: int
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        return self.against - len(self.explained), self.misreported
 
 
 @cache
@@ -138,45 +162,69 @@ def outcomes(candidate: StepExplanation, forced: Forced, steps: Sequence[int]) -
         return
 
 
-def explain(
-    forced: Forced, taken: Mapping[int, TakenStep], wrong: Sequence[int], searched: Callable[[], int]
-) -> Explained:
-    """The candidates whose gradients the ``wrong`` ones of the steps have. ``searched``: counts the runs of this
-    process for which more than the step loops is tried, this one included."""
-    found = Explained()
-    count: int | None = None
+def explain(runs: Sequence[TakenRun]) -> Explained:
+    """The candidate whose gradients the wrong steps of these runs of one trainer have. What fits one step is tried on
+    every run: a number that one run suggests is no constant where another run shows a different one."""
+    total = sum(len(run.wrong) for run in runs)
+    order = sorted((index for index, run in enumerate(runs) if run.wrong), key=lambda index: runs[index].cost)
+    tried: dict[tuple[str, float | None], Tried] = {}
+    searched: set[int] = set()
     for _ in range(SEARCHES):
-        open_steps = [step for step in wrong if step not in found.best]
-        if not open_steps:
+        known = {place for one in tried.values() for place in one.explained}
+        places = [(index, step) for index in order for step in runs[index].wrong if (index, step) not in known]
+        places = [place for place in places if place[0] not in searched]
+        if not places:
             break
-        first = open_steps[0]
-        fitting = matching((*_SEARCHED_OUT.values(), *step_loops()), forced, taken, first)
-        if not fitting:
-            count = searched() if count is None else count
-            fitting = numbers(loops_with_a_number(), forced, taken, first) if count <= NUMBER_SEARCHES else []
-            if not fitting and count <= LOSS_SEARCHES:
-                fitting = matching(wrong_losses(), forced, taken, first)
-            if not fitting and count <= LOSS_SEARCHES:
-                fitting = numbers(losses_with_a_number(taken[first]), forced, taken, first)
-            _SEARCHED_OUT.update({(one.defect.name, one.defect.value): one for one in fitting})
-        if not fitting:
-            break
-        spread(found, fitting, forced, taken, wrong, open_steps)
-    return found
+        index, step = places[0]
+        searched.add(index)
+        for stage in STAGES if len(searched) == 1 else STAGES[::2]:
+            for candidate in stage(runs[index].forced, runs[index].taken, step):
+                key = candidate.defect.name, candidate.defect.value
+                if key not in tried:
+                    tried[key] = on_all(candidate, runs)
+            if any(one.rank[0] == -total for one in tried.values()):
+                return chosen_of(tried.values(), total)
+    return chosen_of(tried.values(), total)
+
+
+def chosen_of(tried: Iterable[Tried], total: int) -> Explained:
+    """The best of what was tried, if it explains enough."""
+    ranked = sorted(tried, key=lambda one: one.rank)
+    if not ranked or len(ranked[0].explained) < ENOUGH * (total + ranked[0].against):
+        return Explained()
+    best = ranked[0]
+    alike = [
+        one.candidate for one in ranked[1:] if one.rank == best.rank and one.explained.keys() == best.explained.keys()
+    ]
+    return Explained(best.candidate, best.explained, tuple(dict.fromkeys(one.defect.shown for one in alike)))
+
+
+def on_all(candidate: StepExplanation, runs: Sequence[TakenRun]) -> Tried:
+    """A candidate on every step of every run."""
+    explained: dict[tuple[int, int], ReplayOutcome] = {}
+    against = misreported = 0
+    for index, run in enumerate(runs):
+        fits = {
+            step: outcome
+            for step, outcome in outcomes(candidate, run.forced, sorted(run.taken))
+            if misfit(run.taken[step], outcome.gradient) <= 1
+        }
+        explained |= {(index, step): fits[step] for step in run.wrong if step in fits}
+        against += sum(step not in run.wrong and step not in fits for step in run.taken)
+        misreported += sum(not reports(run.taken[step], fits[step]) for step in run.wrong if step in fits)
+    return Tried(candidate, explained, against, misreported)
 
 
 def matching(
     candidates: Iterable[StepExplanation], forced: Forced, wrong: Mapping[int, TakenStep], step: int
 ) -> list[StepExplanation]:
-    """Candidates whose gradient one step has, closest first. Those named before in this process come first; once one
-    fits closely, only those that break a rule of its are tried for what cannot be told from it."""
+    """Candidates whose gradient one step has, closest first. Once one fits closely, only those that break a rule of its
+    are tried for what cannot be told from it."""
     fits = []
     rules: set[str] = set()
     near = min(1.0, NEARER * misfit(wrong[step], wrong[step].moment.gradient))
     # a forward of its own is costly, and shared by none
-    for candidate in sorted(
-        candidates, key=lambda one: (one.defect.name not in _NAMED, "forward" in replaced(one.parts))
-    ):
+    for candidate in sorted(candidates, key=lambda one: "forward" in replaced(one.parts)):
         if rules and not candidate.in_loss and not rules & set(candidate.defect.violates):
             continue
         for _, outcome in outcomes(candidate, forced, [step]):
@@ -186,7 +234,6 @@ def matching(
             fits.append((off, candidate))
             if off <= CLOSE and not rules:
                 rules = set(candidate.defect.violates)
-                _NAMED[candidate.defect.name] = None
     return [candidate for _, candidate in sorted(fits, key=lambda pair: pair[0])]
 
 
@@ -209,31 +256,6 @@ def contradicted(step: TakenStep, outcome: ReplayOutcome) -> bool:
     losses = (moment.truth.metrics["total_loss"], float(outcome.metrics.get("total_loss", math.nan)))
     bound = step.bounds.metrics["total_loss"] + 1e-3 * abs(got)
     return not any(abs(got - loss) <= bound for loss in losses)
-
-
-def spread(
-    found: Explained,
-    fitting: Sequence[StepExplanation],
-    forced: Forced,
-    taken: Mapping[int, TakenStep],
-    wrong: Sequence[int],
-    open_steps: Sequence[int],
-) -> None:
-    """Of those that fit the first open step, the one that fits most of the others explains all that it fits. A step
-    that the trainer took right speaks against whoever predicts another there."""
-    ranked: list[tuple[tuple[int, int, int, int], StepExplanation, dict[int, ReplayOutcome]]] = []
-    for order, candidate in enumerate(fitting):
-        fits = {s: o for s, o in outcomes(candidate, forced, sorted(taken)) if misfit(taken[s], o.gradient) <= 1}
-        explained = {step: fits[step] for step in open_steps if step in fits}
-        against = sum(step not in wrong and step not in fits for step in taken)
-        misreported = sum(not reports(taken[step], outcome) for step, outcome in explained.items())
-        ranked.append(((-len(explained), against, misreported, order), candidate, explained))
-    ranked.sort(key=lambda one: one[0])
-    rank, best, explained = ranked[0]
-    alike = [candidate.defect.name for other, candidate, _ in ranked[1:] if other[:3] == rank[:3]]
-    for step, outcome in explained.items():
-        found.best[step] = best, outcome
-        found.alike[step] = alike
 
 
 def numbers(
@@ -285,6 +307,17 @@ def losses_with_a_number(step: TakenStep) -> Iterator[Defect]:
                 yield defect
 
 
+Stage = Callable[[Forced, Mapping[int, TakenStep], int], list[StepExplanation]]
+
+STAGES: tuple[Stage, ...] = (
+    lambda forced, taken, step: matching(step_loops(), forced, taken, step),
+    lambda forced, taken, step: numbers(loops_with_a_number(), forced, taken, step),
+    lambda forced, taken, step: matching(wrong_losses(), forced, taken, step),
+    lambda forced, taken, step: numbers(losses_with_a_number(taken[step]), forced, taken, step),
+)
+"""What is tried for a step, until something explains everything: loops, their numbers, losses, theirs."""
+
+
 def requirements_of(candidate: StepExplanation | None, step: int) -> tuple[str, ...]:
     """What a mistake at this step breaks. At the first step every wrong behaviour log-prob is STEP-1's."""
     if candidate is None or candidate.in_loss:
@@ -309,6 +342,7 @@ def as_reported(candidate: StepExplanation) -> Mapping[str, Any]:
 __all__ = [
     "Explained",
     "StepExplanation",
+    "TakenRun",
     "TakenStep",
     "as_reported",
     "explain",

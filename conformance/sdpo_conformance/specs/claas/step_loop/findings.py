@@ -7,38 +7,63 @@ STEP-1 at the first step and STEP-2 at later ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
-from sdpo_conformance.specs.claas.step_loop.gradients import gradient_finding, judged_steps
-from sdpo_conformance.specs.claas.step_loop.ground import ground_of, upcast
+from sdpo_conformance.specs.claas.step_loop.gradients import (
+    JudgedRun,
+    evidence,
+    explain_runs,
+    gradient_finding,
+    judged_run,
+)
+from sdpo_conformance.specs.claas.step_loop.ground import Ground, ground_of, upcast
 from sdpo_conformance.specs.claas.step_loop.step_metrics import metric_findings, shape_findings
 from sdpo_conformance.specs.claas.step_loop.unobserved import unobserved_findings
 from sdpo_conformance.specs.claas.step_loop.updates import update_findings
 from sdpo_conformance.trainer.observation import Observation
 
-
-@lru_cache(maxsize=64)
-def findings(observation: Observation) -> list[StepFinding]:
-    """Everything wrong with a run, worked out once while it is among the latest 64: more than one trainer's."""
-    return list(_findings(observation))
+Findings = tuple[tuple[Observation, Sequence[StepFinding]], ...]
 
 
-def _findings(observation: Observation) -> Iterator[StepFinding]:
+@lru_cache(maxsize=8)
+def findings_of(observations: tuple[Observation, ...]) -> Findings:
+    """Everything wrong with these runs of one trainer, run by run: what explains one run is held against all. Worked
+    out once while the runs are among the latest 8 batches of them."""
+    judged: dict[int, JudgedRun] = {}
+    for number, observation in enumerate(observations):
+        if observation.observed:
+            judged[number] = judged_run(observation, ground_at(observation))
+    explain_runs(list(judged.values()))
+    shown = evidence(list(judged.values()))
+    return tuple(
+        (observation, tuple(_findings(observation, judged.get(number), shown)))
+        for number, observation in enumerate(observations)
+    )
+
+
+def findings(observation: Observation) -> Sequence[StepFinding]:
+    """Everything wrong with one run, by itself."""
+    return findings_of((observation,))[0][1]
+
+
+def ground_at(observation: Observation) -> Ground:
+    """The scenario's ground, from the weights that the run began at."""
     ground = ground_of(observation.scenario)
-    if "same" in observation.scenario.history:
-        ground = ground.from_weights(upcast(observation.start))
+    return ground.from_weights(upcast(observation.start)) if "same" in observation.scenario.history else ground
+
+
+def _findings(observation: Observation, run: JudgedRun | None, shown: Mapping[str, Any]) -> Iterator[StepFinding]:
     yield from state_findings(observation)
     yield from shape_findings(observation)
-    if not observation.observed:
-        yield from unobserved_findings(observation, ground)
+    if run is None:
+        yield from unobserved_findings(observation, ground_at(observation))
         return
-    judgements = judged_steps(observation, ground)
-    for judgement in judgements:
-        if judgement.wrong:
-            yield gradient_finding(judgement, observation, judgements)
-    yield from metric_findings(observation, judgements)
+    for judgement in run.wrong:
+        yield gradient_finding(judgement, observation, shown)
+    yield from metric_findings(observation, run.steps)
     yield from update_findings(observation)
 
 

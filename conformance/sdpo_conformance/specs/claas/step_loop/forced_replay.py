@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from sdpo_conformance.specs.claas.defects import step_loop_variants as right
 from sdpo_conformance.specs.claas.defects.defect import Defect
-from sdpo_conformance.specs.claas.defects.step_loop_variants import Run, TrainerParts
+from sdpo_conformance.specs.claas.defects.step_loop_variants import ChangedLogits, Run, TrainerParts
 from sdpo_conformance.specs.claas.oracle.step_loop import Gradient
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, Weights
 from sdpo_conformance.trainer.policies import chosen
@@ -46,6 +46,7 @@ class Forced:
     final: Weights
     _graphs: dict[int, tuple[Gradient, list[Tensor]]] = field(default_factory=dict)
     _known: dict[tuple[int, float], tuple[Tensor, ...]] = field(default_factory=dict)
+    _read: dict[tuple[int, tuple[int, ...], int], Tensor] = field(default_factory=dict)
 
     def student(self, step: int) -> tuple[Gradient, list[Tensor]]:
         """The adapter as leaves, and each sample's response logits (1, T, V) with their graph."""
@@ -73,6 +74,19 @@ class Forced:
             )
         return self._known[key]
 
+    def read(self, ids: Tensor, response: Tensor) -> Tensor:
+        """The right logits (1, T, V) of the model as it stands, without gradient; those under weights of the run are
+        kept."""
+        standing = self.ground.standing()
+        along = next((i for i, one in enumerate((*self.history, self.final)) if one is standing), None)
+        at = -1 if self.ground.model.adapter_is_off else along
+        if at is None:
+            return right.read(self.ground.model, ids, response)
+        key = (at, tuple(ids[0].tolist()), response.shape[1])
+        if key not in self._read:
+            self._read[key] = right.read(self.ground.model, ids, response)
+        return self._read[key].clone()
+
     def own(self, step: int) -> list[Tensor]:
         """Each sample's log-probs (1, T) under the weights before a step."""
         logits = self.student(step)[1]
@@ -98,7 +112,7 @@ def started(parts: TrainerParts, forced: Forced) -> Run:
     for parameter in adapter.values():
         parameter.grad = None
     batch = [right.prepared(sample, torch.device("cpu")) for sample in ground.samples]
-    run = Run(model, ground.scenario.training, list(adapter.values()), batch, forward=parts.forward)
+    run = Run(model, ground.scenario.training, list(adapter.values()), batch, forward=parts.forward, read=forced.read)
     alone = "forward" not in other
     for one, known, recorded in zip(batch, ground.prepared, ground.recorded, strict=True):
         # copies: a wrong loss may write into what it is given
@@ -150,12 +164,14 @@ def replayed(
 
 def backward(parts: TrainerParts, forced: Forced, run: Run) -> Tensor:
     """Losses and gradients of one step, the gradients added to what the parameters hold; the step's loss."""
-    if parts.forward is not RIGHT.forward:
+    changed = parts.forward.change if isinstance(parts.forward, ChangedLogits) else None
+    if parts.forward is not RIGHT.forward and changed is None:
         run.results = [right.sample_loss(run, one, parts.loss) for one in run.batch]
         return totalled(parts, run)
     _, logits = forced.student(run.step)
     scores = [z.detach().clone().requires_grad_() for z in logits]
-    run.results = [right.sample_loss(run, one, parts.loss, z) for one, z in zip(run.batch, scores, strict=True)]
+    seen = scores if changed is None else [changed(z) for z in scores]
+    run.results = [right.sample_loss(run, one, parts.loss, z) for one, z in zip(run.batch, seen, strict=True)]
     total = totalled(parts, run)
     incoming = [torch.zeros_like(z) if z.grad is None else z.grad for z in scores]
     gradients = forced.differentiated(run.step, incoming)

@@ -12,6 +12,7 @@ from sdpo_conformance.judging.compare import number
 from sdpo_conformance.specs.claas.oracle.step_loop import norm
 from sdpo_conformance.specs.claas.step_loop.explanations import (
     StepExplanation,
+    TakenRun,
     TakenStep,
     as_reported,
     explain,
@@ -44,13 +45,32 @@ class StepJudgement:
     def wrong(self) -> bool:
         return self.excess > 1
 
+    @property
+    def times(self) -> float | None:
+        """How many times the right length the gradient has, None where its direction is another."""
+        truth = self.moment.gradient
+        along = sum(float((self.got[name] * g).sum()) for name, g in truth.items())
+        times = along / max(float(norm(truth)) ** 2, 1e-300)
+        rest = {name: times * g for name, g in truth.items()}
+        bound = {name: max(1.0, abs(times)) * b for name, b in self.bounds.gradient.items()}
+        return times if times and furthest(self.got, rest, bound)[0] <= 1 else None
 
-_SEARCHED: list[str] = []
-"""Scenarios of this process for which more than the step loops was tried."""
+
+@dataclass
+class JudgedRun:
+    """A run with its steps judged."""
+
+    observation: Observation
+    ground: Ground
+    steps: list[StepJudgement]
+
+    @property
+    def wrong(self) -> list[StepJudgement]:
+        return [one for one in self.steps if one.wrong]
 
 
-def judged_steps(observation: Observation, ground: Ground) -> list[StepJudgement]:
-    """Each observed step against the truth at its own weights, and what the wrong ones equal."""
+def judged_run(observation: Observation, ground: Ground) -> JudgedRun:
+    """Each observed step against the truth at its own weights."""
     history: list[Weights] = []
     left_over: Weights | None = None
     judged: list[StepJudgement] = []
@@ -63,25 +83,30 @@ def judged_steps(observation: Observation, ground: Ground) -> list[StepJudgement
         excess, tensor = furthest(got, moment.gradient, bounds.gradient)
         judged.append(StepJudgement(moment, bounds, excess, tensor, got))
         left_over = got
-    wrong = [one.moment.step for one in judged if one.wrong]
+    return JudgedRun(observation, ground, judged)
+
+
+def explain_runs(runs: Sequence[JudgedRun]) -> None:
+    """Give the wrong steps of a trainer's runs the mistake that their gradients equal, where one explains enough."""
     # with more or fewer updates than steps, an update is no step that a loop could be replayed to
-    if not wrong or len(observation.steps) != observation.scenario.steps:
-        return judged
-
-    def searched() -> int:
-        _SEARCHED.append(observation.scenario.name)
-        return len(_SEARCHED)
-
-    reported = dict(enumerate(observation.metrics, start=1))
-    taken = {
-        one.moment.step: TakenStep(one.moment, one.bounds, one.got, reported.get(one.moment.step, {})) for one in judged
-    }
-    found = explain(forced_along(observation, ground, history), taken, wrong, searched)
-    for one in judged:
-        if one.moment.step in found.best:
-            one.mistake, one.outcome = found.best[one.moment.step]
-            one.alike = found.alike[one.moment.step]
-    return judged
+    judged = [run for run in runs if len(run.observation.steps) == run.observation.scenario.steps]
+    if not any(run.wrong for run in judged):
+        return
+    taken = []
+    for run in judged:
+        reported = dict(enumerate(run.observation.metrics, start=1))
+        steps = {
+            one.moment.step: TakenStep(one.moment, one.bounds, one.got, reported.get(one.moment.step, {}))
+            for one in run.steps
+        }
+        forced = forced_along(run.observation, run.ground, run.steps[-1].moment.history)
+        taken.append(TakenRun(forced, steps, [one.moment.step for one in run.wrong]))
+    found = explain(taken)
+    for index, run in enumerate(judged):
+        for one in run.wrong:
+            if (index, one.moment.step) in found.outcomes:
+                one.mistake, one.outcome = found.best, found.outcomes[index, one.moment.step]
+                one.alike = list(found.alike)
 
 
 def forced_along(observation: Observation, ground: Ground, history: Sequence[Weights]) -> Forced:
@@ -95,42 +120,51 @@ def complete(gradient: Weights, moment: Moment) -> dict[str, Tensor]:
     return {name: gradient.get(name, 0 * g) for name, g in moment.gradient.items()}
 
 
-def located(judgements: Sequence[StepJudgement]) -> str:
-    """Which steps are wrong, and which are right, in words."""
-    wrong = [one.moment.step for one in judgements if one.wrong]
-    right = [one.moment.step for one in judgements if not one.wrong]
+def located(run: JudgedRun) -> str:
+    """Which steps are wrong, and which are right, in words; what is right about the wrong ones."""
+    times = [one.times for one in run.wrong]
+    lengths = [length for length in times if length is not None]
+    words = where_wrong(run)
+    if not words or len(lengths) < len(times):
+        return words
+    least, most = (f"{length:.4g}" for length in (min(lengths), max(lengths)))
+    so = f"{least} times" if least == most else f"{least} to {most} times"
+    return f"{words}: its direction is right, its length {so} the right one"
+
+
+def where_wrong(run: JudgedRun) -> str:
+    """Which steps are wrong, and which are right."""
+    wrong = [one.moment.step for one in run.wrong]
+    right = [one.moment.step for one in run.steps if not one.wrong]
     if not wrong:
         return ""
-    if len(wrong) == len(judgements):
+    if not right:
         return "the gradient is wrong at every step" if len(wrong) > 1 else "the gradient is wrong"
-    if right == list(range(1, wrong[0])) and wrong == list(range(wrong[0], len(judgements) + 1)):
+    if right == list(range(1, wrong[0])) and wrong == list(range(wrong[0], len(run.steps) + 1)):
         return f"the gradient is right up to step {right[-1]} and wrong from step {wrong[0]} on"
     steps = ", ".join(map(str, wrong))
     return f"the gradient is wrong at step {steps} and right at step {', '.join(map(str, right))}"
 
 
-def evidence(judgement: StepJudgement, judgements: Sequence[StepJudgement]) -> Mapping[str, Any]:
-    """What a failure keeps for the diagnosis: the mistake that explains most of the run's wrong steps, and how many."""
-    wrong = [one for one in judgements if one.wrong]
-
-    def explained(mistake: StepExplanation | None) -> int:
-        return sum(one.mistake is not None and one.mistake is mistake for one in wrong)
-
-    best = max(wrong, key=lambda one: explained(one.mistake))
+def evidence(runs: Sequence[JudgedRun]) -> Mapping[str, Any]:
+    """What a failure keeps for the diagnosis: the mistake that the runs' wrong steps show, and how many of them."""
+    wrong = [one for run in runs for one in run.wrong]
+    explained = [one for one in wrong if one.mistake is not None]
     return {
-        "mistake": None if best.mistake is None else as_reported(best.mistake),
-        "alike": best.alike,
-        "explained": explained(best.mistake),
+        "mistake": as_reported(explained[0].mistake) if explained and explained[0].mistake else None,
+        "alike": explained[0].alike if explained else [],
+        "explained": len(explained),
         "wrong": len(wrong),
-        "off": judgement.excess,
-        "located": located(judgements),
+        "located": {run.observation.scenario.name: located(run) for run in runs if run.wrong},
     }
 
 
-def gradient_finding(
-    judgement: StepJudgement, observation: Observation, judgements: Sequence[StepJudgement]
-) -> StepFinding:
-    """Words for a wrong gradient."""
+LENGTH = {True: "STEP-8", False: "STEP-7"}
+"""By whether the step is clipped: the requirement that a gradient of the right direction and a wrong length breaks."""
+
+
+def gradient_finding(judgement: StepJudgement, observation: Observation, shown: Mapping[str, Any]) -> StepFinding:
+    """Words for a wrong gradient; ``shown``: the evidence of all runs."""
     moment, mistake = judgement.moment, judgement.mistake
     step = moment.step
     got = judgement.got
@@ -142,7 +176,7 @@ def gradient_finding(
         detail = f"first seen in {judgement.tensor}; it equals no known mistake"
     return finding(
         observation,
-        requirements_of(mistake, step),
+        requirements_of(mistake, step) if mistake or judgement.times is None else (LENGTH[judgement.moment.clips],),
         "gradient handed to the optimizer",
         expected=f"norm {number(float(norm(truth)))}",
         got=f"norm {number(float(norm(got)))}, {100 * off:.3g} % of the expected norm away",
@@ -152,7 +186,7 @@ def gradient_finding(
         extra={
             "shows": "gradient",
             "mistake": mistake.defect.name if mistake else None,
-            "evidence": evidence(judgement, judgements),
+            "evidence": shown,
             "gradient": dict(truth),
             "bounds": dict(judgement.bounds.gradient),
         },

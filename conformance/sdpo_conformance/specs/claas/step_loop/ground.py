@@ -50,6 +50,7 @@ class Ground:
         self.start: Weights = start_of(scenario.model)
         top_k = scenario.training.teacher_top_k
         self.adapter = trainable(self.model)
+        self._placed: tuple[Weights, list[int]] = {}, []
         model = self.at(self.start)
         self.prepared: list[PreparedSample] = prepare(model, self.samples, top_k)
         self.recorded: list[Tensor] = [recorded_logprobs(model, sample) for sample in self.samples]
@@ -67,7 +68,16 @@ class Ground:
         with torch.no_grad():
             for name, value in weights.items():
                 self.adapter[name].copy_(value)
+        self._placed = weights, self._versions()
         return self.model
+
+    def standing(self) -> Weights | None:
+        """The weights that ``at`` was given last, where nobody has changed the adapter since."""
+        weights, versions = self._placed
+        return weights if versions == self._versions() else None
+
+    def _versions(self) -> list[int]:
+        return [parameter._version for parameter in self.adapter.values()]
 
     def own_logprobs(self, weights: Weights) -> list[Tensor]:
         """Each sample's response log-probs (1, T) under these weights."""
@@ -137,6 +147,11 @@ class Moment:
     def truth(self) -> StepTruth:
         """The step as the spec has it, before clipping."""
         return mean_step(self.outcomes(), self.training, self.step)
+
+    @property
+    def clips(self) -> bool:
+        """Whether the gradient is longer than max_grad_norm."""
+        return float(norm(self.truth.gradient)) > self.training.max_grad_norm
 
     @cached_property
     def gradient(self) -> Gradient:
