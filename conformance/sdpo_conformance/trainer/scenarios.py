@@ -287,7 +287,7 @@ WIDER: tuple[Scenario, ...] = (
     ),
     Scenario(
         name="called_again",
-        shows="logits that are scaled; this model, another and this one twice again, one batch for all; alpha = 1 with "
+        shows="logits that are scaled; this model twice, another and this one again, one batch for all; alpha = 1 with "
         "one token of the teacher; gradient checkpointing on; two tokens that end a response",
         model=small("cohere", 26, tied=True, eos=(7, 5), pad=0, checkpointing=True),
         training=TrainingConfig(learning_rate=2e-2, alpha=1.0, kl_reg_weight=0.1, teacher_top_k=1, steps_per_batch=2),
@@ -295,7 +295,7 @@ WIDER: tuple[Scenario, ...] = (
         sampler="mismatched",
         seed=26,
         special=True,
-        history=("same", "another", "same"),
+        history=("same", "same", "another"),
     ),
     Scenario(
         name="saved_head",
