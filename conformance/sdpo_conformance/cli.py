@@ -14,6 +14,7 @@ from sdpo_conformance.bench.bench_command import bench
 from sdpo_conformance.matrix.matrix_command import matrix
 from sdpo_conformance.running.children import Interrupted, ending_on_signals
 from sdpo_conformance.running.options import RunError
+from sdpo_conformance.specs import DEFAULT
 
 app = typer.Typer(
     help="Judge implementations of the SDPO loss and training step.",
@@ -60,7 +61,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 DType = Annotated[list[str] | None, typer.Option(help="judge only in this dtype (repeatable)")]
 Only = Annotated[
     list[str] | None,
-    typer.Option(help="a requirement or family, such as IS-2 or IS (repeatable)", autocompletion=names_to_explain),
+    typer.Option(
+        help="a requirement or family, as `list requirements` shows them (repeatable)", autocompletion=names_to_explain
+    ),
 ]
 Timeout = Annotated[float, typer.Option(help="seconds one call of the implementation may take")]
 Out = Annotated[Path | None, typer.Option(help="folder for results; default .sdpo-conformance/IMPL")]
@@ -103,7 +106,7 @@ def main_options(
 @app.command("run")
 def run_command(
     implementation: Implementation,
-    spec: SpecName = "claas",
+    spec: SpecName = DEFAULT,
     profile: Profile = "default",
     seed: Seed = 0,
     device: Device = "cpu",
@@ -143,7 +146,7 @@ def run_command(
 @app.command()
 def check(
     implementation: Implementation,
-    spec: SpecName = "claas",
+    spec: SpecName = DEFAULT,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DType = None,
@@ -198,7 +201,7 @@ def summary(
 @app.command("list")
 def list_command(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="requirements, defects, implementations or specs")],
-    spec: SpecName = "claas",
+    spec: SpecName = DEFAULT,
 ) -> None:
     """List what there is to name: requirements, defects, implementations or specs."""
     from sdpo_conformance.report.console import show
@@ -220,11 +223,11 @@ def explain(
         str,
         typer.Argument(
             metavar="NAME",
-            help="a requirement (IS-6), a family (IS), a defect, an entry or a status",
+            help="a requirement, a family, a defect, an entry or a status",
             autocompletion=names_to_explain,
         ),
     ],
-    spec: SpecName = "claas",
+    spec: SpecName = DEFAULT,
 ) -> None:
     """Say what a name in a report means: the rule, why, its source; what is wrong, and the right lines beside it."""
     from sdpo_conformance.report.console import show

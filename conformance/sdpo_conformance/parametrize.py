@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdpo_conformance.running.options import RunOptions
 from sdpo_conformance.running.process import Report, run_with
+from sdpo_conformance.specs import DEFAULT
 from sdpo_conformance.specs.rule_index import rule_index
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class RequirementTest:
 def parametrize_with_requirements(
     implementation: str,
     *,
-    spec: str = "claas",
+    spec: str = DEFAULT,
     profile: str = "quick",
     seed: int = 0,
     device: str = "cpu",
@@ -101,7 +102,7 @@ def parametrize_with_requirements(
     xfails: str | Path | None = None,
 ) -> Callable[[Callable[..., Any]], pytest.MarkDecorator]:
     """A decorator: the test gets one ``requirement`` after the other and calls ``requirement.check()``. Ids are the
-    spec's, so ``-k IS-2`` judges that one alone; all that were selected are judged in one run.
+    spec's, so ``-k ID`` judges that one alone; all that were selected are judged in one run.
 
     Raises RunError for an option that no run can have.
     """

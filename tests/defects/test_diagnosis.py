@@ -10,9 +10,6 @@ import pytest
 import torch
 from tests.evidence.diagnosis_score import measure, random_pairs
 
-from sdpo_conformance.diagnosis import diagnose, diagnose_run
-from sdpo_conformance.diagnosis.observed import Observed, values_of
-from sdpo_conformance.diagnosis.run import NO_MATCH, quality
 from sdpo_conformance.judging.call import evaluate
 from sdpo_conformance.judging.compare import compare
 from sdpo_conformance.judging.records import Record, Status
@@ -23,6 +20,9 @@ from sdpo_conformance.specs.claas import defects
 from sdpo_conformance.specs.claas.bounds import expectations
 from sdpo_conformance.specs.claas.defects.defect import Defect, ExecutableDefect, entries, replacing
 from sdpo_conformance.specs.claas.defects.loss_parts import Parts, jensen_shannon
+from sdpo_conformance.specs.claas.diagnosis import diagnose, diagnose_run
+from sdpo_conformance.specs.claas.diagnosis.observed import Observed, values_of
+from sdpo_conformance.specs.claas.diagnosis.run import NO_MATCH, quality
 from sdpo_conformance.specs.claas.loss_case import LossCase, recorded_cases
 from sdpo_conformance.specs.claas.rules.aspects import ALL
 from sdpo_conformance.specs.requirement import Level

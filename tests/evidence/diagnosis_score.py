@@ -25,8 +25,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose
-from sdpo_conformance.diagnosis.observed import Observed, values_of
 from sdpo_conformance.files import write_json
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
@@ -38,6 +36,8 @@ from sdpo_conformance.reproduction.failure import failure_of
 from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas.defects import catalogue, combine, find
 from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose
+from sdpo_conformance.specs.claas.diagnosis.observed import Observed, values_of
 from sdpo_conformance.specs.claas.loss_case import LossCase
 
 BROAD = ("GJS-1", "GJS-9", "RKL-1", "IS-2", "IS-10", "KL-1", "RED-1", "RED-4")
@@ -176,7 +176,7 @@ def measure_left_out(name: str, entry: Capability, seed: int) -> Measured:
     defect = find(name)
     observed, held = failures_of(defect, entry, seed)
     others = {one.name: one for one in catalogue().values() if one.name != name}
-    with patch("sdpo_conformance.diagnosis.diagnose.catalogue", return_value=others):
+    with patch("sdpo_conformance.specs.claas.diagnosis.diagnose.catalogue", return_value=others):
         answer = diagnose(observed, held)
     if answer is not None and 2 * len(answer.explained) < len(observed):
         answer = None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
+
+from sdpo_conformance.specs import FOLDERS, specs
 
 ROOT = Path(__file__).parents[2]
 HARNESS = ROOT / "conformance" / "sdpo_conformance"
@@ -15,8 +18,8 @@ LAYERS = (
     ("audit", "bench", "matrix"),
     ("running",),
     ("report",),
-    ("specs.claas", "specs.lasgroup", "specs.trl", "specs.ms_swift", "specs.verl_topk", "diagnosis", "sharded"),
-    ("specs.shared",),
+    tuple(f"specs.{folder}" for folder in FOLDERS.values()),
+    ("specs.shared", "sharded"),
     ("reproduction",),
     ("trainer",),
     ("judging",),
@@ -83,6 +86,36 @@ def test_the_implementations_import_the_protocol_alone() -> None:
         (str(path.relative_to(ROOT)), name) for path in modules(IMPLEMENTATIONS).values() for name in imports(path)
     }
     assert sorted((path, name) for path, name in wanted if name.partition(".")[0] != "protocol") == []
+
+
+def test_specs_are_reached_through_their_values() -> None:
+    """Nothing outside ``specs/`` imports what is in a spec's folder, or what specs share."""
+    inside = tuple(f"specs.{folder}" for folder in (*FOLDERS.values(), "shared"))
+    reaching = [
+        f"{module} imports {wanted}"
+        for module, path in modules(HARNESS).items()
+        if not module.startswith("specs")
+        for wanted in imports(path)
+        if wanted.startswith(inside)
+    ]
+    assert reaching == []
+
+
+def test_no_rule_is_named_outside_the_specs() -> None:
+    """Not in code, a string or a comment: an id is a family of some spec, a hyphen and a number."""
+    families = {name for spec in specs() for name in spec.families}
+    families |= {name for spec in specs() if spec.parts.on_ranks for name in spec.parts.on_ranks().families}
+    id = re.compile(rf"(?<![\w-])(?:{'|'.join(sorted(families))})-\d+\b")
+    assert id.findall("see IS-6, TRL-IS-1 and VP-2, in UTF-8") == ["IS-6", "TRL-IS-1", "VP-2"]
+    naming = [
+        f"{path.relative_to(ROOT)}:{number}: {found}"
+        for folder in (HARNESS, IMPLEMENTATIONS)
+        for path in folder.rglob("*")
+        if path.suffix in (".py", ".js", ".jinja", ".css") and (HARNESS / "specs") not in path.parents
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for found in id.findall(line)
+    ]
+    assert naming == []
 
 
 def test_a_spec_knows_no_other_spec() -> None:

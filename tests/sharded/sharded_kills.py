@@ -17,10 +17,10 @@ from sdpo_conformance.judging.profiles import PROFILES, Profile
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.sharded.pool import Pool
-from sdpo_conformance.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs import DEFAULT, find_spec
 from sdpo_conformance.specs.claas.sharded.defects import ShardedDefect, sharded_catalogue
 from sdpo_conformance.specs.claas.sharded.sharded_rule import ShardedRule, sharded_rules
+from sdpo_conformance.specs.claas.sharded.sharded_subject import ShardedSubject
 
 QUICK = replace(PROFILES["quick"], shrink_seconds=0.0)
 

@@ -15,12 +15,12 @@ from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.running.mesh_run import check_claims, run_on_mesh
 from sdpo_conformance.running.options import RunError, RunOptions
 from sdpo_conformance.sharded import pool as pools
-from sdpo_conformance.sharded.cut import part_of
-from sdpo_conformance.sharded.draw import PLAIN, build_sharded
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.sharded.pool import Pool, PoolError
 from sdpo_conformance.sharded.rank import Answer, Ready, Request
 from sdpo_conformance.specs.claas.corners import NEUTRAL
+from sdpo_conformance.specs.claas.sharded.cut import part_of
+from sdpo_conformance.specs.claas.sharded.draw import PLAIN, build_sharded
 
 TP2 = MeshShape.parse("tp=2")
 UNRULY = str(Path(__file__).with_name("unruly.py"))

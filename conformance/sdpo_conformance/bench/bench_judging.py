@@ -6,7 +6,6 @@ judged as the suite judges them; ``sdpo_conformance.run`` says more. Is the time
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from sdpo_conformance.bench.truth import (
     rounding,
     slice_logits,
     slice_truth,
+    timed,
     work_inputs,
 )
 from sdpo_conformance.bench.workloads import Direction, Workload
@@ -30,8 +30,7 @@ from sdpo_conformance.judging.call import ImplementationError, evaluate
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare
 from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.protocol import METRIC_KEYS, Capability
-from sdpo_conformance.specs.claas.bounds import expectations
-from sdpo_conformance.specs.claas.loss_case import LossCase, recorded_cases
+from sdpo_conformance.specs import DEFAULT, find_spec
 
 
 @dataclass(frozen=True)
@@ -152,12 +151,15 @@ def nonconformity(implementation: Implementation, entry: Capability, device: str
     if entry not in (Capability.LOSS, Capability.FUSED, Capability.DIVERGENCE):
         return ""
     function, failed, first = getattr(implementation.object, entry.value), 0, ""
-    cases = checked_cases(implementation, entry)
+    parts = find_spec(DEFAULT).parts
+    claimed = implementation.claims.dtypes
+    dtype = DTYPES["float32" if claimed is None or "float32" in claimed else claimed[0]]
+    cases = timed().recorded(entry, dtype)
     for case in cases:
         try:
             aspects = ("divergence", GRADIENT) if entry is Capability.DIVERGENCE else ("loss", *METRIC_KEYS, GRADIENT)
             found: Disagreement | str | None = compare(
-                case, evaluate(function, entry, case, device), aspects, expectations(case, entry)
+                case, evaluate(function, entry, case, device), aspects, parts.expectations(case, entry)
             )
         except ImplementationError as error:
             if error.device_lost:
@@ -168,38 +170,13 @@ def nonconformity(implementation: Implementation, entry: Capability, device: str
     return f"{failed} of {len(cases)} recorded cases wrong; {first}" if failed else ""
 
 
-def checked_cases(implementation: Implementation, entry: Capability) -> list[LossCase]:
-    """The recorded cases of the commonest shape (another one would compile kernels anew), in float32 where the
-    implementation takes it, those left out that plain PyTorch cannot do."""
-    claimed = implementation.claims.dtypes
-    dtype = DTYPES["float32" if claimed is None or "float32" in claimed else claimed[0]]
-    recorded = [case for case, _ in recorded_cases()]
-    shapes = Counter(tuple(case.loss_input.teacher_indices.shape) for case in recorded)
-    common = shapes.most_common(1)[0][0]
-    found = []
-    for case in recorded:
-        if tuple(case.loss_input.teacher_indices.shape) != common:
-            continue
-        masked = not bool(case.loss_input.response_mask.all())
-        if entry is Capability.DIVERGENCE and (masked or case.training.alpha >= 1):
-            continue
-        floating = {key: tensor.to(dtype) for key, tensor in case.tensors().items() if tensor.is_floating_point()}
-        cast = replace(case.with_fields(**floating), name=case.name)
-        cast = cast if entry is Capability.LOSS else cast.to_fused()
-        if expectations(cast, entry).attainable:
-            found.append(cast)
-    return found
-
-
 def distill_nonconformity(implementation: Implementation, device: str) -> str:
     """What a scenario of several samples and steps finds."""
-    from sdpo_conformance.specs.claas.step_loop.findings import findings
     from sdpo_conformance.trainer.observation import run
     from sdpo_conformance.trainer.scenarios import SCENARIOS, within_claims
 
     scenario = within_claims(SCENARIOS[0], implementation.claims)
     try:
-        found = findings(run(implementation.object.distill, scenario, device))
+        return timed().first_finding(run(implementation.object.distill, scenario, device))
     except ImplementationError as error:
         return error.summary
-    return f"{found[0].requirements[0]}: {found[0].disagreement}" if found else ""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +21,10 @@ from torch import Tensor
 from sdpo_conformance.bench.bench_inputs import Inputs, inputs_of
 from sdpo_conformance.bench.workloads import Workload
 from sdpo_conformance.cases.precision import DTYPES
-from sdpo_conformance.protocol import FusedSDPOLossInput, SDPOLossInput, TrainingConfig
-from sdpo_conformance.specs.claas.bounds import EAGER_FACTOR, FLOAT_FACTOR
-from sdpo_conformance.specs.claas.oracle import LossTruth, sdpo_loss
-from sdpo_conformance.specs.claas.oracle.eager import EagerLoss, eager_loss
+from sdpo_conformance.judging.expectation import EAGER_FACTOR, FLOAT_FACTOR
+from sdpo_conformance.protocol import FusedSDPOLossInput, TrainingConfig
+from sdpo_conformance.specs import DEFAULT, find_spec
+from sdpo_conformance.specs.spec import Timed
 
 SLICE_ELEMENTS = 2**22
 """float64 logits judged: 27 tokens of a vocabulary of 152,000."""
@@ -37,16 +36,26 @@ QUANTILES = (0.5, 0.9)
 
 VOCABULARY_CHUNK = 16384
 
+AS_DRAWN = (
+    "teacher_logprobs",
+    "teacher_indices",
+    "base_logprobs",
+    "response_mask",
+    "old_student_logprobs",
+    "response_ids",
+)
+"""The fields of the loss's input that are handed over as they were drawn."""
+
 
 @dataclass(frozen=True)
 class SliceTruth:
-    """Tokens ``keep`` (S,) of the workload. ``logits`` (1, S, V) and ``gradient`` (1, S, H) float64 on the CPU,
-    the gradient that of the slice's own mean. ``allowed_*``: the errors a right implementation may show;
-    ``eager_*``: plain PyTorch's own. Loss errors are relative to the sum of the tokens' absolute terms."""
+    """Tokens ``keep`` (S,) of the workload. ``gradient`` (1, S, H) float64 on the CPU, that of the slice's own mean.
+    ``allowed_*``: the errors a right implementation may show; ``eager_*``: plain PyTorch's own. Loss errors are
+    relative to ``scale``, the sum of the tokens' absolute terms."""
 
     keep: Tensor
     inputs: Inputs
-    truth: LossTruth
+    loss: float
     gradient: Tensor
     scale: float
     allowed_loss: float
@@ -55,7 +64,7 @@ class SliceTruth:
     eager_gradient: tuple[float, ...]
 
     def loss_error(self, got: float) -> float:
-        return abs(got - float(self.truth.loss)) / self.scale
+        return abs(got - self.loss) / self.scale
 
     def gradient_errors(self, got: Tensor) -> tuple[float, ...]:
         """Quantiles over the tokens of |got - true| / |true|, ``got`` (1, S, H)."""
@@ -123,43 +132,31 @@ def slice_truth(work: Workload, on_policy: bool = False) -> SliceTruth:
     whole = work_inputs(work)
     keep = kept_tokens(work)
     inputs = whole.tokens(keep.to(whole.hidden.device))
-    training = TrainingConfig(alpha=work.alpha, kl_reg_weight=work.anchor)
     logits = slice_logits(work.workload, work.tokens, work.top_k, work.dtype, work.device, work.support)
-    old = inputs.old_student_logprobs
-    if on_policy:
-        chosen = logits.log_softmax(-1).gather(-1, inputs.response_ids.cpu().unsqueeze(-1)).squeeze(-1)
-        old = chosen.to(old)
-    shared: dict[str, Any] = {
-        "teacher_logprobs": inputs.teacher_logprobs,
-        "teacher_indices": inputs.teacher_indices,
-        "base_logprobs": inputs.base_logprobs,
-        "response_mask": inputs.response_mask,
-        "old_student_logprobs": old,
-        "response_ids": inputs.response_ids,
-        "training": training,
-    }
-    truth = sdpo_loss(SDPOLossInput(student_logits=logits, **shared))
-    gradient = through_head(truth.grad_logits, inputs.head)
-    eager = eager_loss(FusedSDPOLossInput(inputs.hidden.detach(), inputs.head, **shared))
-    terms = truth.weight * (truth.ratio * truth.per_token.abs() + work.anchor * truth.k3)
-    scale = max(float(terms.sum()), 1e-300)
-    off = eager_loss_error(eager, truth, scale)
-    eager_gradient = token_errors(eager.gradients["student_hidden"], gradient)
+    loss_input = FusedSDPOLossInput(
+        student_hidden=inputs.hidden.detach(),
+        lm_head_weight=inputs.head,
+        training=TrainingConfig(alpha=work.alpha, kl_reg_weight=work.anchor),
+        **{name: getattr(inputs, name) for name in AS_DRAWN},
+    )
+    truth = timed().truth(logits, loss_input, on_policy)
+    gradient = through_head(truth.gradient, inputs.head)
+    eager_gradient = token_errors(truth.eager_gradient, gradient)
     return SliceTruth(
         keep=keep,
         inputs=inputs,
-        truth=truth,
+        loss=truth.loss,
         gradient=gradient,
-        scale=scale,
-        allowed_loss=factor(work) * off + rounding(work),
+        scale=truth.scale,
+        allowed_loss=factor(work) * truth.eager_error + rounding(work),
         allowed_gradient=tuple(factor(work) * error + rounding(work) for error in eager_gradient),
-        eager_loss=abs(float(eager.loss) - float(truth.loss)) / scale,
+        eager_loss=abs(truth.eager_loss - truth.loss) / truth.scale,
         eager_gradient=eager_gradient,
     )
 
 
-def eager_loss_error(eager: EagerLoss, truth: LossTruth, scale: float) -> float:
-    """Plain PyTorch's error of the loss, token by token so that no luck of the signs makes it small."""
-    per_token = (truth.weight * truth.ratio * (eager.per_token.cpu() - truth.per_token).abs()).sum()
-    whole = (eager.loss.cpu() - truth.loss).abs()
-    return float(torch.nan_to_num(per_token + whole, nan=0.0, posinf=0.0)) / scale
+def timed() -> Timed:
+    """What the spec whose loss is timed says about it."""
+    found = find_spec(DEFAULT).parts.timed
+    assert found is not None
+    return found()

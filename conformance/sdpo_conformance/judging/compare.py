@@ -127,8 +127,8 @@ def gradient_words(expected: Tensor, got: Tensor) -> str:
 def compare(case: Case, outcome: Outcome, aspects: Iterable[str], expected: Expectations) -> Disagreement | None:
     """The first disagreement among ``aspects`` (result keys, or "gradient"), or None.
 
-    A metric that the result lacks is RED-6's finding, and one that was rounded once to its own dtype at most
-    IS-10's: both are passed over while another aspect is judged.
+    A metric that the result lacks, or that was rounded once to its own dtype, is the finding of a requirement of its
+    own: both are passed over while another aspect is judged.
     """
     wanted = [aspect for aspect in aspects if aspect == GRADIENT or aspect in expected.results]
     judged = [aspect for aspect in wanted if aspect == GRADIENT or aspect in outcome.result]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdpo_conformance.specs import DEFAULT
+
 if TYPE_CHECKING:
     from sdpo_conformance.matrix.columns import Column
 
@@ -22,13 +24,13 @@ def matrix(
             "say of another machine",
         ),
     ],
-    spec: Annotated[str, typer.Option(help="the spec to judge by")] = "claas",
+    spec: Annotated[str, typer.Option(help="the spec to judge by")] = DEFAULT,
     profile: Annotated[str, typer.Option(help="quick, default, thorough or fuzz")] = "default",
     seed: Annotated[int, typer.Option(help="reproduces a run")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     dtype: Annotated[list[str] | None, typer.Option(help="judge only in this dtype (repeatable)")] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="a requirement or family, such as IS-2 or IS (repeatable)")
+        list[str] | None, typer.Option(help="a requirement or family, as `list requirements` shows them (repeatable)")
     ] = None,
     jobs: Annotated[int, typer.Option(help="worker processes; 0: one per core, at most 8")] = 0,
     call_timeout: Annotated[float, typer.Option(help="seconds one call of an implementation may take")] = 120.0,

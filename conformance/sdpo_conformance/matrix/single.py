@@ -61,33 +61,27 @@ def beside(results: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str, s
     from safetensors.torch import load_file
 
     from sdpo_conformance.specs import find_spec
-    from sdpo_conformance.specs.claas.oracle import sdpo_loss
 
-    spec = find_spec(results["spec"]["name"])
-    case = spec.parts.load(path)
+    parts = find_spec(results["spec"]["name"]).parts
+    case = parts.load(path)
     got = {name.removeprefix("got."): value for name, value in load_file(path).items() if name.startswith("got.")}
-    truth = sdpo_loss(case.loss_input) if spec.name == "claas" else None
+    truth = parts.intermediates(case)
     gradient = next((value for name, value in got.items() if name.startswith("gradient.") and value.dim() == 3), None)
     token = (0, 0)
-    if truth is not None and gradient is not None and gradient.shape == truth.grad_logits.shape and gradient.numel():
-        wrong = torch.nan_to_num(gradient - truth.grad_logits, nan=torch.inf).abs().amax(-1)
+    true = truth.returned.get("gradient.student_logits")
+    if gradient is not None and true is not None and gradient.shape == true.shape and gradient.numel():
+        wrong = torch.nan_to_num(gradient - true, nan=torch.inf).abs().amax(-1)
         token = tuple(int(index) for index in torch.unravel_index(wrong.argmax(), wrong.shape))  # type: ignore[assignment]
     yield "token", f"row {token[0]}, position {token[1]}", ""
     shape = tuple(case.tensors()["response_ids"].shape)
     for name, tensor in case.tensors().items():
         local = tensor[token] if tuple(tensor.shape[:2]) == shape and tensor[..., :1].numel() else tensor
         yield name, values(local), ""
-    if truth is not None and truth.per_token.numel():
-        words = {"chosen": "log-prob of the response", "logsumexp": "logsumexp", "per_token": "divergence D"}
-        words |= {"ratio": "importance ratio r", "k3": "k3", "weight": "mask / n"}
-        for name, head in words.items():
-            yield head, "not returned", values(getattr(truth, name)[token])
+    for head, tensor in truth.per_token.items():
+        if tensor.numel():
+            yield head, "not returned", values(tensor[token])
     for name, value in got.items():
-        expected = getattr(truth, name, None) if truth is not None else None
-        if name == "divergence" and truth is not None:
-            expected = truth.per_token
-        if name == "gradient.student_logits" and truth is not None:
-            expected = truth.grad_logits
+        expected = truth.returned.get(name)
         here = tuple(value.shape[:2]) == shape and value.dim() >= 2
         told = values(expected[token] if here else expected) if isinstance(expected, torch.Tensor) else ""
         yield name, values(value[token] if here else value), told

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sdpo_conformance.judging.records import Status
 from sdpo_conformance.report.terminal import SHOWN_FAILURES, failure_text, grouped, header, label, notes
-from sdpo_conformance.specs.claas.sharded.sharded_rule import SHARDED_FAMILIES
+from sdpo_conformance.specs import find_spec
 
 ENTRY_WORDS = {
     "compute_sdpo_loss": "loss",
@@ -35,7 +35,8 @@ def print_sharded_report(results: Mapping[str, Any], folder: Path, console: Cons
         console.print(f"  {line}", highlight=False)
     groups = grouped([record for record in results["records"] if record["status"] == Status.FAILED])
     own = [group for group in groups if not group[0]["failure"].get("secondary")]
-    first = [group for group in own if group[0]["requirement"] != "MESH-1"] or own or groups
+    sweeps = find_spec(results["spec"]["name"]).sweeps
+    first = [group for group in own if group[0]["requirement"] not in sweeps] or own or groups
     for group in first[:SHOWN_FAILURES]:
         console.print(failure_text(group), highlight=False)
     rest = [group[0]["requirement"] for group in groups if group not in first[:SHOWN_FAILURES]]
@@ -56,10 +57,8 @@ def tally(results: Mapping[str, Any]) -> Table:
     for column in ("", *(ENTRY_WORDS[entry] for entry in entries)):
         table.add_column(column)
     table.add_column("not met", overflow="fold")
-    for family, words in SHARDED_FAMILIES.items():
-        mine = [record for record in results["records"] if record["requirement"].rsplit("-", 1)[0] == family]
-        if not mine:
-            continue
+    for words in dict.fromkeys(record["family"] for record in results["records"]):
+        mine = [record for record in results["records"] if record["family"] == words]
         cells = []
         for entry in entries:
             through = [record for record in mine if record["entry"] == entry]

@@ -12,6 +12,7 @@ from sdpo_conformance.files import write_json
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.dtypes import DEFAULT, is_refusal
+from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.judging.profiles import Profile
 from sdpo_conformance.judging.records import Record, Status, record_key, write_record
@@ -21,18 +22,12 @@ from sdpo_conformance.running.collecting import device_name, versions
 from sdpo_conformance.running.folder import RESULTS, default_folder, start_afresh
 from sdpo_conformance.running.options import RunError, RunOptions
 from sdpo_conformance.running.process import Progress, Report
-from sdpo_conformance.sharded.cut import ShardedCase
-from sdpo_conformance.sharded.draw import PLAIN, laid
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.sharded.pool import Pool, PoolError
 from sdpo_conformance.sharded.rank import Ready
-from sdpo_conformance.sharded.sharded_program import write_program
-from sdpo_conformance.sharded.sharded_subject import ShardedSubject
-from sdpo_conformance.specs import DEFAULT as CLAAS
-from sdpo_conformance.specs.claas.loss_case import ordinary_case
-from sdpo_conformance.specs.claas.sharded.sharded_rule import SHARDED_FAMILIES, ShardedRule, selected_rules
-from sdpo_conformance.specs.claas.words import describe
-from sdpo_conformance.specs.spec import Spec
+from sdpo_conformance.sharded.rule_on_ranks import ShardedRule
+from sdpo_conformance.specs import specs
+from sdpo_conformance.specs.spec import OnRanks, Spec
 
 PER_TOKEN = (Capability.DIVERGENCE, Capability.RESPONSE_LOGPROBS, Capability.TEACHER_TOPK)
 
@@ -41,11 +36,14 @@ def run_on_mesh(target: str, mesh: str, options: RunOptions, progress: Progress 
     """Judge ``target`` on the ranks of ``mesh`` ("tp=2,dp=2"); raises RunError where that cannot be done."""
     started = time.time()
     spec = options.found_spec
-    if spec.name != CLAAS:
-        raise RunError(f"--mesh {mesh}: the requirements on ranks are those of {CLAAS}, not of --spec {spec.name}")
+    asked = spec.parts.on_ranks
+    if asked is None:
+        having = ", ".join(one.name for one in specs() if one.parts.on_ranks)
+        raise RunError(f"--mesh {mesh}: the requirements on ranks are those of {having}, not of --spec {spec.name}")
+    on_ranks = asked()
     try:
         shape = MeshShape.parse(mesh)
-        rules = selected_rules(shape, options.only)
+        rules = on_ranks.selected(shape, options.only)
     except ValueError as error:
         raise RunError(str(error)) from None
     if not rules:
@@ -57,12 +55,12 @@ def run_on_mesh(target: str, mesh: str, options: RunOptions, progress: Progress 
         start_afresh(folder)
     except ValueError as error:
         raise RunError(str(error)) from None
-    with Pool(target, shape, device, options.call_timeout) as pool:
+    with Pool(target, shape, device, options.call_timeout, spec.name) as pool:
         try:
             ready = pool.start()
             check_claims(target, shape, ready)
             records, judged, refused = judge(
-                pool, rules, options.found_profile, options.seed, options.dtypes, folder, progress
+                on_ranks, pool, rules, options.found_profile, options.seed, options.dtypes, folder, progress
             )
         except PoolError as error:
             raise RunError(str(error)) from None
@@ -80,7 +78,7 @@ def run_on_mesh(target: str, mesh: str, options: RunOptions, progress: Progress 
             "backend": pool.backend,
             "pool_starts": pool.starts,
         }
-    results = document(target, ready, records, rules, run, spec)
+    results = document(target, ready, records, rules, run, spec, on_ranks.families)
     write_json(folder / RESULTS, results)
     return Report(results, folder)
 
@@ -109,6 +107,7 @@ def check_claims(target: str, mesh: MeshShape, ready: Ready) -> None:
 
 
 def judge(
+    on_ranks: OnRanks,
     pool: Pool,
     rules: Sequence[ShardedRule],
     profile: Profile,
@@ -125,47 +124,39 @@ def judge(
     for number, (rule, entry) in enumerate(work):
         if progress is not None:
             progress(number, len(work))
-        subject = ShardedSubject(
-            implementation=None, entry=entry, claims=pool.ready.claims, profile=profile, seed=seed, device=pool.device,
-            scratch=None, pool=pool,
-        )  # fmt: skip
+        subject = on_ranks.subject(pool, entry, profile, seed)
         if entry not in kept:
-            kept[entry] = dtypes_on_ranks(subject, asked)
-        record = judged(replace_dtypes(subject, kept[entry][0]), rule, folder, records)
+            kept[entry] = dtypes_on_ranks(on_ranks, subject, asked)
+        subject.dtypes = kept[entry][0]
+        record = judged(on_ranks, pool, subject, rule, folder, records)
         write_record(folder, record)
         records.append(record)
     every = [name for name in (*DEFAULT, "float64") if any(name in names for names, _ in kept.values())]
     return records, tuple(every), {name: why for _, refused in kept.values() for name, why in refused.items()}
 
 
-def replace_dtypes(subject: ShardedSubject, dtypes: tuple[str, ...]) -> ShardedSubject:
-    """The subject judged in ``dtypes``."""
-    subject.dtypes = dtypes
-    return subject
-
-
-def dtypes_on_ranks(subject: ShardedSubject, asked: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+def dtypes_on_ranks(
+    on_ranks: OnRanks, subject: Subject, asked: tuple[str, ...]
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """As ``judging.dtypes``: asked for, claimed, or offered without complaint."""
     if asked:
         return asked, {}
     if subject.claims.dtypes is not None:
         return tuple(name for name in subject.claims.dtypes if name in DEFAULT) or subject.claims.dtypes, {}
     refused: dict[str, str] = {}
-    if subject.entry in (Capability.LOSS, Capability.FUSED):
-        from sdpo_conformance.inputs.choices import SeededSource
-
-        for name in DEFAULT:
-            case = laid(SeededSource("dtype"), ordinary_case(name, subject.entry), subject.mesh, PLAIN)
-            try:
-                subject.answers(case)
-            except ImplementationError as error:
-                if is_refusal(error, name):
-                    refused[name] = error.summary
+    for name in DEFAULT:
+        try:
+            on_ranks.try_dtype(subject, name)
+        except ImplementationError as error:
+            if is_refusal(error, name):
+                refused[name] = error.summary
     names = tuple(name for name in DEFAULT if name not in refused)
     return (names, refused) if names else (DEFAULT, {})
 
 
-def judged(subject: ShardedSubject, rule: ShardedRule, folder: Path, before: Sequence[Record]) -> Record:
+def judged(
+    on_ranks: OnRanks, pool: Pool, subject: Subject, rule: ShardedRule, folder: Path, before: Sequence[Record]
+) -> Record:
     """One rule through one entry."""
     expected = subject.claims.expected_failures.get(rule.id, "")
     status, reason, failure = Status.PASSED, "", {}
@@ -175,14 +166,14 @@ def judged(subject: ShardedSubject, rule: ShardedRule, folder: Path, before: Seq
             status, reason = Status.UNEXPECTED_PASS, f"claimed to fail: {expected}"
     except (Disagreement, ImplementationError) as error:
         status, reason = (Status.EXPECTED_FAILURE, expected) if expected else (Status.FAILED, "")
-        failure = failure_on_ranks(subject, rule, folder, error)
+        failure = failure_on_ranks(on_ranks, subject, rule, folder, error)
         failed = {r.requirement for r in before if r.status is Status.FAILED and r.entry == subject.entry.value}
         failure["secondary"] = failure["secondary"] or bool(failed & set(rule.rests_on))
     except PoolError as error:
         status, reason = Status.INTERNAL_ERROR, f"the ranks could not be started again: {error}"
     except Exception as error:
         status, reason = Status.INTERNAL_ERROR, f"{type(error).__name__}: {error}"[:500]
-        subject.pool.close()
+        pool.close()
     tally = subject.tally
     return Record(
         requirement=rule.id,
@@ -199,7 +190,7 @@ def judged(subject: ShardedSubject, rule: ShardedRule, folder: Path, before: Seq
 
 
 def failure_on_ranks(
-    subject: ShardedSubject, rule: ShardedRule, folder: Path, error: Disagreement | ImplementationError
+    on_ranks: OnRanks, subject: Subject, rule: ShardedRule, folder: Path, error: Disagreement | ImplementationError
 ) -> dict[str, Any]:
     """The record's failure entry, and the program that reproduces it."""
     if isinstance(error, Disagreement):
@@ -214,10 +205,10 @@ def failure_on_ranks(
             "got": error.summary, "detail": error.details, "probe": "raises", "secondary": False, "words": "",
         }  # fmt: skip
     case = error.case
-    if isinstance(case, ShardedCase):
-        found["words"] = f"{describe(case)}, {case.laid.words()}"
+    if case is not None:
+        found["words"] = on_ranks.describe(case)
         key = record_key(rule.id, subject.entry.value)
-        found["reproduction"] = write_program(folder, key, subject, rule, found, case)
+        found["reproduction"] = on_ranks.write_program(folder, key, subject, rule, found, case)
     return found
 
 
@@ -228,6 +219,7 @@ def document(
     rules: Sequence[ShardedRule],
     run: Mapping[str, Any],
     spec: Spec,
+    families: Mapping[str, str],
 ) -> dict[str, Any]:
     """results.json of a run on a mesh, in the format of every run."""
     known = {rule.id: rule for rule in rules}
@@ -236,7 +228,7 @@ def document(
     described = [
         {
             **asdict(record),
-            "family": SHARDED_FAMILIES[known[record.requirement].family],
+            "family": families[known[record.requirement].family],
             "statement": known[record.requirement].statement,
             "source": known[record.requirement].source,
         }

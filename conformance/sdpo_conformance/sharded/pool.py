@@ -24,6 +24,7 @@ from typing import Any
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.sharded.rank import Answer, Fault, Ready, Request, Setting, is_collective, main
+from sdpo_conformance.specs import DEFAULT
 
 STARTING_SECONDS = 300.0
 """Importing torch and the implementation, and meeting the other ranks."""
@@ -57,6 +58,7 @@ class Pool:
     mesh: MeshShape
     device: str = "cpu"
     call_seconds: float = 120.0
+    spec: str = DEFAULT
     starts: int = 0
     ready: Ready = field(default_factory=Ready)
     hung: bool = False
@@ -99,7 +101,7 @@ class Pool:
             log = self._folder / f"rank-{rank}.log"
             setting = Setting(
                 self.target, self.mesh, self.device, self.backend, str(self._folder / "rendezvous"),
-                self.collective_seconds, str(log), search_path,
+                self.collective_seconds, str(log), search_path, self.spec,
             )  # fmt: skip
             process = context.Process(target=main, args=(theirs, setting, rank), daemon=True)
             process.start()

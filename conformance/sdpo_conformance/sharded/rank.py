@@ -36,15 +36,15 @@ from sdpo_conformance.protocol import (
     ShardedFusedSDPOLossInput,
     ShardedSDPOLossInput,
 )
-from sdpo_conformance.sharded.cut import HEAD, LOGITS, Part
 from sdpo_conformance.sharded.mesh import MeshShape
-from sdpo_conformance.specs import DEFAULT, find_spec
+from sdpo_conformance.sharded.part import HEAD, LOGITS, Part
+from sdpo_conformance.specs import find_spec
 
 
 @dataclass(frozen=True)
 class Setting:
     """What a rank is started with. ``rendezvous``: a file that the ranks meet at; ``collective_seconds``: how long one
-    collective may take."""
+    collective may take; ``spec``: the name of the one that is judged by."""
 
     target: str
     mesh: MeshShape
@@ -54,6 +54,7 @@ class Setting:
     collective_seconds: float
     log: str
     search_path: tuple[str, ...]
+    spec: str
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,9 @@ def serve(connection: Connection, setting: Setting, rank: int) -> None:
     )
     sizes = tuple(size for _, size in setting.mesh.sizes)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=setting.mesh.names)
+    spec = find_spec(setting.spec)
     try:
-        implementation = load_implementation(setting.target, find_spec(DEFAULT))
+        implementation = load_implementation(setting.target, spec)
     except LoadingError as error:
         send(connection, Ready(error=str(error)))
         return
@@ -163,7 +165,7 @@ def serve(connection: Connection, setting: Setting, rank: int) -> None:
     send(connection, Ready(offered, implementation.claims))
     while True:
         request: Request = pickle.loads(connection.recv_bytes())
-        found = load_implementation(request.target, find_spec(DEFAULT)) if request.target else implementation
+        found = load_implementation(request.target, spec) if request.target else implementation
         send(connection, answered(found.object, found.claims, mesh, device, request))
 
 

@@ -36,10 +36,7 @@ def implementation(where: dict[str, Any]) -> Any:
     """The module or object under test."""
     sys.path[:0] = [path for path in where["search_path"] if path not in sys.path]
     if where["defect"]:
-        from sdpo_conformance.judging.implementation import load_implementation
-        from sdpo_conformance.specs import DEFAULT, find_spec
-
-        return load_implementation(f"defect:{where['defect']}", find_spec(DEFAULT)).object
+        return importlib.import_module(where["module"]).load(where["defect"])
     if where["file"]:
         spec = importlib.util.spec_from_file_location("implementation", where["file"])
         assert spec is not None

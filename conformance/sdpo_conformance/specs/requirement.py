@@ -112,6 +112,8 @@ def selected(ids: Mapping[str, Requirement], only: tuple[str, ...]) -> set[str]:
         matches = {id for id, entry in ids.items() if wanted in (id, entry.family)}
         if not matches:
             families = dict.fromkeys(entry.family for entry in ids.values())
-            raise ValueError(f"no requirement or family {name!r}; families: {', '.join(families)}; ids look like IS-2")
+            raise ValueError(
+                f"no requirement or family {name!r}; families: {', '.join(families)}; ids look like {next(iter(ids))}"
+            )
         found |= matches
     return found

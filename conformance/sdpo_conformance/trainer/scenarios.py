@@ -87,8 +87,8 @@ class Scenario:
         return self.sampler == "partial" or bool(self.model.unusual_head)
 
     def accepts(self, error: Exception) -> bool:
-        """Whether this refusal is an answer. What kind of error refuses a batch is STEP-11's matter; a model is refused
-        with a ValueError or a NotImplementedError."""
+        """Whether this refusal is an answer. What kind of error refuses a batch, a requirement of its own asks; a model
+        is refused with a ValueError or a NotImplementedError."""
         return self.sampler == "partial" or isinstance(error, ValueError | NotImplementedError)
 
     @property

@@ -31,6 +31,6 @@ SPEC = Spec(
         "distill",
     ),
     own_entries={"LP": "compute_response_logprobs", "TK": "compute_teacher_topk", "STEP": "distill"},
-    sweeps=("NUM-1", "NUM-2", "FUS-1", "FUS-2", "FUS-4", "FUS-6"),
+    sweeps=("NUM-1", "NUM-2", "FUS-1", "FUS-2", "FUS-4", "FUS-6", "MESH-1"),
     audit_rules=AUDIT_RULES,
 )

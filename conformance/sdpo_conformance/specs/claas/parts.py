@@ -11,8 +11,8 @@ from sdpo_conformance.specs.claas.corners import visits
 from sdpo_conformance.specs.claas.inputs.losses import build_case, loss_cases
 from sdpo_conformance.specs.claas.inputs.recorded import recorded_within
 from sdpo_conformance.specs.claas.loss_case import LossCase, ordinary_case
-from sdpo_conformance.specs.claas.words import describe
-from sdpo_conformance.specs.spec import Parts
+from sdpo_conformance.specs.claas.words import describe, intermediates
+from sdpo_conformance.specs.spec import OnRanks, Parts, Timed
 
 
 def defect(name: str) -> Any:
@@ -24,8 +24,8 @@ def defect(name: str) -> Any:
 
 def diagnose(folder: Path, failed: Sequence[Any], offered: Sequence[Any]) -> Mapping[str, Any] | None:
     """What the failures of a run point to; where none returned a value, at most that the input is another spec's."""
-    from sdpo_conformance.diagnosis import diagnose_run
     from sdpo_conformance.specs.claas import SPEC
+    from sdpo_conformance.specs.claas.diagnosis import diagnose_run
     from sdpo_conformance.specs.shared.diagnosing import asks_for_another_spec
 
     if hint := asks_for_another_spec(failed, SPEC):
@@ -37,9 +37,23 @@ def diagnose(folder: Path, failed: Sequence[Any], offered: Sequence[Any]) -> Map
 
 def asked_next(folder: Path, failed: Any) -> Sequence[str]:
     """The requirements that may name the cause of a first failure better than its own."""
-    from sdpo_conformance import diagnosis
+    from sdpo_conformance.specs.claas import diagnosis
 
     return diagnosis.asked_next(folder, failed)
+
+
+def on_ranks() -> OnRanks:
+    """What a run on a mesh asks."""
+    from sdpo_conformance.specs.claas.sharded.on_ranks import ON_RANKS
+
+    return ON_RANKS
+
+
+def timed() -> Timed:
+    """What the bench asks."""
+    from sdpo_conformance.specs.claas.timed import TIMED
+
+    return TIMED
 
 
 PARTS = Parts(
@@ -54,4 +68,7 @@ PARTS = Parts(
     defect=defect,
     diagnose=diagnose,
     asked_next=asked_next,
+    on_ranks=on_ranks,
+    timed=timed,
+    intermediates=intermediates,
 )

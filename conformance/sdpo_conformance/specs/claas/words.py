@@ -5,11 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdpo_conformance.protocol import RATIO_LOG_CLAMP
+from sdpo_conformance.protocol import METRIC_KEYS, RATIO_LOG_CLAMP
 from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.oracle.loss import upcast
+from sdpo_conformance.specs.spec import Intermediates
 
 SHOWN_TOKENS = 3
+
+PER_TOKEN = {
+    "chosen": "log-prob of the response",
+    "logsumexp": "logsumexp",
+    "per_token": "divergence D",
+    "ratio": "importance ratio r",
+    "k3": "k3",
+    "weight": "mask / n",
+}
+
+
+def intermediates(case: LossCase) -> Intermediates:
+    """The oracle's truth about a case."""
+    truth = case.truth
+    returned = {name: getattr(truth, name) for name in ("loss", *METRIC_KEYS)}
+    return Intermediates(
+        {words: getattr(truth, name) for name, words in PER_TOKEN.items()},
+        {**returned, "divergence": truth.per_token, "gradient.student_logits": truth.grad_logits},
+    )
 
 
 def describe(case: LossCase) -> str:

@@ -17,11 +17,12 @@ from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement, number, worst
 from sdpo_conformance.judging.expectation import Expectation
 from sdpo_conformance.protocol import TrainingConfig
-from sdpo_conformance.sharded.cut import Cut, Part, vocabulary_of
-from sdpo_conformance.sharded.draw import PADDED, PLAIN, draw_cut
+from sdpo_conformance.sharded.part import Part
 from sdpo_conformance.sharded.rank import Answer, Request
-from sdpo_conformance.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs.claas.head_bounds import at, response_logprobs, support_size, vocabulary_logprobs
+from sdpo_conformance.specs.claas.sharded.cut import Cut, vocabulary_of
+from sdpo_conformance.specs.claas.sharded.draw import PADDED, PLAIN, draw_cut
+from sdpo_conformance.specs.claas.sharded.sharded_subject import ShardedSubject
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.protocol import SDPOLossInput
-from sdpo_conformance.sharded.cut import ShardedCase
+from sdpo_conformance.specs.claas.sharded.cut import ShardedCase
 
 
 def owned(case: ShardedCase, place: int) -> range:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.sharded.mesh import MeshShape
-from sdpo_conformance.sharded.sharded_subject import ShardedSubject
-from sdpo_conformance.specs.requirement import Level, Requirement
+from sdpo_conformance.sharded.rule_on_ranks import ShardedRule
+from sdpo_conformance.specs.claas.sharded.sharded_subject import ShardedSubject
+from sdpo_conformance.specs.requirement import Level
 
 SHARDED_FAMILIES: Mapping[str, str] = {
     "VP": "vocabulary cut (tp)",
@@ -18,18 +18,6 @@ SHARDED_FAMILIES: Mapping[str, str] = {
     "MESH": "every mesh",
 }
 """Family prefix -> the words a report uses, in the order of the report."""
-
-
-@dataclass(frozen=True)
-class ShardedRule(Requirement):
-    """A requirement on a mesh. ``axes``: it is judged where one of these really cuts something. ``rests_on``: rules
-    whose failure this one's may follow from."""
-
-    axes: tuple[str, ...] = ()
-    rests_on: tuple[str, ...] = ()
-
-    def applies(self, mesh: MeshShape) -> bool:
-        return bool(mesh.shared & set(self.axes))
 
 
 _RULES: dict[str, ShardedRule] = {}

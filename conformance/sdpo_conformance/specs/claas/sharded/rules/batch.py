@@ -6,12 +6,12 @@ import torch
 
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.protocol import METRIC_KEYS
-from sdpo_conformance.sharded.cut import ShardedCase, tokens_of
-from sdpo_conformance.sharded.draw import Cuts
-from sdpo_conformance.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs.claas.corners import NEUTRAL
 from sdpo_conformance.specs.claas.rules.aspects import ALL, LOSSES
+from sdpo_conformance.specs.claas.sharded.cut import ShardedCase, tokens_of
+from sdpo_conformance.specs.claas.sharded.draw import Cuts
 from sdpo_conformance.specs.claas.sharded.sharded_rule import sharded_rule
+from sdpo_conformance.specs.claas.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs.requirement import Level
 
 BATCH = ("dp", "cp")

@@ -7,15 +7,15 @@ from dataclasses import replace
 import torch
 
 from sdpo_conformance.judging.compare import Disagreement
-from sdpo_conformance.sharded.compare_ranks import compare_ranks, complaints, expected_of
-from sdpo_conformance.sharded.cut import ShardedCase, part_of, sharded
-from sdpo_conformance.sharded.draw import Cuts
 from sdpo_conformance.sharded.rank import Request
-from sdpo_conformance.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs.claas.corners import EVERYTHING, NEUTRAL
 from sdpo_conformance.specs.claas.inputs.masked import with_garbage
 from sdpo_conformance.specs.claas.rules.aspects import ALL, LOSSES
+from sdpo_conformance.specs.claas.sharded.compare_ranks import compare_ranks, complaints, expected_of
+from sdpo_conformance.specs.claas.sharded.cut import ShardedCase, part_of, sharded
+from sdpo_conformance.specs.claas.sharded.draw import Cuts
 from sdpo_conformance.specs.claas.sharded.sharded_rule import sharded_rule
+from sdpo_conformance.specs.claas.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs.requirement import Level
 
 ANY = ("dp", "cp", "tp")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sdpo_conformance.sharded.cut import FILLER, ShardedCase
-from sdpo_conformance.sharded.draw import Cuts
-from sdpo_conformance.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs.claas.corners import NEUTRAL
 from sdpo_conformance.specs.claas.rules.aspects import ALL, LOSSES
+from sdpo_conformance.specs.claas.sharded.cut import FILLER, ShardedCase
+from sdpo_conformance.specs.claas.sharded.draw import Cuts
 from sdpo_conformance.specs.claas.sharded.sharded_rule import sharded_rule
+from sdpo_conformance.specs.claas.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs.requirement import Level
 
 CP = ("cp",)

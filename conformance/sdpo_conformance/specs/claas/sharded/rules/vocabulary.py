@@ -8,14 +8,14 @@ import torch
 
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.protocol import METRIC_KEYS, Capability
-from sdpo_conformance.sharded.cut import ShardedCase
-from sdpo_conformance.sharded.draw import PADDED, Cuts
-from sdpo_conformance.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs.claas.corners import NEUTRAL
 from sdpo_conformance.specs.claas.rules.aspects import ALL, LOSSES
 from sdpo_conformance.specs.claas.sharded import heads_on_ranks as heads
+from sdpo_conformance.specs.claas.sharded.cut import ShardedCase
+from sdpo_conformance.specs.claas.sharded.draw import PADDED, Cuts
 from sdpo_conformance.specs.claas.sharded.moves import ids_at_edges, one_shard_far_below, support_on_one_shard
 from sdpo_conformance.specs.claas.sharded.sharded_rule import sharded_rule
+from sdpo_conformance.specs.claas.sharded.sharded_subject import ShardedSubject
 from sdpo_conformance.specs.requirement import Level
 
 TP = ("tp",)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from sdpo_conformance.diagnosis.fitting import best_value
-from sdpo_conformance.diagnosis.observed import Observed
-from sdpo_conformance.diagnosis.prediction import Predictor, coarsest, effect
 from sdpo_conformance.specs.claas.defects import catalogue, combine
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import DIALECTS, Dialect
+from sdpo_conformance.specs.claas.diagnosis.fitting import best_value
+from sdpo_conformance.specs.claas.diagnosis.observed import Observed
+from sdpo_conformance.specs.claas.diagnosis.prediction import Predictor, coarsest, effect
 
 LOOKED_AT = 4
 """Failures on which every defect of the catalogue is tried; what fits one of them is tried on all."""

@@ -11,11 +11,20 @@ from hypothesis.strategies import DrawFn
 
 from sdpo_conformance.inputs.choices import HypothesisSource, SeededSource, Source
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.sharded.cut import Cut, ShardedCase, aligned, balanced, chunked, contiguous, runs, sharded
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.specs.claas.corners import Corner, visits
 from sdpo_conformance.specs.claas.inputs.losses import build_case
 from sdpo_conformance.specs.claas.loss_case import LossCase
+from sdpo_conformance.specs.claas.sharded.cut import (
+    Cut,
+    ShardedCase,
+    aligned,
+    balanced,
+    chunked,
+    contiguous,
+    runs,
+    sharded,
+)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sdpo_conformance.diagnosis.observed import Observed
-from sdpo_conformance.diagnosis.prediction import NO_FIT, Fit
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
@@ -19,6 +17,8 @@ from sdpo_conformance.protocol import Claims
 from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas.corners import Corner
 from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.diagnosis.observed import Observed
+from sdpo_conformance.specs.claas.diagnosis.prediction import NO_FIT, Fit
 from sdpo_conformance.specs.claas.loss_case import LossCase
 
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")

@@ -11,9 +11,10 @@ from sdpo_conformance.judging.call import ImplementationError, Outcome
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, gradient_disagreement, scalar_disagreement
 from sdpo_conformance.judging.expectation import Expectation, Expectations
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput
-from sdpo_conformance.sharded.cut import HIDDEN, LOGITS, ShardedCase, leak, whole
+from sdpo_conformance.sharded.part import HIDDEN, LOGITS
 from sdpo_conformance.sharded.rank import Answer
 from sdpo_conformance.specs.claas.bounds import expectations, is_half
+from sdpo_conformance.specs.claas.sharded.cut import ShardedCase, leak, whole
 
 
 def expected_of(case: ShardedCase, entry: Capability) -> Expectations:

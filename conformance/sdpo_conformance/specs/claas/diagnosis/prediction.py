@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdpo_conformance.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
 from sdpo_conformance.judging.call import ImplementationError, evaluate
 from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
 from sdpo_conformance.specs.claas.loss_case import LossCase
 
 ROUNDING = 64.0
@@ -164,7 +164,7 @@ class Predictor:
             if observed.numeric:
                 found = best_fit(defect, observed, self.native or observed.not_finite)
             else:
-                from sdpo_conformance.diagnosis.replay import replayed
+                from sdpo_conformance.specs.claas.diagnosis.replay import replayed
 
                 found = replayed(defect, observed)
             self._known[key] = found

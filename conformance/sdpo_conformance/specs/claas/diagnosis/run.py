@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.diagnosis.diagnose import Diagnosis, diagnose, rules_behind
-from sdpo_conformance.diagnosis.locating import located
-from sdpo_conformance.diagnosis.observed import Observed
-from sdpo_conformance.diagnosis.trainers import gathered, stated
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import Dialect
+from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose, rules_behind
+from sdpo_conformance.specs.claas.diagnosis.locating import located
+from sdpo_conformance.specs.claas.diagnosis.observed import Observed
+from sdpo_conformance.specs.claas.diagnosis.trainers import gathered, stated
 from sdpo_conformance.specs.requirement import Level
 
 LEADING = 2

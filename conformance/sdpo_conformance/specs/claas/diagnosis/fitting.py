@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from sdpo_conformance.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
 from sdpo_conformance.judging.call import ImplementationError, evaluate
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.parameter import simplest
+from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
 
 PROMISING = 0.9
 """Of the distance between the truth and what was observed: a defect that does not come nearer is only refined where a

@@ -6,7 +6,7 @@ position gets a copy of one whose mask is 0: it has none that counts, but its te
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.sharded.mesh import MeshShape
+from sdpo_conformance.sharded.part import HEAD, HIDDEN, LOGITS, Part
 from sdpo_conformance.specs.claas.loss_case import LossCase
 
 FILLER = -1
 """Stands for a row or position of no meaning, whose mask is 0."""
-
-LOGITS, HIDDEN, HEAD = "student_logits", "student_hidden", "lm_head_weight"
 
 
 @dataclass(frozen=True)
@@ -88,20 +87,6 @@ class ShardedCase(LossCase):
 def sharded(case: LossCase, cut: Cut) -> ShardedCase:
     """``case`` on a mesh."""
     return ShardedCase(case.loss_input, case.layout, case.trainable_head, case.incoming, case.name, cut)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One rank's share: ``tensors`` by field, what they ask a gradient for, the first id, the vocabulary's size;
-    ``extent``: the columns of all ranks together, padding included."""
-
-    tensors: Mapping[str, Tensor]
-    differentiable: tuple[str, ...]
-    vocab_start: int
-    vocab_size: int
-    extent: int
-    training: Any
-    incoming: float
 
 
 def chunked(vocabulary: int, ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -16,15 +17,15 @@ from torch import Tensor
 from sdpo_conformance.cases.case import divergence_incoming
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.reproduction.program import location
-from sdpo_conformance.sharded.compare_ranks import expected_of
-from sdpo_conformance.sharded.cut import ShardedCase, part_of, tokens_of
-from sdpo_conformance.sharded.sharded_subject import ShardedSubject
-from sdpo_conformance.specs import DEFAULT, find_spec
-from sdpo_conformance.specs.claas.sharded.sharded_rule import ShardedRule
+from sdpo_conformance.sharded.rule_on_ranks import ShardedRule
+from sdpo_conformance.specs.claas import SPEC
+from sdpo_conformance.specs.claas.sharded.compare_ranks import expected_of
+from sdpo_conformance.specs.claas.sharded.cut import ShardedCase, part_of, tokens_of
+from sdpo_conformance.specs.claas.sharded.sharded_subject import ShardedSubject
 
 
 def write_program(
-    folder: Path, key: str, subject: ShardedSubject, rule: ShardedRule, failure: dict[str, Any], case: ShardedCase
+    folder: Path, key: str, subject: ShardedSubject, rule: ShardedRule, failure: Mapping[str, Any], case: ShardedCase
 ) -> str:
     """Write KEY.py and KEY.safetensors into ``folder``; returns the program's name."""
     mesh, entry = subject.mesh, subject.entry
@@ -52,7 +53,7 @@ def write_program(
         "device": subject.pool.device,
         "entry": entry.value,
         "where": {
-            **location(subject.pool.target, find_spec(DEFAULT)),
+            **location(subject.pool.target, SPEC),
             "search_path": [str(Path(path).resolve()) for path in sys.path],
         },
         "training": asdict(case.training),

@@ -13,13 +13,13 @@ from sdpo_conformance.judging.call import ImplementationError, Outcome
 from sdpo_conformance.judging.compare import Disagreement, scalar_disagreement
 from sdpo_conformance.judging.examples import Enough, Subject
 from sdpo_conformance.judging.expectation import Expectation
-from sdpo_conformance.sharded.compare_ranks import compare_ranks, complaints, expected_of
-from sdpo_conformance.sharded.cut import ShardedCase, part_of, tokens_of
-from sdpo_conformance.sharded.draw import PLAIN, Cuts, sharded_cases, sharded_visits
 from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.sharded.pool import Pool
 from sdpo_conformance.sharded.rank import Answer, Request
 from sdpo_conformance.specs.claas.corners import Corner
+from sdpo_conformance.specs.claas.sharded.compare_ranks import compare_ranks, complaints, expected_of
+from sdpo_conformance.specs.claas.sharded.cut import ShardedCase, part_of, tokens_of
+from sdpo_conformance.specs.claas.sharded.draw import PLAIN, Cuts, sharded_cases, sharded_visits
 
 Change = Callable[[ShardedCase], ShardedCase | None]
 """What a rule does to a drawn case before it is judged; None: nothing to judge."""

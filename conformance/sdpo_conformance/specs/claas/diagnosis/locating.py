@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sdpo_conformance.diagnosis.observed import GRADIENT, Observed, expectation_of
+from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, expectation_of
 
 PARTS = {
     "mean_is_ratio": "the importance ratio",
