@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol, TypeVar
 
 from hypothesis import strategies as st
@@ -24,6 +25,12 @@ class Source(Protocol):
         ...
 
 
+@cache
+def whole_numbers(low: int, high: int) -> st.SearchStrategy[int]:
+    """Made once: a case takes some thirty choices, and making a strategy takes longer than drawing from it."""
+    return st.integers(low, high)
+
+
 class HypothesisSource:
     """Choices that Hypothesis makes, and shrinks."""
 
@@ -31,10 +38,10 @@ class HypothesisSource:
         self.draw = draw
 
     def pick(self, options: Sequence[Kind]) -> Kind:
-        return self.draw(st.sampled_from(list(options)))
+        return options[self.draw(whole_numbers(0, len(options) - 1))]
 
     def integer(self, low: int, high: int) -> int:
-        return self.draw(st.integers(low, high))
+        return self.draw(whole_numbers(low, high))
 
 
 class SeededSource:

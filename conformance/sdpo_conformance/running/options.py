@@ -74,6 +74,8 @@ class RunOptions:
 
     def _ids_exist(self) -> None:
         """An id that no rule has is noticed before anything is started."""
+        if not self.only:
+            return
         known = requirement_ids(self.found_spec)
         for name in self.only:
             wanted = name.strip().upper()

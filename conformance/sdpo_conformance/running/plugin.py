@@ -1,16 +1,17 @@
 """The pytest plugin: ``pytest -p sdpo_conformance.running.plugin --pyargs <the rules of a spec> --impl=...``.
 
-Loads the implementation, makes one test per requirement and entry, isolates crashes in worker processes
-(pytest-xdist), and leaves a record of each verdict in the run's folder. Not an entry point: it would put its
-options into every run of a user's environment.
+Loads the implementation, makes one test per requirement and entry, isolates crashes in worker processes (forked, or
+pytest-xdist's), and leaves a record of each verdict in the run's folder. Not an entry point: it would put its options
+into every run of a user's environment.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from sdpo_conformance.files import write_json, write_text
 from sdpo_conformance.judging.records import Record, Status, record_key, write_record
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.running.folder import ERROR, start_afresh
+from sdpo_conformance.running.forked import judge_in_forks, may_fork
 from sdpo_conformance.running.options import RunError, RunOptions, declare, expected_failures
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Session:
         self.only = self.options.only
         self.started = time.time()
         self.dtypes: dict[Capability, tuple[tuple[str, ...], dict[str, str]]] = {}
+        self.forks = 0
         self.crash_log: IO[str] | None = None
         self.asked: set[str] | None = None
         if not self.worker:
@@ -94,7 +97,7 @@ class Session:
         if unknown := sorted(set(claims.expected_failures) - set(self.spec.requirements())):
             raise LoadingError(f"{self.target}: SDPO_CLAIMS expects failures of unknown requirements {unknown}")
 
-    def arm(self, seconds: float) -> None:
+    def arm(self) -> None:
         """Leave a trace of crashes and hangs; one thread, because workers share the cores."""
         import torch
 
@@ -104,7 +107,7 @@ class Session:
         folder.mkdir(parents=True, exist_ok=True)
         self.crash_log = (folder / f"{os.getpid()}.log").open("w", encoding="utf-8")
         faulthandler.enable(self.crash_log)
-        WATCHDOG.seconds, WATCHDOG.log = seconds, self.crash_log
+        WATCHDOG.seconds, WATCHDOG.log = self.options.call_timeout, self.crash_log
         torch.set_num_threads(1)
 
     def dtypes_of(self, entry: Capability) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -145,7 +148,32 @@ def pytest_configure(config: pytest.Config) -> None:
     session = Session(config)
     config.stash[SESSION] = session
     if session.worker or not getattr(config.option, "numprocesses", None):
-        session.arm(session.options.call_timeout)
+        session.arm()
+    elif may_fork(session.device):
+        session.forks = config.option.numprocesses
+        config.option.dist = "no"
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    run = session.config.stash[SESSION]
+    if not run.forks or session.config.option.collectonly:
+        return None
+    preload(run.implementation.offered)
+    trainers = [item for item in session.items if entry_of_item(item) is Capability.DISTILL]
+    rest = [[item] for item in session.items if item not in trainers]
+    # the rules about a trainer look at the same runs of it, which a process remembers
+    judge_in_forks(session, [*([trainers] if trainers else []), *rest], run.forks, run.arm)
+    return True
+
+
+def preload(offered: Sequence[Capability]) -> None:
+    """Import what every worker would import later."""
+    # torch's first gradient of a given incoming one needs it
+    importlib.import_module("torch.fx.experimental.symbolic_shapes")
+    if Capability.DISTILL in offered:
+        for name in ("transformers", "peft"):
+            with suppress(ImportError):
+                importlib.import_module(name)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

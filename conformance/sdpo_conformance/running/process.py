@@ -145,6 +145,7 @@ def pytest_command(implementation: str, options: RunOptions) -> list[str]:
         str(Path(__file__).parent / "pytest.ini"),
         "--noconftest",
         "--assert=plain",
+        "--capture=sys",  # in memory: forked workers would share a file
         "-p",
         "xdist",
         "-p",
