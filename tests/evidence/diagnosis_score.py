@@ -36,8 +36,10 @@ from sdpo_conformance.reproduction.failure import failure_of
 from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas.defects import catalogue, combine, find
 from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.defects.dialects import Dialect
 from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose
 from sdpo_conformance.specs.claas.diagnosis.observed import Observed, values_of
+from sdpo_conformance.specs.claas.diagnosis.run import ENOUGH
 from sdpo_conformance.specs.claas.loss_case import LossCase
 
 BROAD = ("GJS-1", "GJS-9", "RKL-1", "IS-2", "IS-10", "KL-1", "RED-1", "RED-4")
@@ -62,12 +64,14 @@ class Measured:
     seconds: float
 
 
-def failures_of(defect: Defect, entry: Capability, seed: int) -> tuple[list[Observed], list[str]]:
-    """What the suite observes of a defect, and the requirements that held."""
+def failures_of(
+    defect: Defect, entry: Capability, seed: int, rules: Sequence[str] = ()
+) -> tuple[list[Observed], list[str]]:
+    """What the suite observes of a defect by these rules (its own and broad ones if none are given), and those that
+    held."""
     profile = replace(PROFILES["quick"], shrink_seconds=0.3)
     observed, held = [], []
-    wanted = dict.fromkeys((*defect.violates, *BROAD))
-    for name in wanted:
+    for name in dict.fromkeys(rules or (*defect.violates, *BROAD)):
         requirement = find_spec("claas").requirements().get(name)
         if requirement is None or entry not in requirement.capabilities:
             continue
@@ -130,7 +134,7 @@ def measure_trainer(name: str, entry: Capability, seed: int, left_out: bool = Fa
     failed: list[Record] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        for reader in ("specs.claas.step_loop.explanations", "diagnosis.trainers"):
+        for reader in ("specs.claas.step_loop.explanations", "specs.claas.diagnosis.trainers"):
             stack.enter_context(patch(f"sdpo_conformance.{reader}.catalogue", return_value=others))
         for requirement in spec.requirements().values():
             if entry not in requirement.capabilities:
@@ -167,8 +171,13 @@ def measure_trainer_left_out(name: str, entry: Capability, seed: int) -> Measure
     return measure_trainer(name, entry, seed, left_out=True)
 
 
+def rule_named(answer: Diagnosis) -> list[Defect]:
+    """The answer's defects that a rule names; a dialect has none."""
+    return [one for one in answer.defects if not isinstance(one, Dialect)]
+
+
 def measure_left_out(name: str, entry: Capability, seed: int) -> Measured:
-    """Judge, and diagnose by the catalogue's other defects; what explains less than half is not said."""
+    """Judge, and diagnose by the catalogue's other defects; what explains less than a report asks for is not said."""
     import torch
 
     torch.set_num_threads(1)
@@ -178,7 +187,14 @@ def measure_left_out(name: str, entry: Capability, seed: int) -> Measured:
     others = {one.name: one for one in catalogue().values() if one.name != name}
     with patch("sdpo_conformance.specs.claas.diagnosis.diagnose.catalogue", return_value=others):
         answer = diagnose(observed, held)
-    if answer is not None and 2 * len(answer.explained) < len(observed):
+        # A run judges every rule: those that name what was answered are asked, too, before it counts.
+        asked = {*defect.violates, *BROAD}
+        while answer is not None and (open_ones := {one.violates[0] for one in rule_named(answer)} - asked):
+            asked |= open_ones
+            more, kept = failures_of(defect, entry, seed, sorted(open_ones))
+            observed, held = [*observed, *more], [*held, *kept]
+            answer = diagnose(observed, held)
+    if answer is not None and len(answer.explained) < ENOUGH * len(observed):
         answer = None
     said = () if answer is None else getattr(answer.defects[0], "violates", ())
     return Measured(

@@ -104,6 +104,7 @@ def explanation(
             for defect in known
             if any(predictor.fit(defect, observed[index]).matched for index in looked_at)
             if (candidate := judged((defect,), defect, observed, predictor)).explained
+            if candidate.error > 0 or not contradicted(candidate, held)
         ],
         held,
         broken,
@@ -116,7 +117,8 @@ def explanation(
         if len(singles[0].explained) == len(observed):
             return told(singles, len(observed))
     pairs = pairs and len(observed) >= ENOUGH_FOR_PAIRS
-    twos = ranked(list(pairings(singles, known, observed, predictor)), held, broken) if pairs else []
+    found = pairings(singles, known, observed, predictor) if pairs else ()
+    twos = ranked([candidate for candidate in found if not contradicted(candidate, held)], held, broken)
     if twos and (not singles or len(twos[0].explained) > len(singles[0].explained)):
         return told(twos, len(observed))
     return told(singles, len(observed)) if singles else None
@@ -165,15 +167,26 @@ def judged(parts: tuple[Defect, ...], whole: Defect, observed: Sequence[Observed
     return Candidate(parts, whole, explained, max((fits[index].error for index in explained), default=0.0))
 
 
+def rules_named(candidate: Candidate) -> list[str]:
+    """The requirement that names each of a candidate's defects."""
+    return [defect.violates[0] for defect in candidate.parts if not isinstance(defect, Dialect)]
+
+
+def contradicted(candidate: Candidate, held: frozenset[str]) -> bool:
+    """Whether a requirement that names one of its defects was judged and held. It speaks against a pair, and against
+    a defect of which no number is seen (an exception, NaN, an exact 0, something left changed: these look alike)."""
+    return any(name in held for name in rules_named(candidate))
+
+
 def ranked(candidates: Sequence[Candidate], held: frozenset[str], broken: frozenset[str]) -> list[Candidate]:
     """Best first: most failures explained, then what agrees with the requirements that held and those that did
     not, then the simpler one, then the order of the catalogue."""
 
     def rank(candidate: Candidate) -> tuple[int, int, int, int]:
-        names = [defect.violates[0] for defect in candidate.parts if not isinstance(defect, Dialect)]
-        contradicted = sum(name in held for name in names)
+        names = rules_named(candidate)
+        against = sum(name in held for name in names)
         unnamed = sum(name not in broken for name in names)
-        return -len(candidate.explained), len(candidate.parts), contradicted, unnamed
+        return -len(candidate.explained), len(candidate.parts), against, unnamed
 
     return sorted(candidates, key=rank)
 
