@@ -112,7 +112,8 @@ def time_row(benchmark: Any, run: Callable[[Inputs], Any], copies: list[Inputs],
     """
     limit = Limit(copies[0])
     turns = cycle(copies)
-    for _ in range(max(budget.warmup, len(copies) if len(copies) > 1 else 0)):
+    unseen = len(copies) if len(copies) > 1 else 0
+    for _ in range(max(budget.warmup, unseen)):
         run(next(turns))
         limit.run(copies[0])
     start = clock()

@@ -16,7 +16,7 @@ def process_settings() -> dict[str, object]:
         "torch.get_default_dtype()": torch.get_default_dtype(),
         "torch.is_autocast_enabled()": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
         "torch.is_anomaly_enabled()": torch.is_anomaly_enabled(),
-        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+        "torch.get_deterministic_debug_mode()": torch.get_deterministic_debug_mode(),
         "torch.get_float32_matmul_precision()": matmul_precision(),
     }
 
@@ -36,7 +36,8 @@ def restore_settings(settings: Mapping[str, object]) -> None:
     torch.set_autocast_enabled("cpu", False)
     torch.set_autocast_enabled("cuda", False)
     torch.autograd.set_detect_anomaly(bool(settings["torch.is_anomaly_enabled()"]))
-    torch.use_deterministic_algorithms(bool(settings["torch.are_deterministic_algorithms_enabled()"]))
+    # off, to warn, or to raise: the mode says which
+    torch.set_deterministic_debug_mode(settings["torch.get_deterministic_debug_mode()"])  # type: ignore[arg-type]
     if (precision := str(settings["torch.get_float32_matmul_precision()"])) not in ("mixed", matmul_precision()):
         torch.set_float32_matmul_precision(precision)
 

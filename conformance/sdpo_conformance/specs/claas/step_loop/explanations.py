@@ -177,7 +177,7 @@ def explain(runs: Sequence[TakenRun]) -> Explained:
             break
         index, step = places[0]
         searched.add(index)
-        for stage in STAGES if len(searched) == 1 else STAGES[::2]:
+        for stage in STAGES if len(searched) == 1 else WITHOUT_NUMBERS:
             for candidate in stage(runs[index].forced, runs[index].taken, step):
                 key = candidate.defect.name, candidate.defect.value
                 if key not in tried:
@@ -309,13 +309,32 @@ def losses_with_a_number(step: TakenStep) -> Iterator[Defect]:
 
 Stage = Callable[[Forced, Mapping[int, TakenStep], int], list[StepExplanation]]
 
-STAGES: tuple[Stage, ...] = (
-    lambda forced, taken, step: matching(step_loops(), forced, taken, step),
-    lambda forced, taken, step: numbers(loops_with_a_number(), forced, taken, step),
-    lambda forced, taken, step: matching(wrong_losses(), forced, taken, step),
-    lambda forced, taken, step: numbers(losses_with_a_number(taken[step]), forced, taken, step),
-)
-"""What is tried for a step, until something explains everything: loops, their numbers, losses, theirs."""
+
+def as_a_loop(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
+    """Catalogued loops that a step fits."""
+    return matching(step_loops(), forced, taken, step)
+
+
+def as_a_loop_with_a_number(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
+    """Catalogued loops at the numbers that fit a step."""
+    return numbers(loops_with_a_number(), forced, taken, step)
+
+
+def as_a_loss(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
+    """The right loop around the catalogued losses that a step fits."""
+    return matching(wrong_losses(), forced, taken, step)
+
+
+def as_a_loss_with_a_number(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
+    """The right loop around catalogued losses at the numbers that fit a step."""
+    return numbers(losses_with_a_number(taken[step]), forced, taken, step)
+
+
+STAGES: tuple[Stage, ...] = (as_a_loop, as_a_loop_with_a_number, as_a_loss, as_a_loss_with_a_number)
+"""What is tried for a step, until something explains everything."""
+
+WITHOUT_NUMBERS: tuple[Stage, ...] = (as_a_loop, as_a_loss)
+"""What is tried for a second step: fitting numbers is slow, and was done for the first."""
 
 
 def requirements_of(candidate: StepExplanation | None, step: int) -> tuple[str, ...]:
