@@ -28,6 +28,7 @@ from sdpo_conformance.specs.claas.defects.wrong_trainer import (
 
 KEEP_WITH = "Keep each sample's behaviour log-probs with the sample."
 TEMPERATURES = logarithmic(0.3, 3.3, 12)
+OFFSETS = (-3.0, -1.5, -0.7, -0.3, -0.1, -0.03, -0.01, 0.01, 0.03, 0.1, 0.3, 0.7, 1.5, 3.0)
 DECAYS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.995, 0.999, 1.0)
 
 Order = Callable[[int, int], int]
@@ -74,6 +75,24 @@ def rolled_refresh(tokens: int) -> Callable[[Run], None]:
         right.refresh(run)
         for one in run.batch:
             one.behaviour = one.behaviour.roll(tokens, dims=1)
+
+    return refresh
+
+
+def reversed_refresh(run: Run) -> None:
+    """The refresh, each response's tokens from the last to the first."""
+    right.refresh(run)
+    for one in run.batch:
+        one.behaviour = one.behaviour.flip(1)
+
+
+def shifted_refresh(nats: float) -> Callable[[Run], None]:
+    """The refresh plus a constant."""
+
+    def refresh(run: Run) -> None:
+        right.refresh(run)
+        for one in run.batch:
+            one.behaviour = one.behaviour + nats
 
     return refresh
 
@@ -392,11 +411,12 @@ def following(order: int) -> Order:
 
 def swaps(kind: str, fit: Fit, suffix: str) -> list[Defect]:
     """Every way in which one sample's log-probs are read for another's, with one way to make them fit."""
-    orders: dict[str, Order] = {
-        "next": following(1),
-        "previous": following(-1),
-        "last": lambda i, n: n - 1,
-        "first": lambda i, n: 0,
+    orders: dict[str, tuple[str, Order]] = {
+        "from-next-sample": ("of the next one", following(1)),
+        "from-previous-sample": ("of the previous one", following(-1)),
+        "from-last-sample": ("of the last one", lambda i, n: n - 1),
+        "from-first-sample": ("of the first one", lambda i, n: 0),
+        "in-reverse-order": ("of the one at its place counted from the end", lambda i, n: n - 1 - i),
     }
     if kind == "refresh":
         words, part, make = "The refresh gives", "refresh", swapped_after_refresh
@@ -404,16 +424,16 @@ def swaps(kind: str, fit: Fit, suffix: str) -> list[Defect]:
         words, part, make = "What the sampler recorded: it gives", "before_step", swapped_at_first
     return [
         loop(
-            f"{kind}-from-{name}-sample{suffix}",
-            f"{words} each sample the log-probs of the {name} one, {'padded with zeros' if suffix else 'repeated'} "
+            f"{kind}-{name}{suffix}",
+            f"{words} each sample the log-probs {whose}, {'padded with zeros' if suffix else 'repeated'} "
             "where they are too few.",
             ("STEP-4", "STEP-2") if kind == "refresh" else ("STEP-4", "STEP-1"),
             KEEP_WITH,
             trainer(**{part: make(order, fit)}),
             usable_for=ONE_SAMPLE,
         )
-        for name, order in orders.items()
-        if (kind, name, suffix) not in (("refresh", "previous", ""), ("refresh", "last", ""))
+        for name, (whose, order) in orders.items()
+        if (kind, name, suffix) not in (("refresh", "from-previous-sample", ""), ("refresh", "from-last-sample", ""))
     ]
 
 
@@ -487,6 +507,25 @@ DEFECTS = (
         trainer(before_step=pinned_from_first, refresh=never),
         ("huggingface/trl#5413",),
         STEP_ONE,
+    ),
+    loop(
+        "refresh-tokens-reversed",
+        "The refresh pairs each response's log-probs with its tokens from the last to the first.",
+        ("STEP-4", "STEP-2"),
+        "Pair each log-prob with its own token.",
+        trainer(refresh=reversed_refresh),
+        (),
+        STEP_ONE,
+    ),
+    numbered(
+        "refresh-off-by-constant",
+        "The refreshed log-probs are all too large by 0.1 nats, as by another normaliser.",
+        ("STEP-2",),
+        REFRESH,
+        "nats",
+        lambda nats: TrainerParts(refresh=shifted_refresh(nats)),
+        OFFSETS,
+        0.1,
     ),
     loop(
         "refresh-one-token-early",

@@ -62,9 +62,9 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
             words, match = of_trainer(records, where)
         else:
             words, match = of_loss(observed, held, records, where)
-            leading, following = led_by(match, records)
-            first += [one for one in leading if one not in first]
-            because += [one for one in following if one not in because]
+        leading, following = led_by(match, records)
+        first += [one for one in leading if one not in first]
+        because += [one for one in following if one not in because]
         lines.extend(line for line in words if line not in lines)
         if match is not None:
             matches.append({"entry": entry.value, **match})
@@ -91,14 +91,18 @@ def asked_next(folder: Path, failed: Record) -> Sequence[str]:
 
 def led_by(match: Mapping[str, Any] | None, failed: Sequence[Record]) -> tuple[list[str], list[str]]:
     """The failed requirements that the named defects violate, and, where these explain every failure, the other MUSTs
-    that failed. A dialect breaks many rules at once: none of them leads."""
+    that failed; of a trainer's, those that fail by its gradients, for nothing else was explained. A dialect breaks many
+    rules at once: none of them leads."""
     if match is None or match["kind"] == "dialect":
         return [], []
     ids = [record.requirement for record in failed if record.level is Level.MUST]
     violated = [id_ for name in str(match["name"]).split(" + ") for id_ in catalogue()[name].violates]
     first = [one for one in dict.fromkeys(violated) if one in ids][:LEADING]
     whole = match["explained"] == match["of"]
-    return first, [one for one in ids if one not in first] if first and whole else []
+    apart = {
+        one.requirement for one in failed if one.entry == Capability.DISTILL and one.failure.get("shows") != "gradient"
+    }
+    return first, [one for one in ids if one not in first and one not in apart] if first and whole else []
 
 
 def of_loss(
@@ -197,9 +201,12 @@ def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[st
     if found.alike:
         lines.append(not_apart(found.alike))
     if found.explained < found.wrong:
-        rest = found.wrong - found.explained
-        lines.append(f"{rest} wrong steps remain unexplained: there is more wrong than this")
-    return lines, of_defect(found.defect, found.explained, found.wrong, 0.0, found.alike)
+        rest = found.wrong - found.explained - found.nearly
+        if found.nearly:
+            lines.append(f"{found.nearly} more in half precision come near it: there a tie may fall either way")
+        if rest:
+            lines.append(f"{rest} wrong steps remain unexplained: there is more wrong than this")
+    return lines, of_defect(found.defect, found.explained, found.wrong - found.nearly, 0.0, found.alike)
 
 
 def of_defect(defect: Defect, explained: int, of: int, error: float, equivalent: Sequence[str]) -> dict[str, Any]:

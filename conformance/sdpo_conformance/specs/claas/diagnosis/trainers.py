@@ -14,11 +14,13 @@ from sdpo_conformance.specs.claas.defects.defect import Defect
 @dataclass(frozen=True)
 class NamedTrainer:
     """What the gradients of all runs together show: the mistake, if any, how many of the ``wrong`` steps it explains,
-    what nobody can tell from it, and where the gradient is wrong, in words."""
+    how many in half precision it explains ``nearly``, what nobody can tell from it, and where the gradient is wrong, in
+    words."""
 
     defect: Defect | None
     in_loss: bool
     explained: int
+    nearly: int
     wrong: int
     alike: tuple[str, ...]
     located: tuple[str, ...]
@@ -27,7 +29,7 @@ class NamedTrainer:
 def gathered(failed: Sequence[Record]) -> NamedTrainer:
     """What the failures keep about the gradients. Processes may have seen different runs: the one with most counts."""
     known = catalogue()
-    best = NamedTrainer(None, False, 0, 0, (), ())
+    best = NamedTrainer(None, False, 0, 0, 0, (), ())
     for record in failed:
         evidence: Mapping[str, Any] | None = record.failure.get("evidence")
         if evidence is None or int(evidence["wrong"]) <= best.wrong:
@@ -41,6 +43,7 @@ def gathered(failed: Sequence[Record]) -> NamedTrainer:
             defect,
             in_loss=mistake is not None and bool(mistake["in_loss"]),
             explained=int(evidence["explained"]),
+            nearly=int(evidence["nearly"]),
             wrong=int(evidence["wrong"]),
             alike=tuple(evidence["alike"]),
             located=tuple(f"{words} ({scenario})" for scenario, words in evidence["located"].items()),

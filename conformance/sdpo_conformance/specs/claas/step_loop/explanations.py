@@ -46,6 +46,10 @@ ENOUGH = 0.85
 """Share of all runs' wrong steps from which on a mistake is named; a right step that it would have got wrong counts
 against it as an unexplained one does."""
 
+HALFWAY = 0.5
+"""Of the truth's distance: a step in half precision that comes nearer than this to a mistake that explains the others
+is not held against it. There a tie in the support, or a ratio at its cap, may fall either way."""
+
 CLOSE = 0.1
 """Of the bound: nearer than this no other mistake was ever found, unless it is the same one."""
 
@@ -88,26 +92,36 @@ class TakenRun:
         """For an order: half precision last, for its bounds are wide; what is cheap to replay first."""
         scenario = self.forced.ground.scenario
         tokens = sum(prompt + teacher + response for prompt, teacher, response in scenario.lengths)
-        return scenario.model.dtype == "bfloat16", tokens * scenario.model.layers
+        return self.in_half, tokens * scenario.model.layers
+
+    @property
+    def in_half(self) -> bool:
+        """Whether the model is in half precision."""
+        return self.forced.ground.scenario.model.dtype == "bfloat16"
 
 
 @dataclass
 class Explained:
     """What all runs' wrong gradients equal: the mistake, None where nothing explains enough of them; by (run, step)
-    its outcome; names of what cannot be told from it on these runs."""
+    its outcome, where the gradient is that of it; wrong steps in half precision that it ``nearly`` explains; names of
+    what cannot be told from it on these runs."""
 
     best: StepExplanation | None = None
     outcomes: Mapping[tuple[int, int], ReplayOutcome] = field(default_factory=dict)
+    nearly: frozenset[tuple[int, int]] = frozenset()
     alike: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate on all runs: the outcomes of the wrong steps that it explains; how many right steps it would have
-    got wrong; how many explained steps report another loss or norm than it would."""
+    """A candidate on all runs: its outcomes where they are the step's; those of them that explain a wrong step; wrong
+    steps in half precision that it nearly explains; how many right steps it would have got wrong; how many explained
+    steps report another loss or norm than it would."""
 
     candidate: StepExplanation
-    explained: Mapping[tuple[int, int], ReplayOutcome]
+    fitting: Mapping[tuple[int, int], ReplayOutcome]
+    explained: frozenset[tuple[int, int]]
+    nearly: frozenset[tuple[int, int]]
     against: int
     misreported: int
 
@@ -193,26 +207,29 @@ def chosen_of(tried: Iterable[Tried], total: int) -> Explained:
     if not ranked or len(ranked[0].explained) < ENOUGH * (total + ranked[0].against):
         return Explained()
     best = ranked[0]
-    alike = [
-        one.candidate for one in ranked[1:] if one.rank == best.rank and one.explained.keys() == best.explained.keys()
-    ]
-    return Explained(best.candidate, best.explained, tuple(dict.fromkeys(one.defect.shown for one in alike)))
+    alike = [one.candidate for one in ranked[1:] if one.rank == best.rank and one.explained == best.explained]
+    return Explained(best.candidate, best.fitting, best.nearly, tuple(dict.fromkeys(one.defect.shown for one in alike)))
 
 
 def on_all(candidate: StepExplanation, runs: Sequence[TakenRun]) -> Tried:
     """A candidate on every step of every run."""
-    explained: dict[tuple[int, int], ReplayOutcome] = {}
+    fitting: dict[tuple[int, int], ReplayOutcome] = {}
+    explained: set[tuple[int, int]] = set()
+    nearly: set[tuple[int, int]] = set()
     against = misreported = 0
     for index, run in enumerate(runs):
-        fits = {
-            step: outcome
-            for step, outcome in outcomes(candidate, run.forced, sorted(run.taken))
-            if misfit(run.taken[step], outcome.gradient) <= 1
-        }
-        explained |= {(index, step): fits[step] for step in run.wrong if step in fits}
+        fits = {}
+        for step, outcome in outcomes(candidate, run.forced, sorted(run.taken)):
+            taken, off = run.taken[step], misfit(run.taken[step], outcome.gradient)
+            if off <= 1:
+                fits[step] = outcome
+            elif step in run.wrong and run.in_half and off <= HALFWAY * misfit(taken, taken.moment.gradient):
+                nearly.add((index, step))
+        fitting |= {(index, step): outcome for step, outcome in fits.items()}
+        explained |= {(index, step) for step in run.wrong if step in fits}
         against += sum(step not in run.wrong and step not in fits for step in run.taken)
         misreported += sum(not reports(run.taken[step], fits[step]) for step in run.wrong if step in fits)
-    return Tried(candidate, explained, against, misreported)
+    return Tried(candidate, fitting, frozenset(explained), frozenset(nearly), against, misreported)
 
 
 def matching(

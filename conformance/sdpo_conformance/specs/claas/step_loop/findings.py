@@ -18,6 +18,7 @@ from sdpo_conformance.specs.claas.step_loop.gradients import (
     explain_runs,
     gradient_finding,
     judged_run,
+    only_lengths,
 )
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, ground_of, upcast
 from sdpo_conformance.specs.claas.step_loop.step_metrics import metric_findings, shape_findings
@@ -37,9 +38,9 @@ def findings_of(observations: tuple[Observation, ...]) -> Findings:
         if observation.observed:
             judged[number] = judged_run(observation, ground_at(observation))
     explain_runs(list(judged.values()))
-    shown = evidence(list(judged.values()))
+    shown, scaled = evidence(list(judged.values())), only_lengths(list(judged.values()))
     return tuple(
-        (observation, tuple(_findings(observation, judged.get(number), shown)))
+        (observation, tuple(_findings(observation, judged.get(number), shown, scaled)))
         for number, observation in enumerate(observations)
     )
 
@@ -55,14 +56,16 @@ def ground_at(observation: Observation) -> Ground:
     return ground.from_weights(upcast(observation.start)) if "same" in observation.scenario.history else ground
 
 
-def _findings(observation: Observation, run: JudgedRun | None, shown: Mapping[str, Any]) -> Iterator[StepFinding]:
+def _findings(
+    observation: Observation, run: JudgedRun | None, shown: Mapping[str, Any], scaled: bool
+) -> Iterator[StepFinding]:
     yield from state_findings(observation)
     yield from shape_findings(observation)
     if run is None:
         yield from unobserved_findings(observation, ground_at(observation))
         return
     for judgement in run.wrong:
-        yield gradient_finding(judgement, observation, shown)
+        yield gradient_finding(judgement, observation, shown, scaled)
     yield from metric_findings(observation, run.steps)
     yield from update_findings(observation)
 

@@ -30,7 +30,8 @@ from sdpo_conformance.trainer.observation import Observation
 @dataclass
 class StepJudgement:
     """A step: how far its gradient is beyond the bound (above 1 is wrong), in which tensor, and the mistake
-    it equals, if any, with what cannot be told from it."""
+    it equals, if any, with what cannot be told from it. ``outcome``: that mistake's, also where it leaves the gradient
+    as it should be. ``near``: in half precision, what explains the other steps and nearly this one."""
 
     moment: Moment
     bounds: Bounds
@@ -39,6 +40,7 @@ class StepJudgement:
     got: Weights
     mistake: StepExplanation | None = None
     outcome: ReplayOutcome | None = None
+    near: StepExplanation | None = None
     alike: list[str] = field(default_factory=list)
 
     @property
@@ -103,10 +105,11 @@ def explain_runs(runs: Sequence[JudgedRun]) -> None:
         taken.append(TakenRun(forced, steps, [one.moment.step for one in run.wrong]))
     found = explain(taken)
     for index, run in enumerate(judged):
-        for one in run.wrong:
-            if (index, one.moment.step) in found.outcomes:
-                one.mistake, one.outcome = found.best, found.outcomes[index, one.moment.step]
-                one.alike = list(found.alike)
+        for one in run.steps:
+            one.outcome = found.outcomes.get((index, one.moment.step))
+            if one.wrong and one.outcome is not None:
+                one.mistake, one.alike = found.best, list(found.alike)
+            one.near = found.best if (index, one.moment.step) in found.nearly else None
 
 
 def forced_along(observation: Observation, ground: Ground, history: Sequence[Weights]) -> Forced:
@@ -154,6 +157,7 @@ def evidence(runs: Sequence[JudgedRun]) -> Mapping[str, Any]:
         "mistake": as_reported(explained[0].mistake) if explained and explained[0].mistake else None,
         "alike": explained[0].alike if explained else [],
         "explained": len(explained),
+        "nearly": sum(one.near is not None for one in wrong),
         "wrong": len(wrong),
         "located": {run.observation.scenario.name: located(run) for run in runs if run.wrong},
     }
@@ -163,20 +167,44 @@ LENGTH = {True: "STEP-8", False: "STEP-7"}
 """By whether the step is clipped: the requirement that a gradient of the right direction and a wrong length breaks."""
 
 
-def gradient_finding(judgement: StepJudgement, observation: Observation, shown: Mapping[str, Any]) -> StepFinding:
-    """Words for a wrong gradient; ``shown``: the evidence of all runs."""
+def only_lengths(runs: Sequence[JudgedRun]) -> bool:
+    """Whether all that is wrong with the gradients is their length, and not for the ratio's sake: then it is how
+    samples are reduced or gradients clipped. What begins after the first step has to report the ratio that it should,
+    for else it may be the behaviour policy's."""
+    unexplained = [(run, one) for run in runs for one in run.wrong if not (one.mistake or one.near)]
+    ratios = [ratio_is_right(run, one) for run, one in unexplained]
+    begins = any(one.moment.step == 1 for _, one in unexplained)
+    lengths = all(one.times is not None for _, one in unexplained)
+    return lengths and False not in ratios and (begins or None not in ratios)
+
+
+def ratio_is_right(run: JudgedRun, judgement: StepJudgement) -> bool | None:
+    """Whether a step reports the mean ratio that it should have; None where it reports none."""
+    reported = dict(enumerate(run.observation.metrics, start=1)).get(judgement.moment.step, {}).get("mean_is_ratio")
+    truth, bound = judgement.moment.truth.metrics["mean_is_ratio"], judgement.bounds.metrics["mean_is_ratio"]
+    return None if reported is None else abs(reported - truth) <= bound
+
+
+def gradient_finding(
+    judgement: StepJudgement, observation: Observation, shown: Mapping[str, Any], scaled: bool
+) -> StepFinding:
+    """Words for a wrong gradient; ``shown``: the evidence of all runs; ``scaled``: what no mistake explains is wrong in
+    its length alone."""
     moment, mistake = judgement.moment, judgement.mistake
+    cause = mistake or judgement.near
     step = moment.step
     got = judgement.got
     truth = moment.gradient
     off = float(norm({name: got[name] - truth[name] for name in truth}) / norm(truth))
     if mistake is not None:
         detail = f"the gradient is the one of {words_of(mistake)}"
+    elif judgement.near is not None:
+        detail = f"in half precision the gradient comes near the one of {words_of(judgement.near)}"
     else:
         detail = f"first seen in {judgement.tensor}; it equals no known mistake"
     return finding(
         observation,
-        requirements_of(mistake, step) if mistake or judgement.times is None else (LENGTH[judgement.moment.clips],),
+        requirements_of(cause, step) if cause or not scaled else (LENGTH[judgement.moment.clips],),
         "gradient handed to the optimizer",
         expected=f"norm {number(float(norm(truth)))}",
         got=f"norm {number(float(norm(got)))}, {100 * off:.3g} % of the expected norm away",
