@@ -65,7 +65,7 @@ def failure_of(
     else:
         found["words"] = error.extra.get("words", "") if isinstance(error, Disagreement) else ""
         if isinstance(error, Disagreement):
-            kept = ("shows", "mistake", "evidence", "scenario", "step")
+            kept = ("shows", "mistake", "evidence", "metrics", "scenario", "step")
             found.update({key: error.extra[key] for key in kept if error.extra.get(key) is not None})
         if isinstance(error, Disagreement) and "reproduction" in error.extra:
             found["reproduction"] = error.extra["reproduction"](folder, requirement, target, device)

@@ -27,6 +27,7 @@ FAMILIES = (
     "hidden_states",
     "trainer",
     "samples",
+    "metrics",
 )
 """The catalogue's modules, in the order of the spec."""
 

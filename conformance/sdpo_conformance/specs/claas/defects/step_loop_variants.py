@@ -24,7 +24,7 @@ Metrics = dict[str, float]
 class Prepared:
     """One sample on the device: ``ids`` (1, P + T) and ``teacher_ids`` likewise, ``response`` (1, T), and what
     the parts of the same name left: ``base`` and ``behaviour`` (1, T), ``support`` log-probs and indices
-    (1, T, K). ``recorded`` is what the sampler recorded, or None."""
+    (1, T, K); ``logits`` (1, T, V) of the step's forward. ``recorded`` is what the sampler recorded, or None."""
 
     ids: Tensor
     teacher_ids: Tensor
@@ -33,6 +33,7 @@ class Prepared:
     base: Tensor = field(init=False)
     support: tuple[Tensor, Tensor] = field(init=False)
     behaviour: Tensor = field(init=False)
+    logits: Tensor = field(init=False)
 
 
 @dataclass
@@ -136,6 +137,7 @@ def sample_loss(
     """One sample's loss with its graph, and its metrics; ``logits`` where they are known."""
     if logits is None:
         logits = (run.forward or forward)(run, one.ids, one.response)
+    one.logits = logits.detach()
     return loss(
         SDPOLossInput(
             student_logits=logits,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_conformance.protocol import METRIC_KEYS, Capability
+from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.defects import step_loop_variants as trainer_variants
 from sdpo_conformance.specs.claas.defects import wrong_importance as importance
 from sdpo_conformance.specs.claas.defects.defect import Defect
@@ -18,7 +18,6 @@ from sdpo_conformance.specs.claas.defects.loss_parts import Parts
 from sdpo_conformance.specs.claas.defects.parameter import Parameter, logarithmic, whole_numbers
 from sdpo_conformance.specs.claas.defects.sources import cite
 from sdpo_conformance.specs.claas.defects.step_loop_variants import (
-    Metrics,
     Prepared,
     Run,
     TrainerParts,
@@ -34,8 +33,6 @@ NO_ANCHOR = "kl_reg_weight = 0, the default."
 ONE_SAMPLE = "Batches of one sample."
 SIZES = (*range(1, 21), 24, 25, 30, 32, 40, 48, 50, 64, 67, 80, 96, 100, 120, 128, 140, 149, 160)
 """Supports that are tried; the scenarios' vocabularies have 67 and 160 tokens."""
-
-TRAINING = "Training: the adapter is right, the metrics are not."
 
 
 def right_loss(loss_input: Any) -> Mapping[str, Any]:
@@ -275,7 +272,7 @@ def divided_again(run: Run) -> Tensor:
     return torch.stack(run.losses).mean() / len(run.losses)
 
 
-# --- clipping, zeroing, metrics ---
+# --- clipping, zeroing ---
 
 
 def unclipped(run: Run) -> float:
@@ -334,12 +331,6 @@ def normalised(run: Run) -> float:
     return total
 
 
-def norm_after_clipping(run: Run) -> float:
-    """The norm that is left."""
-    total = trainer_variants.clip(run)
-    return min(total, run.training.max_grad_norm)
-
-
 def nothing_zeroed(run: Run) -> None:
     """Gradients pile up."""
 
@@ -348,44 +339,6 @@ def half_zeroed(run: Run) -> None:
     """Only every second parameter's gradient is forgotten."""
     for parameter in run.parameters[::2]:
         parameter.grad = None
-
-
-def first_metrics(run: Run, total: Tensor, grad_norm: float) -> Metrics:
-    """The first step's metrics with the step's number."""
-    fresh = trainer_variants.report(run, total, grad_norm)
-    return {**(run.metrics[0] if run.metrics else fresh), "step": run.step}
-
-
-def previous_metrics(run: Run, total: Tensor, grad_norm: float) -> Metrics:
-    """The metrics of the step before."""
-    fresh = trainer_variants.report(run, total, grad_norm)
-    last = run.kept.get("metrics", fresh)
-    run.kept["metrics"] = fresh
-    return {**last, "step": run.step}
-
-
-@torch.no_grad()
-def metrics_after_update(run: Run, total: Tensor, grad_norm: float) -> Metrics:
-    """Loss and metrics under the updated weights."""
-    run.results = [trainer_variants.sample_loss(run, one, right_loss) for one in run.batch]
-    return trainer_variants.report(run, torch.stack([result["loss"] for result in run.results]).mean(), grad_norm)
-
-
-def metrics_of_last_sample(run: Run, total: Tensor, grad_norm: float) -> Metrics:
-    """One sample's metrics for the batch's."""
-    last = {key: float(run.results[-1][key]) for key in METRIC_KEYS}
-    return {"step": run.step, "total_loss": float(total), **last, "grad_norm": grad_norm}
-
-
-def metrics_summed(run: Run, total: Tensor, grad_norm: float) -> Metrics:
-    """Sums over samples."""
-    sums = {key: sum(float(result[key]) for result in run.results) for key in METRIC_KEYS}
-    return {"step": run.step, "total_loss": float(total), **sums, "grad_norm": grad_norm}
-
-
-def steps_from_zero(run: Run, total: Tensor, grad_norm: float) -> Metrics:
-    """Counted from 0."""
-    return {**trainer_variants.report(run, total, grad_norm), "step": run.step - 1}
 
 
 # --- optimizer and adapter ---
@@ -523,7 +476,6 @@ def loop(
 
 REFRESH = "After every step but the last, recompute each sample's log-probs under the updated adapter."
 ADAPTER_OFF = "Compute it inside model.disable_adapter(), once per sample, before the first step."
-METRICS = "Report the step's own means over samples, taken before the update."
 
 DEFECTS = (
     loop(
@@ -854,69 +806,6 @@ DEFECTS = (
         trainer(reduce=lambda run: run.losses[-1] + 0 * torch.stack(run.losses).sum()),
         ("pytorch/torchtitan#3575", "huggingface/trl#583"),
         ONE_SAMPLE,
-    ),
-    loop(
-        "metrics-of-first-step",
-        "Every step reports the first step's metrics.",
-        ("STEP-6",),
-        METRICS,
-        trainer(report=first_metrics),
-        ("verl-project/verl#2501",),
-        TRAINING,
-    ),
-    loop(
-        "metrics-one-step-late",
-        "Every step reports the metrics of the one before it.",
-        ("STEP-6",),
-        METRICS,
-        trainer(report=previous_metrics),
-        (),
-        TRAINING,
-    ),
-    loop(
-        "metrics-after-update",
-        "Metrics are taken under the updated weights.",
-        ("STEP-6",),
-        METRICS,
-        trainer(report=metrics_after_update),
-        (),
-        TRAINING,
-    ),
-    loop(
-        "metrics-of-last-sample",
-        "The last sample's metrics stand for the batch.",
-        ("STEP-6",),
-        METRICS,
-        trainer(report=metrics_of_last_sample),
-        (),
-        TRAINING,
-    ),
-    loop(
-        "metrics-summed",
-        "Metrics are summed over samples.",
-        ("STEP-6",),
-        METRICS,
-        trainer(report=metrics_summed),
-        (),
-        TRAINING,
-    ),
-    loop(
-        "grad-norm-after-clipping",
-        "grad_norm is reported after clipping.",
-        ("STEP-6",),
-        "Report what clip_grad_norm_ returns: the norm before clipping.",
-        trainer(clip=norm_after_clipping),
-        ("radixark/miles#2132", "verl-project/verl#2282"),
-        TRAINING,
-    ),
-    loop(
-        "steps-from-zero",
-        "Steps are counted from 0.",
-        ("STEP-6",),
-        "Count from 1.",
-        trainer(report=steps_from_zero),
-        (),
-        TRAINING,
     ),
     loop(
         "gradients-not-zeroed",

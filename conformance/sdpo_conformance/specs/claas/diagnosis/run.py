@@ -14,7 +14,7 @@ from sdpo_conformance.specs.claas.defects.dialects import Dialect
 from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose, rules_behind
 from sdpo_conformance.specs.claas.diagnosis.locating import located
 from sdpo_conformance.specs.claas.diagnosis.observed import Observed
-from sdpo_conformance.specs.claas.diagnosis.trainers import gathered, stated
+from sdpo_conformance.specs.claas.diagnosis.trainers import NamedMetrics, gathered, reported, stated
 from sdpo_conformance.specs.requirement import Level
 
 LEADING = 2
@@ -185,6 +185,9 @@ def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[st
                 f"{anchor.name}: its kl_reg is the one reported{where}",
                 f"{anchor.sentence} Fix: {anchor.fix}",
             ], None
+        metrics, others = reported(failed)
+        if metrics and not found.wrong:
+            return of_metrics(metrics, others, where)
         lines = [f"no catalogued cause fits{where}"] if found.wrong else []
         lines += found.located
         first = next((one for one in failed if one.level is Level.MUST), None)
@@ -207,6 +210,23 @@ def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[st
         if rest:
             lines.append(f"{rest} wrong steps remain unexplained: there is more wrong than this")
     return lines, of_defect(found.defect, found.explained, found.wrong - found.nearly, 0.0, found.alike)
+
+
+def of_metrics(
+    metrics: Sequence[NamedMetrics], rest: Sequence[str], where: str
+) -> tuple[list[str], dict[str, Any] | None]:
+    """The diagnosis of a trainer whose steps are right and whose metrics are not."""
+    lines: list[str] = []
+    for one in metrics:
+        lines.append(f"{one.defect.shown}: explains {one.wrong} of {one.wrong} wrong {', '.join(one.keys)}{where}")
+        lines.append(f"{one.defect.sentence} Fix: {one.defect.fix}")
+        if one.alike:
+            lines.append(not_apart(one.alike))
+    if rest:
+        lines.append(f"no catalogued cause fits {', '.join(rest)}")
+    most = max(metrics, key=lambda one: one.wrong)
+    beside = sum(one.wrong for one in metrics if one is not most) + len(rest)
+    return lines, of_defect(most.defect, most.wrong, most.wrong + beside, 0.0, most.alike)
 
 
 def of_defect(defect: Defect, explained: int, of: int, error: float, equivalent: Sequence[str]) -> dict[str, Any]:

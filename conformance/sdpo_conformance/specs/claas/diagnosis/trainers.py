@@ -51,6 +51,28 @@ def gathered(failed: Sequence[Record]) -> NamedTrainer:
     return best
 
 
+@dataclass(frozen=True)
+class NamedMetrics:
+    """A way to report wrongly that the metrics ``keys`` are, ``wrong`` values of them; what nobody can tell from it."""
+
+    defect: Defect
+    keys: tuple[str, ...]
+    wrong: int
+    alike: tuple[str, ...]
+
+
+def reported(failed: Sequence[Record]) -> tuple[list[NamedMetrics], tuple[str, ...]]:
+    """The mistakes that the wrong metrics are, and the metrics that are wrong otherwise."""
+    kept: Mapping[str, Any] = next((one.failure["metrics"] for one in failed if one.failure.get("metrics")), {})
+    found = []
+    for one in kept.get("named", ()):
+        if one["name"] in catalogue():
+            defect = catalogue()[one["name"]]
+            defect = defect if one["value"] is None else defect.at(float(one["value"]))
+            found.append(NamedMetrics(defect, tuple(one["keys"]), int(one["wrong"]), tuple(one["alike"])))
+    return found, tuple(kept.get("rest", ()))
+
+
 def stated(failed: Sequence[Record]) -> Defect | None:
     """The anchor that a wrong kl_reg equals, where a finding of the metrics names one."""
     for record in failed:

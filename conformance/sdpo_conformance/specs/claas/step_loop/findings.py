@@ -8,6 +8,7 @@ STEP-1 at the first step and STEP-2 at later ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,12 +22,23 @@ from sdpo_conformance.specs.claas.step_loop.gradients import (
     only_lengths,
 )
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, ground_of, upcast
+from sdpo_conformance.specs.claas.step_loop.metric_mistakes import MetricMistakes, metric_mistakes
 from sdpo_conformance.specs.claas.step_loop.step_metrics import metric_findings, shape_findings
 from sdpo_conformance.specs.claas.step_loop.unobserved import unobserved_findings
 from sdpo_conformance.specs.claas.step_loop.updates import update_findings
 from sdpo_conformance.trainer.observation import Observation
 
 Findings = tuple[tuple[Observation, Sequence[StepFinding]], ...]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the runs show together: the evidence about their gradients, whether these are wrong in their length alone,
+    and what their wrong metrics are."""
+
+    gradients: Mapping[str, Any]
+    scaled: bool
+    metrics: MetricMistakes
 
 
 @lru_cache(maxsize=8)
@@ -38,9 +50,10 @@ def findings_of(observations: tuple[Observation, ...]) -> Findings:
         if observation.observed:
             judged[number] = judged_run(observation, ground_at(observation))
     explain_runs(list(judged.values()))
-    shown, scaled = evidence(list(judged.values())), only_lengths(list(judged.values()))
+    runs = list(judged.values())
+    shown = Shown(evidence(runs), only_lengths(runs), metric_mistakes(runs))
     return tuple(
-        (observation, tuple(_findings(observation, judged.get(number), shown, scaled)))
+        (observation, tuple(_findings(observation, judged.get(number), shown)))
         for number, observation in enumerate(observations)
     )
 
@@ -56,17 +69,15 @@ def ground_at(observation: Observation) -> Ground:
     return ground.from_weights(upcast(observation.start)) if "same" in observation.scenario.history else ground
 
 
-def _findings(
-    observation: Observation, run: JudgedRun | None, shown: Mapping[str, Any], scaled: bool
-) -> Iterator[StepFinding]:
+def _findings(observation: Observation, run: JudgedRun | None, shown: Shown) -> Iterator[StepFinding]:
     yield from state_findings(observation)
-    yield from shape_findings(observation)
+    yield from shape_findings(observation, shown.metrics)
     if run is None:
         yield from unobserved_findings(observation, ground_at(observation))
         return
     for judgement in run.wrong:
-        yield gradient_finding(judgement, observation, shown, scaled)
-    yield from metric_findings(observation, run.steps)
+        yield gradient_finding(judgement, observation, shown.gradients, shown.scaled)
+    yield from metric_findings(observation, run.steps, shown.metrics)
     yield from update_findings(observation)
 
 

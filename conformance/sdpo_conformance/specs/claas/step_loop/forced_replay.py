@@ -162,6 +162,54 @@ def replayed(
         parameter.grad = None
 
 
+@dataclass(frozen=True)
+class RightStep:
+    """A right step as its report is made from it: ``total`` and ``norm`` as in the loop; by sample ``results``, and the
+    ``losses``, ``logits`` and ``behaviour`` log-probs behind them; ``after``: the weights then."""
+
+    total: Tensor
+    norm: float
+    results: Sequence[Mapping[str, Any]]
+    losses: Sequence[Tensor]
+    logits: Sequence[Tensor]
+    behaviour: Sequence[Tensor]
+    after: Weights
+
+
+class RightSteps:
+    """The right loop replayed once, for loops that differ from it in what they report."""
+
+    def __init__(self, forced: Forced) -> None:
+        self.forced = forced
+        self.run = run = started(RIGHT, forced)
+        self.steps: list[RightStep] = []
+        for step in range(1, len(forced.history) + 1):
+            run.step = step
+            forced.ground.at(forced.history[step - 1])
+            total = backward(RIGHT, forced, run)
+            norm = RIGHT.clip(run)
+            RIGHT.zero(run)
+            after = forced.history[step] if step < len(forced.history) else forced.final
+            losses = [loss.detach() for loss in run.losses]
+            logits, behaviour = [one.logits for one in run.batch], [one.behaviour for one in run.batch]
+            self.steps.append(RightStep(total, norm, run.results, losses, logits, behaviour, after))
+            if step < len(forced.history):
+                for one, fresh in zip(run.batch, forced.own(step + 1), strict=True):
+                    one.behaviour = fresh
+
+    def reported(self, loop: TrainerParts) -> list[Mapping[str, float]]:
+        """The entry of each step."""
+        run = self.run
+        run.kept, run.metrics = {}, []
+        for number, step in enumerate(self.steps, start=1):
+            run.step, run.results, run.losses = number, list(step.results), list(step.losses)
+            for one, logits, behaviour in zip(run.batch, step.logits, step.behaviour, strict=True):
+                one.logits, one.behaviour = logits, behaviour
+            self.forced.ground.at(step.after)
+            run.metrics.append(loop.report(run, step.total, step.norm))
+        return list(run.metrics)
+
+
 def backward(parts: TrainerParts, forced: Forced, run: Run) -> Tensor:
     """Losses and gradients of one step, the gradients added to what the parameters hold; the step's loss."""
     changed = parts.forward.change if isinstance(parts.forward, ChangedLogits) else None

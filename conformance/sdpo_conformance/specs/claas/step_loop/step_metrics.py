@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from sdpo_conformance.judging.compare import number
-from sdpo_conformance.specs.claas.oracle.step_loop import norm
 from sdpo_conformance.specs.claas.step_loop.explanations import StepExplanation, outcomes, step_loops, words_of
 from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
 from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced
 from sdpo_conformance.specs.claas.step_loop.gradients import StepJudgement
+from sdpo_conformance.specs.claas.step_loop.metric_mistakes import MetricMistakes
 from sdpo_conformance.trainer.observation import METRICS, Observation
 
 
-def shape_findings(observation: Observation) -> Iterator[StepFinding]:
+def shape_findings(observation: Observation, known: MetricMistakes) -> Iterator[StepFinding]:
     """One entry per step, counted from 1, every key there; one optimizer step each."""
     steps, entries = observation.scenario.steps, observation.metrics
     if len(entries) != steps:
@@ -30,12 +30,24 @@ def shape_findings(observation: Observation) -> Iterator[StepFinding]:
             expected, got = f"the keys step, {', '.join(METRICS)}", f"no {', '.join(missing)}"
             yield finding(observation, "STEP-6", "per_step_metrics", expected, got, index)
         elif entry["step"] != index:
-            yield finding(observation, "STEP-6", "step", f"{index}", number(entry["step"]), index)
+            named = known.of("step")
+            yield finding(
+                observation,
+                "STEP-6",
+                "step",
+                expected=f"{index}",
+                got=number(entry["step"]),
+                step=index,
+                detail=f"it is that of {named.words}" if named else "",
+                extra={"metrics": known.as_kept()},
+            )
 
 
-def metric_findings(observation: Observation, judgements: Sequence[StepJudgement]) -> Iterator[StepFinding]:
+def metric_findings(
+    observation: Observation, judgements: Sequence[StepJudgement], known: MetricMistakes
+) -> Iterator[StepFinding]:
     """Each step's metrics; those of a step whose gradient is wrong and unexplained are passed over, for there
-    is nothing to hold them against."""
+    is nothing to hold them against. ``known``: what the wrong metrics of all runs are."""
     for index, (entry, judgement) in enumerate(zip(observation.metrics, judgements, strict=False)):
         step = index + 1
         if index and repeated(observation, index):
@@ -47,6 +59,7 @@ def metric_findings(observation: Observation, judgements: Sequence[StepJudgement
                 got=f"bit for bit those of step {index}",
                 step=step,
                 detail="the weights changed in between: the optimizer steps, the metrics are stale",
+                extra={"metrics": known.as_kept()},
             )
             continue
         if judgement.wrong and judgement.mistake is None:
@@ -54,7 +67,9 @@ def metric_findings(observation: Observation, judgements: Sequence[StepJudgement
         for key in METRICS:
             if key in entry and not accepted(entry[key], key, judgement):
                 truth, bound = judgement.moment.truth.metrics[key], judgement.bounds.metrics[key]
-                anchor = other_anchor(entry[key], judgement) if key == "kl_reg" else None
+                named = known.of(key)
+                anchor = other_anchor(entry[key], judgement) if key == "kl_reg" and named is None else None
+                words = words_of(anchor) if anchor else named.words if named else ""
                 yield finding(
                     observation,
                     anchor.defect.violates if anchor else "STEP-6",
@@ -62,9 +77,7 @@ def metric_findings(observation: Observation, judgements: Sequence[StepJudgement
                     expected=number(truth),
                     got=number(entry[key]),
                     step=step,
-                    detail=f"it is that of {words_of(anchor)}"
-                    if anchor
-                    else metric_words(key, entry[key], judgements, index),
+                    detail=f"it is that of {words}" if words else "",
                     excess=abs(entry[key] - truth) / bound,
                     extra={
                         "shows": "metric",
@@ -72,6 +85,7 @@ def metric_findings(observation: Observation, judgements: Sequence[StepJudgement
                         "truth": truth,
                         "bound": bound,
                         "mistake": anchor.defect.name if anchor else None,
+                        "metrics": known.as_kept(),
                     },
                 )
 
@@ -109,27 +123,3 @@ def repeated(observation: Observation, index: int) -> bool:
     weights = (observation.steps[index - 1].before, observation.steps[index].before)
     moved = any(not w.equal(weights[1][name]) for name, w in weights[0].items() if name in weights[1])
     return moved and all(key in entry and entry.get(key) == before.get(key) for key in keys)
-
-
-def metric_words(key: str, got: float, judgements: Sequence[StepJudgement], index: int) -> str:
-    """What a wrong metric equals instead."""
-    judgement = judgements[index]
-    bound = judgement.bounds.metrics[key]
-    truth = judgement.moment.truth
-    candidates: list[tuple[str, float]] = []
-    if index:
-        candidates.append((f"it is that of step {index}", judgements[index - 1].moment.truth.metrics[key]))
-    if index + 1 < len(judgements):
-        candidates.append(("it is taken after the update", judgements[index + 1].moment.truth.metrics[key]))
-    if key == "grad_norm":
-        candidates.append(("it is the norm after clipping", float(norm(judgement.moment.gradient))))
-    elif key == "total_loss":
-        candidates.append(("it leaves out the anchor", truth.metrics["distill_loss"]))
-        candidates.append(("it is the sum over samples", truth.metrics[key] * len(truth.losses)))
-    else:
-        weighted = truth.metrics[key] * judgement.moment.training.kl_reg_weight
-        candidates.append(("it is already multiplied by kl_reg_weight", weighted))
-        last = float(getattr(truth.losses[-1], key))
-        candidates.append(("it is that of the last sample, not the mean over samples", last))
-        candidates.append(("it is the sum over samples", truth.metrics[key] * len(truth.losses)))
-    return next((words for words, value in candidates if abs(got - value) <= bound), "")

@@ -1,0 +1,198 @@
+"""What wrong metrics of rightly taken steps equal instead: the catalogue's reports, held against every number.
+
+A report is named for a metric only where each of its values, at every step of every run, is the report's to rounding;
+and for the more metrics, the better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sdpo_conformance.specs.claas.defects import catalogue
+from sdpo_conformance.specs.claas.defects.defect import Defect
+from sdpo_conformance.specs.claas.defects.parameter import simplest
+from sdpo_conformance.specs.claas.step_loop.explanations import PROMISING
+from sdpo_conformance.specs.claas.step_loop.forced_replay import RightSteps, parts_of, replaced
+from sdpo_conformance.specs.claas.step_loop.gradients import JudgedRun, StepJudgement, forced_along
+from sdpo_conformance.trainer.observation import METRICS
+
+KEYS = ("step", *METRICS)
+
+NEARER = 0.1
+NEARER_IN_HALF = 0.5
+"""Of the truth's distance: a wrong metric has to come nearer than this to a mistake's."""
+
+FEWEST = 2
+"""Wrong values of one metric, in full precision, from which on it is named: any one number is near some mistake's."""
+
+Entries = Sequence[Sequence[Mapping[str, float]]]
+"""By run and step, what is reported."""
+
+
+@dataclass(frozen=True)
+class MetricMistake:
+    """A way to report whose values ``keys`` have, of which ``wrong`` are wrong; ``alike``: names of what cannot be told
+    from it."""
+
+    defect: Defect
+    keys: tuple[str, ...]
+    wrong: int
+    alike: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        """What is said of it."""
+        return f"{self.defect.shown}: {self.defect.sentence}"
+
+
+@dataclass(frozen=True)
+class MetricMistakes:
+    """``named``: the mistakes found; ``rest``: metrics that are wrong otherwise."""
+
+    named: tuple[MetricMistake, ...] = ()
+    rest: tuple[str, ...] = ()
+
+    def of(self, key: str) -> MetricMistake | None:
+        """The mistake that a metric is."""
+        return next((one for one in self.named if key in one.keys), None)
+
+    def as_kept(self) -> Mapping[str, Any]:
+        """In the form that a failure keeps."""
+        named = [
+            {
+                "name": one.defect.name,
+                "value": one.defect.value,
+                "keys": list(one.keys),
+                "wrong": one.wrong,
+                "alike": list(one.alike),
+            }
+            for one in self.named
+        ]
+        return {"named": named, "rest": list(self.rest)}
+
+
+@cache
+def ways_to_report() -> tuple[Defect, ...]:
+    """Catalogued step loops in which the report alone is wrong."""
+    found = ((defect, parts_of(defect)) for defect in catalogue().values())
+    return tuple(defect for defect, parts in found if parts is not None and replaced(parts) == {"report"})
+
+
+def values_of(runs: Sequence[JudgedRun]) -> Iterator[tuple[int, int, StepJudgement, Mapping[str, float]]]:
+    """By run and step, its judgement and its entry."""
+    for index, run in enumerate(runs):
+        for step, (judgement, entry) in enumerate(zip(run.steps, run.observation.metrics, strict=True)):
+            yield index, step, judgement, entry
+
+
+def wrong_values(runs: Sequence[JudgedRun]) -> dict[str, int]:
+    """By metric, how many of its values are wrong."""
+    found: dict[str, int] = {}
+    for _, _, judgement, entry in values_of(runs):
+        for key in KEYS:
+            if key in entry and not abs(entry[key] - truth_of(judgement, key)) <= bound_of(judgement, key):
+                found[key] = found.get(key, 0) + 1
+    return found
+
+
+@dataclass(frozen=True)
+class Held:
+    """The runs' metrics, to hold mistakes against."""
+
+    runs: Sequence[JudgedRun]
+    right: Sequence[RightSteps]
+
+    def reported(self, defect: Defect) -> Entries:
+        """What a mistake makes of the runs."""
+        loop = parts_of(defect)
+        assert loop is not None
+        return [right.reported(loop) for right in self.right]
+
+    def misfit(self, entries: Entries, key: str) -> float:
+        """How far a metric is from a mistake's, at most over all steps, in units of what is allowed; above 1 is
+        another. What is wrong has to be much nearer to the mistake than to the truth."""
+        worst = 0.0
+        for index, step, judgement, entry in values_of(self.runs):
+            if key not in entry:
+                continue
+            truth, mistaken = truth_of(judgement, key), entries[index][step][key]
+            off, allowed = abs(entry[key] - truth), bound_of(judgement, key)
+            scale = max(1.0, abs(mistaken) / max(abs(truth), 1e-12))
+            nearer = NEARER_IN_HALF if in_half(self.runs[index]) else NEARER
+            near = min(allowed * scale, nearer * off) if off > allowed else allowed
+            distance = abs(entry[key] - mistaken)
+            worst = max(worst, distance / near if distance == distance else math.inf)
+        return worst
+
+
+def in_half(run: JudgedRun) -> bool:
+    """Whether a run's model is in half precision."""
+    return run.observation.scenario.model.dtype == "bfloat16"
+
+
+def truth_of(judgement: StepJudgement, key: str) -> float:
+    """What a metric has to be."""
+    return float(judgement.moment.truth.metrics[key])
+
+
+def bound_of(judgement: StepJudgement, key: str) -> float:
+    """How far off it may be; a step's number is exact but for its type."""
+    return judgement.bounds.metrics.get(key, 1e-6)
+
+
+def metric_mistakes(runs: Sequence[JudgedRun]) -> MetricMistakes:
+    """What the wrong metrics of a trainer's runs are; nothing where a gradient is wrong, which they follow."""
+    if not runs or any(run.wrong for run in runs) or not all(complete(run) for run in runs):
+        return MetricMistakes()
+    wrong, telling = wrong_values(runs), wrong_values([run for run in runs if not in_half(run)])
+    open_keys = {key for key, count in telling.items() if count >= FEWEST}
+    if not open_keys:
+        return MetricMistakes(rest=tuple(wrong))
+    right = [RightSteps(forced_along(run.observation, run.ground, run.steps[-1].moment.history)) for run in runs]
+    held = Held(runs, right)
+    candidates = [*ways_to_report(), *with_numbers(held, sorted(open_keys))]
+    fits: list[tuple[Defect, frozenset[str], int]] = []
+    for defect in candidates:
+        entries = held.reported(defect)
+        fitting = {key for key in KEYS if held.misfit(entries, key) <= 1}
+        contradicted = len(set(KEYS) - fitting - set(wrong))
+        fits.append((defect, frozenset(fitting & open_keys), contradicted))
+    found: list[MetricMistake] = []
+    while open_keys:
+        ranked = sorted(fits, key=lambda one: (-len(one[1] & open_keys), one[2]))
+        best, keys, contradicted = ranked[0]
+        keys &= open_keys
+        if not keys:
+            break
+        same = [one for one, of, other in ranked[1:] if of & open_keys == keys and other == contradicted]
+        alike = tuple(dict.fromkeys(one.shown for one in same if one.name != best.name))
+        ordered = tuple(key for key in KEYS if key in keys)
+        found.append(MetricMistake(best, ordered, sum(wrong[key] for key in ordered), alike))
+        open_keys -= keys
+    named = {key for one in found for key in one.keys}
+    return MetricMistakes(tuple(found), tuple(key for key in wrong if key not in named))
+
+
+def complete(run: JudgedRun) -> bool:
+    """Whether a run has a step and an entry for each step that it was asked for."""
+    steps = run.observation.scenario.steps
+    return len(run.observation.steps) == len(run.observation.metrics) == len(run.steps) == steps
+
+
+def with_numbers(held: Held, keys: Sequence[str]) -> Iterator[Defect]:
+    """Mistakes with a number in them, at the number that one of these metrics has."""
+    for defect in ways_to_report():
+        if defect.parameter is None:
+            continue
+        for key in keys:
+
+            def distance(value: float, defect: Defect = defect, key: str = key) -> float:
+                return held.misfit(held.reported(defect.at(value)), key)
+
+            value, off = defect.parameter.fitted(distance, PROMISING / NEARER)
+            if off <= 1:
+                yield defect.at(simplest(value, lambda rounded, d=distance: d(rounded) <= 1))  # type: ignore[misc]
