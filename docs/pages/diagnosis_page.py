@@ -24,6 +24,7 @@ TITLES: Mapping[str, str] = {
     "hidden_states": "Response log-probs and teacher top-k from hidden states",
     "trainer": "The step loop",
     "samples": "The step loop: samples, tokens, prompts and forwards",
+    "metrics": "The step loop: what is reported",
 }
 
 INTRODUCTION = """\
