@@ -74,6 +74,8 @@ class Subject:
     _smallest: tuple[tuple[int, ...], Exception] | None = None
     _first_failure: float = 0.0
     _visiting: bool = False
+    _shrinks: int = 0
+    _too_large: bool = False
     _secondary: int = 0
     _started: float = 0.0
     _requirement: int = 0
@@ -119,7 +121,7 @@ class Subject:
         """Run ``check`` within ``corner``: on every recorded case, on a visit to each kind of each field, and on
         drawn cases, ``share`` of the profile's number. Raises the failure on the smallest example found, and one
         that is secondary only where the visits found none that is not."""
-        self._smallest, self._visiting, self._secondary = None, True, 0
+        self._smallest, self._shrinks, self._visiting, self._secondary = None, 0, True, 0
         dtypes, within = self.torch_dtypes, corner
         try:
             recorded = list(self.parts.recorded(corner, self.entry, tuple(dtypes)))
@@ -161,7 +163,7 @@ class Subject:
 
     def given(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float = 1.0) -> None:
         """Run ``check`` on drawn examples and raise the failure on the smallest."""
-        self._smallest = None
+        self._smallest, self._shrinks = None, 0
         self._draw(strategy, check, share)
 
     def _draw(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float) -> None:
@@ -199,14 +201,20 @@ class Subject:
     def _attempt(self, check: Callable[[Any], object], case: Any) -> None:
         now = time.monotonic()
         if self._smallest is not None and not self._visiting:
-            if now - self._first_failure > self.profile.shrink_seconds:
+            self._shrinks += 1
+            if self._shrinks > self.profile.shrinks or now - self._first_failure > self.profile.shrink_seconds:
                 raise Enough
+            # where the smallest names its cause, a larger one is not asked for its own
+            self._too_large = (0, *size_of(case)) > self._smallest[0]
         elif now - self._started > self.profile.requirement_seconds:
             self.tally.out_of_time = self._smallest is None
             raise Enough
         self.tally.examples += 1
         try:
-            check(case)
+            try:
+                check(case)
+            finally:
+                self._too_large = False
         except (Disagreement, ImplementationError) as failure:
             if isinstance(failure, ImplementationError):
                 failure.case = failure.case or case
@@ -272,6 +280,8 @@ class Subject:
 
     def wrong_on(self, control: Case, aspects: Sequence[str]) -> bool:
         """Whether the entry is wrong on a control input."""
+        if self._too_large:
+            return True
         expected = self.parts.expectations(control, self.entry)
         if not expected.attainable:
             return False

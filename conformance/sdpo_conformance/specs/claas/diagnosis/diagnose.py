@@ -77,8 +77,10 @@ def diagnose(observed: Sequence[Observed], passed: Iterable[str] = ()) -> Diagno
     answers = []
     half = [coarsest(one.case) > torch.finfo(torch.float32).eps for one in observed]
     in_half = any(half)
-    for native in (False, True):
-        answer = explanation(observed, frozenset(passed), Predictor(native), pairs=in_half or not native)
+    exact = Predictor(native=False)
+    for predictor in (exact, Predictor(native=True, after=exact)):
+        pairs = in_half or not predictor.native
+        answer = explanation(observed, frozenset(passed), predictor, pairs)
         if answer is not None and answer.complete and not all(half):
             return answer
         if answer is not None:
@@ -98,19 +100,22 @@ def explanation(
         if defect.change is not None and entries & set(defect.capabilities)
     ]
     looked_at = representative(observed)
-    singles = ranked(
-        [
-            candidate
-            for defect in known
-            if any(predictor.fit(defect, observed[index]).matched for index in looked_at)
-            if (candidate := judged((defect,), defect, observed, predictor)).explained
-            if candidate.error > 0 or not contradicted(candidate, held)
-        ],
-        held,
-        broken,
-    )
-    if singles and len(singles[0].explained) == len(observed):
-        return told(singles, len(observed))
+    # what explains everything explains the numbers: only where nothing does is every check replayed with every defect
+    numeric = [index for index in looked_at if observed[index].numeric]
+    for first in (numeric, looked_at):
+        singles = ranked(
+            [
+                candidate
+                for defect in known
+                if any(predictor.fit(defect, observed[index]).matched for index in first)
+                if (candidate := judged((defect,), defect, observed, predictor)).explained
+                if candidate.error > 0 or not contradicted(candidate, held)
+            ],
+            held,
+            broken,
+        )
+        if singles and len(singles[0].explained) == len(observed):
+            return told(singles, len(observed))
     fitted = ranked([*singles, *numbered(known, observed, predictor)], held, broken)
     if fitted and (not singles or len(fitted[0].explained) > len(singles[0].explained)):
         singles = fitted

@@ -150,25 +150,30 @@ def agree(predicted: Mapping[str, Tensor], observed: Observed) -> bool:
     return True
 
 
-class Predictor:
-    """Fits of defects to failures, each computed once; ``native`` as for ``best_fit``."""
+Key = tuple[str, float | None, int]
 
-    def __init__(self, native: bool) -> None:
+
+class Predictor:
+    """Fits of defects to the failures of one run, each computed once; ``native`` as for ``best_fit``. ``after``: the
+    predictor that was asked before, whose replays are the same."""
+
+    def __init__(self, native: bool, after: Predictor | None = None) -> None:
         self.native = native
-        self._known: dict[tuple[str, float | None, int], Fit] = {}
+        self._numeric: dict[Key, Fit] = {}
+        self._replayed: dict[Key, Fit] = {} if after is None else after._replayed
 
     def fit(self, defect: Defect, observed: Observed) -> Fit:
         """The fit, from memory where it was computed before."""
         key = (defect.name, defect.value, id(observed))
-        if key not in self._known:
-            if observed.numeric:
-                found = best_fit(defect, observed, self.native or observed.not_finite)
-            else:
-                from sdpo_conformance.specs.claas.diagnosis.replay import replayed
+        if observed.numeric:
+            if key not in self._numeric:
+                self._numeric[key] = best_fit(defect, observed, self.native or observed.not_finite)
+            return self._numeric[key]
+        if key not in self._replayed:
+            from sdpo_conformance.specs.claas.diagnosis.replay import replayed
 
-                found = replayed(defect, observed)
-            self._known[key] = found
-        return self._known[key]
+            self._replayed[key] = replayed(defect, observed)
+        return self._replayed[key]
 
 
 __all__ = ["NO_FIT", "Fit", "Predictor", "best_fit"]

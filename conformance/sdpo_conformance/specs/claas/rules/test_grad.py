@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -414,8 +415,10 @@ def same_tensors_changed(subject: Subject, case: LossCase, other: LossCase) -> N
         raise found
 
 
+@lru_cache(maxsize=8)
 def unlike(case: LossCase) -> LossCase:
-    """A case of the same shapes and dtypes whose results and gradients all differ."""
+    """A case of the same shapes and dtypes whose results and gradients all differ. Kept, with its truth, for the next
+    defect that is replayed on the case."""
     fields = case.loss_input
     tau = fields.teacher_logprobs
     leading = "student_hidden" if case.fused else "student_logits"
