@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sdpo_conformance.files import write_json
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.spec import Spec
@@ -54,6 +58,34 @@ class CataloguedDefect:
     changes: Mapping[str, str]
 
 
+Entry = TypeVar("Entry", Rule, CataloguedDefect)
+
+
+def kept(name: str, kind: type[Entry], read: Callable[[], tuple[Entry, ...]]) -> tuple[Entry, ...]:
+    """What ``read`` finds, kept beside the bytecode for as long as no source changes: reading it all takes longer than
+    the rest of ``explain``."""
+    path = Path(__file__).parent / "__pycache__" / f"{name}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["sources"] == sources():
+            return tuple(
+                kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
+                for one in known["entries"]
+            )
+    found = read()
+    if not sys.dont_write_bytecode:
+        with suppress(OSError):
+            write_json(path, {"sources": sources(), "entries": [asdict(one) for one in found]})
+    return found
+
+
+@cache
+def sources() -> list[int]:
+    """Number, size and latest change of this package's source files."""
+    files = [path.stat() for path in Path(__file__).parents[1].rglob("*.py")]
+    return [len(files), sum(file.st_size for file in files), max(file.st_mtime_ns for file in files)]
+
+
 def rule_index(spec: Spec) -> tuple[Rule, ...]:
     """Every rule of ``spec``, in the order of its families; imports the rules where their words are computed."""
     return _rules(spec.name)
@@ -61,7 +93,11 @@ def rule_index(spec: Spec) -> tuple[Rule, ...]:
 
 @lru_cache
 def _rules(name: str) -> tuple[Rule, ...]:
-    spec = find_spec(name)
+    return kept(f"rules.{name}", Rule, lambda: read_rules(find_spec(name)))
+
+
+def read_rules(spec: Spec) -> tuple[Rule, ...]:
+    """Every rule of ``spec``, read from its source."""
     try:
         found = [rule for path in modules(spec.rules, "test_*.py") for rule in rules_of(path)]
         if not found:
@@ -82,6 +118,11 @@ def defect_index(spec: Spec) -> tuple[CataloguedDefect, ...]:
 
 @lru_cache
 def _defects(package: str) -> tuple[CataloguedDefect, ...]:
+    return kept(f"defects.{package}", CataloguedDefect, lambda: read_defects(package))
+
+
+def read_defects(package: str) -> tuple[CataloguedDefect, ...]:
+    """The catalogue of a spec's package, read from its source."""
     found = tuple(defect for path in modules(f"{package}.defects", "*.py") for defect in defects_of(path))
     return found or tuple(_imported_defects(package))
 
@@ -197,7 +238,7 @@ def constants(tree: ast.Module) -> dict[str, Any]:
         if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("sdpo_conformance"):
             wanted = [alias for alias in statement.names if alias.name.isupper()]
             if wanted:
-                there = constants(ast.parse(source_file(statement.module or "").read_text(encoding="utf-8")))
+                there = constants_of(statement.module or "")
                 found |= {alias.asname or alias.name: there[alias.name] for alias in wanted if alias.name in there}
         elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             try:
@@ -205,6 +246,12 @@ def constants(tree: ast.Module) -> dict[str, Any]:
             except NotWrittenOut:
                 continue
     return found
+
+
+@cache
+def constants_of(module: str) -> Mapping[str, Any]:
+    """The names that another module of this package writes out."""
+    return constants(ast.parse(source_file(module).read_text(encoding="utf-8")))
 
 
 @lru_cache
