@@ -62,12 +62,25 @@ def write_record(folder: Path, record: Record) -> None:
     write_json(folder / "records" / f"{record.key}.json", asdict(record))
 
 
+def read_record(folder: Path, key: str) -> Record | None:
+    """The record under a key, or None where there is none."""
+    path = folder / "records" / f"{key}.json"
+    return record_in(path) if path.exists() else None
+
+
+def forget_record(folder: Path, key: str) -> None:
+    """As if it had not been judged."""
+    (folder / "records" / f"{key}.json").unlink(missing_ok=True)
+
+
+def record_in(path: Path) -> Record:
+    """What ``write_record`` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["level"], content["status"] = Level(content["level"]), Status(content["status"])
+    return Record(**content)
+
+
 def read_records(folder: Path) -> dict[str, Record]:
     """Every record under ``folder``/records by key."""
-    records = {}
-    for path in sorted((folder / "records").glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["level"], content["status"] = Level(content["level"]), Status(content["status"])
-        record = Record(**content)
-        records[record.key] = record
-    return records
+    found = [record_in(path) for path in sorted((folder / "records").glob("*.json"))]
+    return {record.key: record for record in found}

@@ -27,7 +27,8 @@ def collect(run: Any) -> None:
     folder: Path = run.folder
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     if run.options.first_cause:
-        plan = [one for one in plan if (folder / "records" / f"{record_key(**one)}.json").exists()]
+        begun = {path.stem for name in ("records", "running") for path in (folder / name).glob("[!.]*.json")}
+        plan = [one for one in plan if record_key(**one) in begun]
     for entry in plan:
         key = record_key(entry["requirement"], entry["entry"])
         if not (folder / "records" / f"{key}.json").exists():

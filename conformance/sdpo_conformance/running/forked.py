@@ -13,10 +13,10 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from _pytest.runner import runtestprotocol
@@ -27,71 +27,115 @@ def may_fork(device: str) -> bool:
     return device == "cpu" and sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
 
 
+class Agenda(Protocol):
+    """What is to be judged: batches of items, each batch for one worker."""
+
+    def take(self, idle: bool) -> deque[pytest.Item] | None:
+        """The next batch, or None where there is none now; ``idle``: nothing is being judged."""
+
+    def put_back(self, batch: deque[pytest.Item]) -> None:
+        """The rest of a batch whose worker died: to be taken next."""
+
+    def judged(self, item: pytest.Item) -> None:
+        """The item's record is written, or its worker died."""
+
+
+class Everything:
+    """Every batch, in order."""
+
+    def __init__(self, batches: Iterable[Sequence[pytest.Item]]) -> None:
+        self.queue = deque(deque(batch) for batch in batches)
+
+    def take(self, idle: bool) -> deque[pytest.Item] | None:
+        return self.queue.popleft() if self.queue else None
+
+    def put_back(self, batch: deque[pytest.Item]) -> None:
+        self.queue.appendleft(batch)
+
+    def judged(self, item: pytest.Item) -> None:
+        """Nothing follows from it."""
+
+
 @dataclass
 class ForkedWorker:
     """A process, the pipe to it, the item it is at, and those that it is to judge after that."""
 
     process: ForkProcess
     pipe: Connection[Any, Any]
-    at: pytest.Item
-    batch: deque[pytest.Item]
+    at: pytest.Item | None = None
+    batch: deque[pytest.Item] = field(default_factory=deque)
+
+    def begin_next(self) -> None:
+        """Send the next item of the batch, if there is one."""
+        self.at = self.batch.popleft() if self.batch else None
+        if self.at is not None:
+            self.pipe.send(self.at.session.items.index(self.at))
 
 
-def judge_in_forks(
-    session: pytest.Session, batches: Iterable[Sequence[pytest.Item]], workers: int, begin: Callable[[], None]
-) -> None:
-    """Run every item and report it to pytest. The items of a batch share one process, which ``begin`` prepares; where
-    it dies, its item is reported as failed and another process goes on with the rest."""
-    queue = deque(deque(batch) for batch in batches)
+def judge_in_forks(session: pytest.Session, agenda: Agenda, workers: int, begin: Callable[[], None]) -> None:
+    """Run what the agenda asks for and report it to pytest. The items of a batch share one process, which ``begin``
+    prepares; where it dies, its item is reported as failed and another process goes on with the rest."""
     running: list[ForkedWorker] = []
     gc.freeze()  # a collection in a worker would walk, and copy, all of torch's objects
     try:
-        while queue or running:
-            while queue and len(running) < workers:
-                running.append(start(queue.popleft(), running, begin))
-            for pipe in wait([worker.pipe for worker in running]):
-                worker = next(one for one in running if one.pipe is pipe)
+        while True:
+            busy = hand_out(session, agenda, running, workers, begin)
+            if not busy:
+                break
+            for pipe in wait([worker.pipe for worker in busy]):
+                worker = next(one for one in busy if one.pipe is pipe)
+                item = worker.at
+                assert item is not None
                 try:
-                    reports = worker.pipe.recv()
-                except (EOFError, ConnectionResetError):
+                    reports = [from_data(session.config, data) for data in worker.pipe.recv()]
+                    worker.begin_next()
+                except (EOFError, ConnectionResetError, BrokenPipeError):
                     running.remove(worker)
                     worker.process.join()
+                    reports = [died(item, worker.process.exitcode)]
                     if worker.batch:
-                        queue.appendleft(worker.batch)
-                    publish(session, [died(worker)])
-                    continue
-                publish(session, [from_data(session.config, data) for data in reports])
-                if not worker.batch and queue:
-                    worker.batch = queue.popleft()
-                if worker.batch:
-                    worker.at = worker.batch.popleft()
-                    worker.pipe.send(session.items.index(worker.at))
-                else:
-                    worker.pipe.send(None)
-                    worker.process.join()
-                    running.remove(worker)
+                        agenda.put_back(worker.batch)
+                publish(session, reports)
+                agenda.judged(item)
+        for worker in running:
+            worker.pipe.send(None)
+            worker.process.join()
     finally:
         for worker in running:
             worker.process.terminate()
 
 
-def start(batch: deque[pytest.Item], others: Sequence[ForkedWorker], begin: Callable[[], None]) -> ForkedWorker:
-    """Fork a worker and hand it the first item."""
+def hand_out(
+    session: pytest.Session, agenda: Agenda, running: list[ForkedWorker], workers: int, begin: Callable[[], None]
+) -> list[ForkedWorker]:
+    """Give every worker without an item a batch, starting workers as needed; those that have one."""
+    while True:
+        busy = [worker for worker in running if worker.at is not None]
+        if len(busy) == workers or (batch := agenda.take(idle=not busy)) is None:
+            return busy
+        free = next((worker for worker in running if worker.at is None), None)
+        if free is None:
+            free = start(session, running, begin)
+            running.append(free)
+        free.batch = batch
+        free.begin_next()
+
+
+def start(session: pytest.Session, others: Sequence[ForkedWorker], begin: Callable[[], None]) -> ForkedWorker:
+    """Fork a worker."""
     here, there = multiprocessing.Pipe()
-    item = batch.popleft()
 
     def work() -> None:
         here.close()
         for other in others:
             other.pipe.close()  # or it would not notice that this process is gone
         begin()
-        serve(there, item.session)
+        serve(there, session)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     there.close()
-    here.send(item.session.items.index(item))
-    return ForkedWorker(process, here, item, batch)
+    return ForkedWorker(process, here)
 
 
 def serve(pipe: Connection[Any, Any], session: pytest.Session) -> None:
@@ -108,10 +152,10 @@ def from_data(config: pytest.Config, data: dict[str, Any]) -> pytest.TestReport:
     return report
 
 
-def died(worker: ForkedWorker) -> pytest.TestReport:
+def died(item: pytest.Item, status: int | None) -> pytest.TestReport:
     """What pytest is told of an item whose process did not survive it."""
-    words = f"the worker process died (exit status {worker.process.exitcode})"
-    return pytest.TestReport(worker.at.nodeid, worker.at.location, {}, "failed", words, "call")
+    words = f"the worker process died (exit status {status})"
+    return pytest.TestReport(item.nodeid, item.location, {}, "failed", words, "call")
 
 
 def publish(session: pytest.Session, reports: Iterable[pytest.TestReport]) -> None:

@@ -11,6 +11,7 @@ import faulthandler
 import importlib
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,10 +20,10 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 
 from sdpo_conformance.files import write_json, write_text
-from sdpo_conformance.judging.records import Record, Status, record_key, write_record
+from sdpo_conformance.judging.records import Record, Status, forget_record, read_record, record_key, write_record
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.running.folder import ERROR, start_afresh
-from sdpo_conformance.running.forked import judge_in_forks, may_fork
+from sdpo_conformance.running.forked import Everything, judge_in_forks, may_fork
 from sdpo_conformance.running.options import RunError, RunOptions, declare, expected_failures
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Iterator[None]:
     if config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
         if getattr(config.option, "numprocesses", None) is None:
             options = read_options(config)
-            config.option.numprocesses = 0 if options.first_cause else options.workers
+            config.option.numprocesses = 0 if options.first_cause and not may_fork(options.device) else options.workers
         if getattr(config.option, "maxworkerrestart", None) is None:
             config.option.maxworkerrestart = "1000"
     return (yield)
@@ -152,6 +153,9 @@ def pytest_configure(config: pytest.Config) -> None:
     elif may_fork(session.device):
         session.forks = config.option.numprocesses
         config.option.dist = "no"
+    elif session.options.first_cause:
+        config.option.dist = "no"  # the implementation has started threads: one process, as the order counts
+        session.arm()
 
 
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
@@ -159,11 +163,63 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     if not run.forks or session.config.option.collectonly:
         return None
     preload(run.implementation.offered)
+    if run.options.first_cause:
+        judge_in_forks(session, FirstCause(run, session.items), run.forks, run.arm)
+        return True
     trainers = [item for item in session.items if entry_of_item(item) is Capability.DISTILL]
     rest = [[item] for item in session.items if item not in trainers]
     # the rules about a trainer look at the same runs of it, which a process remembers
-    judge_in_forks(session, [*([trainers] if trainers else []), *rest], run.forks, run.arm)
+    judge_in_forks(session, Everything([*([trainers] if trainers else []), *rest]), run.forks, run.arm)
     return True
+
+
+class FirstCause:
+    """The items of a check, for several workers: what one process finds that judges them in order (``follow``)."""
+
+    def __init__(self, run: Session, items: Sequence[pytest.Item]) -> None:
+        self.run = run
+        self.left = deque(items)
+        self.taken: list[pytest.Item] = []
+        self.failed = False
+        self.following = False
+
+    def take(self, idle: bool) -> deque[pytest.Item] | None:
+        if self.failed and idle:
+            self.ask_further()
+        if self.failed or not self.left:
+            return None
+        self.taken.append(self.left.popleft())
+        return deque([self.taken[-1]])
+
+    def put_back(self, batch: deque[pytest.Item]) -> None:
+        """A batch is one item, of which nothing is left."""
+
+    def judged(self, item: pytest.Item) -> None:
+        self.failed = self.failed or self.ends(item)
+
+    def ends(self, item: pytest.Item) -> bool:
+        """Whether the item is a failure that names a rule; a crash is one."""
+        record = self.record_of(item)
+        return record is None or names_a_rule(record, self.run.spec)
+
+    def record_of(self, item: pytest.Item) -> Record | None:
+        return read_record(self.run.folder, record_key_of(item))
+
+    def ask_further(self) -> None:
+        """Forget what was judged after the first failure; after the very first one, go on with the rules that may name
+        its cause better."""
+        first = next(index for index, item in enumerate(self.taken) if self.ends(item))
+        for item in self.taken[first + 1 :]:
+            forget_record(self.run.folder, record_key_of(item))
+            (self.run.folder / "running" / f"{record_key_of(item)}.json").unlink(missing_ok=True)
+        record = self.record_of(self.taken[first])
+        if self.following or record is None:
+            return
+        self.following = True
+        asked = asked_after(record, self.run)
+        later = [*self.taken[first + 1 :], *self.left]
+        self.left = deque(item for item in later if record_key_of(item) in asked)
+        self.taken, self.failed = [], not self.left
 
 
 def preload(offered: Sequence[Capability]) -> None:
@@ -225,6 +281,10 @@ def entry_of_item(item: Any) -> Capability:
     return Capability(item.callspec.params["subject"])
 
 
+def record_key_of(item: Any) -> str:
+    return record_key(requirement_of(item).id, entry_of_item(item).value)
+
+
 @pytest.fixture
 def subject(request: pytest.FixtureRequest) -> Any:
     """The implementation's entry that this test judges."""
@@ -246,7 +306,7 @@ def subject(request: pytest.FixtureRequest) -> Any:
         device=session.device,
         dtypes=dtypes,
         # a crash during a check is judged anew, apart
-        scratch=None if session.options.first_cause else running / f"{key}.safetensors",
+        scratch=None if session.options.first_cause and not session.forks else running / f"{key}.safetensors",
         spec=session.spec,
     )
 
@@ -298,7 +358,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         failure=failure,
     )
     write_record(session.folder, record)
-    if session.options.first_cause and names_a_rule(record, session.spec):
+    if session.options.first_cause and not session.forks and names_a_rule(record, session.spec):
         follow(pyfuncitem, record, session)
     for suffix in (".json", ".safetensors"):
         (session.folder / "running" / f"{record.key}{suffix}").unlink(missing_ok=True)
@@ -319,20 +379,24 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 def follow(item: pytest.Function, record: Record, session: Session) -> None:
     """After the first failure: judge the rules that may name its cause better, and no others; stop at the first that
     fails."""
-    wanted: list[str] = []
-    if session.asked is None:
-        with suppress(Exception):  # a fault of the diagnosis costs no verdict
-            wanted = list(session.spec.parts.asked_next(session.folder, record))[:ASKED]
-    session.asked = {record_key(name, record.entry) for name in wanted}
-    if not wanted:
+    session.asked = asked_after(record, session) if session.asked is None else set()
+    if not session.asked:
         item.session.shouldstop = f"{record.requirement} failed"
+
+
+def asked_after(record: Record, session: Session) -> set[str]:
+    """The keys of the records that may name the cause of a first failure better."""
+    wanted: list[str] = []
+    with suppress(Exception):  # a fault of the diagnosis costs no verdict
+        wanted = list(session.spec.parts.asked_next(session.folder, record))[:ASKED]
+    return {record_key(name, record.entry) for name in wanted}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """After the first failure of a check, pass over what was not asked for."""
     asked = item.config.stash[SESSION].asked
-    if asked is not None and record_key(requirement_of(item).id, entry_of_item(item).value) not in asked:
+    if asked is not None and record_key_of(item) not in asked:
         pytest.skip("another rule names the cause")
 
 

@@ -154,6 +154,8 @@ def pytest_command(implementation: str, options: RunOptions) -> list[str]:
         "no:cacheprovider",
         "-p",
         "no:faulthandler",
+        "-p",
+        "no:unraisableexception",  # it collects garbage, which torch has much of, four times at the end
         "--pyargs",
         options.found_spec.rules,
         *options.arguments(implementation),

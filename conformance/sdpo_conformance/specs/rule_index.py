@@ -61,7 +61,7 @@ class CataloguedDefect:
 Entry = TypeVar("Entry", Rule, CataloguedDefect)
 
 
-def kept(name: str, kind: type[Entry], read: Callable[[], tuple[Entry, ...]]) -> tuple[Entry, ...]:
+def kept(name: str, kind: Callable[..., Entry], read: Callable[[], tuple[Entry, ...]]) -> tuple[Entry, ...]:
     """What ``read`` finds, kept beside the bytecode for as long as no source changes: reading it all takes longer than
     the rest of ``explain``."""
     path = Path(__file__).parent / "__pycache__" / f"{name}.json"
