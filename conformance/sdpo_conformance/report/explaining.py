@@ -63,11 +63,11 @@ def explained_by(name: str, spec: Spec) -> list[RenderableType]:
         return [explained_defect(defects[part], spec) for part in parts]
     for entry, row in ENTRIES.items():
         if wanted in (entry.value, row.label, row.column):
-            return [
-                Text.assemble((f"{entry.value} ({row.label})", "bold"), f"\n  called   {entry.value}{row.signature}")
-            ]
+            head = Text(f"{entry.value} ({row.label})", style="bold")
+            call = table_of([("called", f"{entry.value}{row.signature}")])
+            return [Group(head, Padding(call, (0, 0, 0, 2)))]
     if wanted.lower() in STATUSES:
-        return [Text.assemble((wanted.lower(), "bold"), f"\n  {STATUSES[wanted.lower()]}")]
+        return [Group(Text(wanted.lower(), style="bold"), Padding(Text(STATUSES[wanted.lower()]), (0, 0, 0, 2)))]
     if wanted.removeprefix("defect:") in late(spec):
         return [late(spec)[wanted.removeprefix("defect:")]]
     known = [rule.id for rule in rule_index(spec)] + list(defects) + [entry.value for entry in ENTRIES]
@@ -104,8 +104,9 @@ def explained_rule(rule: Rule, spec: Spec, alone: bool) -> RenderableType:
         names = [defect.name for defect in broken]
         lines.append(("broken by", ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")))
     head = Text(f"{rule.id} ({rule.level}, {spec.families[rule.family]})", style="bold")
-    shown = next((defect for defect in broken if lines_of(defect, spec)), None) if alone else None
-    return Group(head, Padding(table_of(lines), (0, 0, 0, 2)), *([side_by_side(shown, spec)] if shown else []))
+    beside = [defect for defect in broken if any(right for _, _, right in lines_of(defect, spec))]
+    shown = next(iter([*beside, *broken]), None) if alone else None
+    return Group(head, Padding(table_of(lines), (0, 0, 0, 2)), *(side_by_side(shown, spec) if shown else []))
 
 
 def explained_defect(defect: CataloguedDefect, spec: Spec) -> RenderableType:
@@ -117,7 +118,7 @@ def explained_defect(defect: CataloguedDefect, spec: Spec) -> RenderableType:
         ("usable for", defect.usable_for or "nothing"),
         ("try it", f"sdpo-conformance check defect:{defect.name}"),
     ]
-    return Group(Text(defect.name, style="bold"), Padding(table_of(lines), (0, 0, 0, 2)), side_by_side(defect, spec))
+    return Group(Text(defect.name, style="bold"), Padding(table_of(lines), (0, 0, 0, 2)), *side_by_side(defect, spec))
 
 
 def table_of(lines: list[tuple[str, str]], width: int = 10) -> Table:
@@ -131,21 +132,25 @@ def table_of(lines: list[tuple[str, str]], width: int = 10) -> Table:
 
 
 def lines_of(defect: CataloguedDefect, spec: Spec) -> list[tuple[str, str, str]]:
-    """(part, wrong, right) for every part that the defect replaces and the right loss has."""
-    return [(part, wrong, right) for part, wrong in defect.changes.items() if (right := part_source(spec, part))]
+    """(part, wrong, right) for every part that the defect replaces; right is empty where the right loss has no such
+    part."""
+    return [(part, wrong, part_source(spec, part)) for part, wrong in defect.changes.items()]
 
 
-def side_by_side(defect: CataloguedDefect, spec: Spec) -> RenderableType:
-    """The wrong lines beside the right ones."""
+def side_by_side(defect: CataloguedDefect, spec: Spec) -> list[RenderableType]:
+    """The wrong lines beside the right ones, or alone where the right loss has none in their place."""
     pairs = lines_of(defect, spec)
     if not pairs:
-        return Text("")
+        return []
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column(f"  wrong ({defect.name})", overflow="fold", ratio=1)
-    table.add_column("right", overflow="fold", ratio=1)
+    beside = any(right for _, _, right in pairs)
+    if beside:
+        table.add_column("right", overflow="fold", ratio=1)
     for _, wrong, right in pairs:
-        table.add_row(Text(textwrap.indent(without_docstring(wrong), "  ")), Text(without_docstring(right)))
-    return table
+        columns = [textwrap.indent(without_docstring(wrong), "  "), *([without_docstring(right)] if beside else [])]
+        table.add_row(*(Text(column) for column in columns))
+    return [table]
 
 
 def without_docstring(source: str) -> str:

@@ -62,13 +62,10 @@ def print_report(results: Mapping[str, Any], folder: Path, console: Console) -> 
     if best:
         program = folder / best["failure"]["reproduction"]
         console.print(
-            Text.assemble(
-                ("reproduce  ", "bold"),
-                f"python {program}",
-                "   (exits 1 while the defect is there, 125 where it cannot run)",
-            ),
+            Text.assemble(("reproduce  ", "bold"), f"python {program}"),
             soft_wrap=True,
         )
+        console.print(block("", [Text("exits 1 while the defect is there, 125 where it cannot run", "dim")], LABEL))
     verdict = results["verdict"]
     style = "bold green" if verdict["passed"] else "bold red"
     console.print(block("verdict", [Text(verdict["text"], style=style)], LABEL))

@@ -18,6 +18,7 @@ from sdpo_conformance.judging.profiles import Profile
 from sdpo_conformance.judging.records import Record, Status, record_key, write_record
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.report.results import FORMAT, verdict
+from sdpo_conformance.report.watcher import Watcher
 from sdpo_conformance.running.collecting import device_name, versions
 from sdpo_conformance.running.folder import RESULTS, default_folder, start_afresh
 from sdpo_conformance.running.options import RunError, RunOptions
@@ -121,9 +122,11 @@ def judge(
     work = [(rule, entry) for rule in rules for entry in rule.capabilities if entry in offered]
     kept: dict[Capability, tuple[tuple[str, ...], dict[str, str]]] = {}
     records: list[Record] = []
-    for number, (rule, entry) in enumerate(work):
+    if isinstance(progress, Watcher):
+        progress.phase("judging")
+    for rule, entry in work:
         if progress is not None:
-            progress(number, len(work))
+            progress(len(records), len(work))
         subject = on_ranks.subject(pool, entry, profile, seed)
         if entry not in kept:
             kept[entry] = dtypes_on_ranks(on_ranks, subject, asked)
@@ -131,6 +134,10 @@ def judge(
         record = judged(on_ranks, pool, subject, rule, folder, records)
         write_record(folder, record)
         records.append(record)
+        if isinstance(progress, Watcher):
+            progress.verdict(asdict(record))
+    if progress is not None:
+        progress(len(records), len(work))
     every = [name for name in (*DEFAULT, "float64") if any(name in names for names, _ in kept.values())]
     return records, tuple(every), {name: why for _, refused in kept.values() for name, why in refused.items()}
 

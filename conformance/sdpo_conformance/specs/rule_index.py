@@ -185,9 +185,9 @@ def defects_of(path: Path) -> Iterator[CataloguedDefect]:
             yield CataloguedDefect(name, sentence, violates, fix, usable_for, path.stem, changes)
 
 
-def changes_of(node: ast.AST, lines: list[str], functions: Mapping[str, str]) -> dict[str, str]:
+def changes_of(node: ast.expr, lines: list[str], functions: Mapping[str, str]) -> dict[str, str]:
     """``replacing(part=...)``, ``trainer(part=...)`` and ``around("part", ...)`` as part -> source, functions written
-    out."""
+    out; another change under no part."""
     found: dict[str, str] = {}
     for call in ast.walk(node):
         if not isinstance(call, ast.Call):
@@ -201,6 +201,11 @@ def changes_of(node: ast.AST, lines: list[str], functions: Mapping[str, str]) ->
         for part, value in pairs:
             source = segment(lines, value)
             found[part] = functions.get(source, source)
+    if not found:  # made by a helper: what it is given, or the call itself
+        helpers = {id(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+        names = [one.id for one in ast.walk(node) if isinstance(one, ast.Name) and id(one) not in helpers]
+        given = [functions[name] for name in names if name in functions]
+        found[""] = "\n".join(dict.fromkeys(given)) or segment(lines, node)
     return found
 
 
