@@ -199,6 +199,7 @@ def test_a_slow_implementation_gets_fewer_examples_and_no_accusation(
             return right(i)
         """,
         only=["NUM-2", "IS-10"],
+        jobs=2,  # they sleep
     )
     assert report.exit_status == 0, str(report)
     assert all(record["out_of_time"] for record in report.results["records"])

@@ -5,9 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.judging.implementation import load_implementation
+from sdpo_conformance.judging.profiles import PROFILES
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.reproduction.failure import failure_of
+from sdpo_conformance.specs import find_spec
 
 DEFECTS = {
     "values": ("IS-2", "    i.old_student_logprobs = chosen(i)\n    return right(i)\n"),
@@ -33,6 +41,7 @@ DEFECTS = {
         "    result = right(i)\n    return {**result, 'loss': result['loss'] * (1 + 1e-3 * torch.rand(()))}\n",
     ),
 }
+RIGHT = "from sdpo_implementations.reference.loss import compute_sdpo_loss as right\n"
 PRELUDE = """
 import torch
 BUFFER = torch.zeros(())
@@ -47,12 +56,18 @@ def run_program(path: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("probe", DEFECTS)
-def test_reproduces_and_is_silent_once_mended(judge: Any, probe: str, tmp_path: Path) -> None:
+def test_reproduces_and_is_silent_once_mended(probe: str, tmp_path: Path) -> None:
     requirement, body = DEFECTS[probe]
-    report = judge(PRELUDE + body, only=[requirement])
-    (record,) = report.failures
-    assert record["failure"]["probe"] in (probe, "inference_mode")
-    program = report.folder / record["failure"]["reproduction"]
+    target, spec = tmp_path / "mine.py", find_spec("claas")
+    target.write_text(RIGHT + PRELUDE + body)
+    judged = load_implementation(str(target), spec)
+    subject = Subject(judged.object, Capability.LOSS, judged.claims, PROFILES["quick"], dtypes=spec.dtypes)
+    found = spec.requirements()[requirement]
+    with pytest.raises((Disagreement, ImplementationError)) as raised:
+        subject.run(found)
+    failure = failure_of(tmp_path, str(target), "cpu", spec, found, Capability.LOSS, raised.value)
+    assert failure["probe"] in (probe, "inference_mode")
+    program = tmp_path / failure["reproduction"]
     assert "sdpo_conformance" not in program.read_text().replace("sdpo_conformance import", "")
     shown = run_program(program)
     assert shown.returncode == 1, shown.stdout + shown.stderr

@@ -263,7 +263,7 @@ def gradients_of(loss_input: Any, case: Case, entry: Capability, output: Tensor)
 
 def identical(one: Tensor, other: Tensor) -> bool:
     """The same values everywhere, infinities among them, NaN equal to NaN; shapes must agree."""
-    return bool(((one == other) | ((one != one) & (other != other))).all())
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def touched_inputs(case: Case, loss_input: Any, asked: bool = True) -> tuple[str, ...]:

@@ -85,15 +85,14 @@ def token_errors(case: LossCase) -> TokenErrors:
     tau = torch.where(counted.unsqueeze(-1), upcast(loss_input.teacher_logprobs), 0.0)
     old = torch.where(counted, upcast(loss_input.old_student_logprobs), 0.0)
     base = torch.where(counted, upcast(loss_input.base_logprobs), 0.0)
+    z = truth.logits
 
     if isinstance(loss_input, FusedSDPOLossInput):
         hidden, head = upcast(loss_input.student_hidden), upcast(loss_input.lm_head_weight)
         eps_z = max(epsilon(loss_input.student_hidden), epsilon(loss_input.lm_head_weight))
-        z = torch.where(counted.unsqueeze(-1), hidden @ head.T, 0.0)
         accumulation = min(eps_z, torch.finfo(torch.float32).eps)
         z_error = eps_z * z.abs() + accumulation * torch.nan_to_num(hidden.abs() @ head.abs().T)
     else:
-        z = torch.where(counted.unsqueeze(-1), upcast(loss_input.student_logits), 0.0)
         eps_z = epsilon(loss_input.student_logits)
         z_error = eps_z * torch.where(z.isinf(), 0.0, z.abs())
     eps_tau = epsilon(loss_input.teacher_logprobs)
