@@ -250,5 +250,5 @@ def document(
         "run": dict(run),
         "records": described,
         "diagnosis": None,
-        "verdict": verdict(implementation, spec, records, None),
+        "verdict": verdict(implementation, spec, records, None, run),
     }
