@@ -12,6 +12,7 @@ from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas import defects
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import DIALECTS
+from sdpo_conformance.specs.claas.sharded.defects import sharded_catalogue
 
 CATALOGUE = defects.catalogue()
 by_name = pytest.mark.parametrize("defect", [*CATALOGUE.values(), *DIALECTS], ids=lambda defect: defect.name)
@@ -22,6 +23,7 @@ def test_it_holds_enough_of_each_kind() -> None:
     assert len(trainers) >= 25
     assert sum(Capability.FUSED in one.capabilities for one in CATALOGUE.values()) >= 60
     assert len(CATALOGUE) == sum(len(defects.of_family(family)) for family in defects.FAMILIES), "a name twice"
+    assert not set(CATALOGUE) & set(sharded_catalogue()), "a name means one defect, on a mesh or off it"
 
 
 @by_name

@@ -11,11 +11,14 @@ import torch
 from tests.evidence.diagnosis_score import measure, random_pairs
 
 from sdpo_conformance.judging.call import evaluate
-from sdpo_conformance.judging.compare import compare
+from sdpo_conformance.judging.compare import Disagreement, compare
+from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.judging.records import Record, Status
-from sdpo_conformance.protocol import Capability
+from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.report.terminal import led
 from sdpo_conformance.reproduction.failure import save_observed
+from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas import defects
 from sdpo_conformance.specs.claas.bounds import expectations
 from sdpo_conformance.specs.claas.defects.defect import Defect, ExecutableDefect, entries, replacing
@@ -137,6 +140,17 @@ def test_the_requirement_that_names_the_cause_leads_the_report() -> None:
     assert [group[0]["requirement"] for group in shown] == ["IS-2", "IS-1", "NUM-3"]
     assert (aside, caused) == ([], ["GJS-1"])
     assert led(groups[:3], groups[3:], [], []) == (groups[:3], groups[3:], [])
+
+
+@pytest.mark.parametrize("name", ["divided-by-constant", "divergence-divided-by-constant"])
+def test_a_constant_count_is_wrong_on_the_control_too(name: str) -> None:
+    """The rule about the count fails for another's sake, by its control; the catalogue lets it lead all the same."""
+    rule = find_spec("claas").requirements()["RED-4"]
+    subject = Subject(defects.find(name).implementation(), LOSS, Claims(), PROFILES["quick"])
+    with pytest.raises(Disagreement) as caught:
+        subject.run(rule)
+    assert caught.value.secondary
+    assert defects.find(name).violates[0] == rule.id
 
 
 def test_no_match_is_said_plainly(tmp_path: Path) -> None:

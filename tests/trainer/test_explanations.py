@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from variants import DEFECTIVE
 
+from sdpo_conformance.specs.claas.defects import step_loop_variants as right
 from sdpo_conformance.specs.claas.oracle.step_loop import AdamW
 from sdpo_conformance.specs.claas.step_loop.explanations import furthest, outcomes, step_loops
-from sdpo_conformance.specs.claas.step_loop.findings import findings
+from sdpo_conformance.specs.claas.step_loop.findings import findings, findings_of
 from sdpo_conformance.specs.claas.step_loop.forced_replay import RIGHT, Forced, replayed
 from sdpo_conformance.specs.claas.step_loop.ground import Moment, Weights, ground_of
 from sdpo_conformance.specs.claas.step_loop.step_bounds import Bounds, bounds_of
@@ -87,6 +91,11 @@ def test_every_mistake_shows_in_some_scenario(right_runs: list[Ground]) -> None:
     assert set(hidden) <= LATER
 
 
+KEPT = 8
+"""Batches of runs whose findings are kept."""
+
+NUDGE = 0.3
+
 HELD_OUT = {
     "recorded log-probs ignored": "sampler-logprobs-ignored",
     "teacher without feedback": "teacher-on-student-prompt",
@@ -103,6 +112,86 @@ def test_a_held_out_trainer_is_named(name: str) -> None:
     evidence = next(extra["evidence"] for extra in found if "evidence" in extra)
     assert HELD_OUT[name] in (evidence["mistake"]["name"], *evidence["alike"])
     assert evidence["explained"] == evidence["wrong"]
+
+
+def refresh_of(fresh: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Any]:
+    """A trainer whose refresh hands round something else than each sample's own."""
+
+    def refresh(run: right.Run) -> None:
+        right.refresh(run)
+        for one, log_probs in zip(run.batch, fresh([one.behaviour for one in run.batch]), strict=True):
+            length = one.response.shape[1]
+            one.behaviour = torch.nn.functional.pad(log_probs[:, :length], (0, max(0, length - log_probs.shape[1])))
+
+    return right.trainer(refresh=refresh)
+
+
+REFRESHES: Mapping[str, tuple[str, Callable[..., Any]]] = {
+    "off by a constant": ("STEP-2", refresh_of(lambda own: [one - 0.37 for one in own])),
+    "off by another for each sample": (
+        "STEP-2",
+        refresh_of(lambda own: [one + 0.1 * (number + 1) for number, one in enumerate(own)]),
+    ),
+    "samples in reverse order": ("STEP-4", refresh_of(lambda own: own[::-1])),
+    "tokens in reverse order": ("STEP-4", refresh_of(lambda own: [one.flip(1) for one in own])),
+}
+"""How a refresh is broken, and the rule that leads: never one about means over samples, or about clipping, although
+some gradients are wrong in their length alone."""
+
+
+@pytest.mark.parametrize("name", REFRESHES)
+def test_a_broken_refresh_leads_with_its_rule(name: str) -> None:
+    rule, distill = REFRESHES[name]
+    runs = tuple(observe(distill, scenario) for scenario in (*SCENARIOS, BFLOAT16))
+    found = [one for _, of_run in findings_of(runs) for one in of_run if one.disagreement.extra["shows"] == "gradient"]
+    assert {one.requirements[0] for one in found} == {rule}
+
+
+def test_a_loss_of_another_size_leads_with_the_mean_over_samples() -> None:
+    """At later steps alone, which no catalogued loop does: the ratio that it reports is right."""
+
+    def reduce(run: right.Run) -> Tensor:
+        return right.reduce(run) / (1 if run.step == 1 else 1 + 2**-run.step)
+
+    runs = tuple(observe(right.trainer(reduce=reduce), scenario) for scenario in SCENARIOS)
+    found = [one for _, of_run in findings_of(runs) for one in of_run if one.disagreement.extra["shows"] == "gradient"]
+    assert {one.requirements[0] for one in found} == {"STEP-7"}
+
+
+def test_reporting_a_named_mistake_faithfully_is_no_second_one() -> None:
+    """Where clipping hides the size of a loss, what is reported still shows it."""
+    distill = right.trainer(reduce=lambda run: right.reduce(run) / 3)
+    runs = tuple(observe(distill, scenario) for scenario in (*SCENARIOS, BFLOAT16))
+    found = [one for _, of_run in findings_of(runs) for one in of_run]
+    assert {one.requirements[0] for one in found} == {"STEP-7"}
+
+
+def test_a_tie_in_half_precision_is_no_second_mistake() -> None:
+    """Of two wrong steps in half precision one is off by more than rounding from what explains all others."""
+
+    def refresh(run: right.Run) -> None:
+        if any(parameter.dtype == torch.bfloat16 for parameter in run.model.parameters()):
+            run.batch[0].behaviour = run.batch[0].behaviour + NUDGE
+
+    runs = tuple(observe(right.trainer(refresh=refresh), scenario) for scenario in (*SCENARIOS, BFLOAT16))
+    found = [one.disagreement.extra for _, of_run in findings_of(runs) for one in of_run]
+    evidence = next(extra["evidence"] for extra in found if "evidence" in extra)
+    assert evidence["mistake"]["name"] == "no-refresh"
+    assert evidence["explained"] + evidence["nearly"] == evidence["wrong"]
+    assert evidence["nearly"] == 1
+
+
+def test_the_findings_keep_eight_batches_and_no_more() -> None:
+    """A run holds every step's weights and gradient: what was judged long ago is let go."""
+    first = observe(right.trainer(), SCENARIOS[3])
+    gone = weakref.ref(first)
+    findings_of((first,))
+    assert findings_of.cache_info().maxsize == KEPT
+    del first
+    for _ in range(KEPT):
+        findings_of((observe(right.trainer(), SCENARIOS[3]),))
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("scenario", [*SCENARIOS, BFLOAT16], ids=lambda scenario: scenario.name)

@@ -298,7 +298,7 @@ DEFECTS = (
         anchored(lambda d: torch.expm1(-d) + d),
     ),
     reported(
-        "mean-ratio-before-cap",
+        "mean-ratio-reported-uncapped",
         "mean_is_ratio is the mean of the ratios before they are capped.",
         instead("mean_is_ratio", lambda run, one: log_ratio(one).exp().mean()),
     ),

@@ -231,7 +231,9 @@ DEFECTS = (
         PACKED,
         prepare=border_dropped,
     ),
-    _defect("mask-shifted", "The mask is shifted by one inside the loss.", "CP-3", PACKED, prepare=mask_shifted),
+    _defect(
+        "mask-shifted-on-the-mesh", "The mask is shifted by one inside the loss.", "CP-3", PACKED, prepare=mask_shifted
+    ),
     _defect(
         "mask-shifted-across-ranks",
         "The mask is shifted by one across the rank's border.",

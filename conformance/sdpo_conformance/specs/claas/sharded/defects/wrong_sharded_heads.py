@@ -185,7 +185,9 @@ DEFECTS = (
         TOPK,
         topk=own_shard_first,
     ),
-    _defect("top-k-renormalised", "Log-probs are normalised over the k.", "VP-6", TOPK, topk=over_the_candidates),
+    _defect(
+        "top-k-renormalised-on-the-mesh", "Log-probs are normalised over the k.", "VP-6", TOPK, topk=over_the_candidates
+    ),
     _defect(
         "top-k-normalised-by-shard",
         "Log-probs are normalised over the own shard.",

@@ -315,7 +315,13 @@ DEFECTS = (
         ("SkyRL#1420",),
         metrics=averaged_metrics,
     ),
-    _defect("metrics-summed", "Metrics are sums of rank means.", "DP-3", ("SkyRL#1420",), metrics=summed_own_metrics),
+    _defect(
+        "metrics-summed-on-the-mesh",
+        "Metrics are sums of rank means.",
+        "DP-3",
+        ("SkyRL#1420",),
+        metrics=summed_own_metrics,
+    ),
     _defect(
         "metrics-reduced-twice",
         "Metrics are reduced twice.",
