@@ -22,7 +22,7 @@ from unittest.mock import patch
 import numpy
 import pytest
 import torch
-from tests.evidence.predicates import CALLS, HEADS, INCOMING, LOSS, SAMPLES, Call, InBatch
+from tests.evidence.predicates import CALLS, FUSED, HEADS, IDS, INCOMING, LOSS, SAMPLES, Call, InBatch, K, leading
 from tests.evidence.processes import in_processes
 
 from sdpo_conformance.judging.call import ImplementationError
@@ -184,6 +184,102 @@ def wrong_backward(entry: str, predicate: Callable[[Any], bool]) -> Function:
     return loss
 
 
+def wrong_gradient(entry: str, predicate: Callable[[Any], bool]) -> Function:
+    """The values are right, the gradient is 1.05 times what it should be where the predicate holds."""
+    right: Function = getattr(reference, entry)
+
+    def loss(x: Any) -> Any:
+        found = dict(right(x))
+        if predicate(x) and found["loss"].requires_grad:
+            found["loss"] = found["loss"] + 0.05 * (found["loss"] - found["loss"].detach())
+        return found
+
+    return loss
+
+
+class Remembering:
+    """A loss that is wrong, or raises, for what an earlier call was like."""
+
+    def __init__(self, before: Callable[[Any], object], now: Callable[[Any, set[object]], bool]) -> None:
+        self.before, self.now = before, now
+        self.seen: set[object] = set()
+
+    def __call__(self, x: Any) -> Any:
+        wrong = self.now(x, self.seen)
+        self.seen.add(self.before(x))
+        found = dict(reference.compute_sdpo_loss(x))
+        if wrong:
+            found["loss"] = found["loss"] * 1.05
+        return found
+
+
+def after_an_error() -> Function:
+    """Wrong at the call after one that raised."""
+    raised = False
+
+    def loss(x: Any) -> Any:
+        nonlocal raised
+        wrong, raised = raised, True
+        found = dict(reference.compute_sdpo_loss(x))
+        raised = False
+        if wrong:
+            found["loss"] = found["loss"] * 1.05
+        return found
+
+    return loss
+
+
+def shape_of(x: Any) -> tuple[object, ...]:
+    return (*leading(x).shape, x.teacher_indices.shape[-1])
+
+
+def made_without_gradient(x: Any) -> object:
+    """The shape of a call without gradients, which a cache by shape would remember."""
+    return ("made", shape_of(x)) if not torch.is_grad_enabled() else ("used", shape_of(x))
+
+
+def after_evaluation(x: Any, seen: set[object]) -> bool:
+    return ("made", shape_of(x)) in seen and ("used", shape_of(x)) not in seen and torch.is_grad_enabled()
+
+
+def changing(act: Callable[[], object]) -> Function:
+    """A right loss that leaves the process changed."""
+
+    def loss(x: Any) -> Any:
+        found = reference.compute_sdpo_loss(x)
+        act()
+        return found
+
+    return loss
+
+
+def changing_in_backward(act: Callable[[], object]) -> Function:
+    """A right loss whose backward leaves the process changed."""
+
+    def loss(x: Any) -> Any:
+        found = dict(reference.compute_sdpo_loss(x))
+        if found["loss"].requires_grad:
+            found["loss"] = found["loss"] * 1.0
+            found["loss"].register_hook(lambda g: (act(), g)[1])
+        return found
+
+    return loss
+
+
+PROCESS: Mapping[str, Callable[[], object]] = {
+    "the random state seeded": lambda: torch.manual_seed(0),
+    "numpy's random state seeded": lambda: numpy.random.seed(0),
+    "Python's random state seeded": lambda: random.seed(0),
+    "grad mode off": lambda: torch.set_grad_enabled(False),
+    "float64 as default": lambda: torch.set_default_dtype(torch.float64),
+    "another number of threads": lambda: torch.set_num_threads(3),
+    "autocast on": lambda: torch.set_autocast_enabled("cpu", True),
+    "anomaly detection on": lambda: torch.autograd.set_detect_anomaly(True),
+    "deterministic algorithms on": lambda: torch.use_deterministic_algorithms(True),
+}
+"""What a loss may leave behind."""
+
+
 def wrong_scores(predicate: Callable[[Any], bool]) -> Function:
     def response_logprobs(hidden: Any, head: Any, ids: Any) -> Any:
         found = reference.compute_response_logprobs(hidden, head, ids)
@@ -211,13 +307,23 @@ def mutants(kind: str) -> dict[str, tuple[Capability, Function]]:
     elif kind == "loss":
         found |= {f"loss: {name}": (Capability.LOSS, wrong_loss("compute_sdpo_loss", p)) for name, p in LOSS.items()}
         found |= {name: (Capability.LOSS, wrong_backward("compute_sdpo_loss", p)) for name, p in INCOMING.items()}
+        found |= {f"gradient: {n}": (Capability.LOSS, wrong_gradient("compute_sdpo_loss", p)) for n, p in LOSS.items()}
+        found |= {f"left behind: {name}": (Capability.LOSS, changing(act)) for name, act in PROCESS.items()}
+        found |= {f"left by backward: {n}": (Capability.LOSS, changing_in_backward(a)) for n, a in PROCESS.items()}
+        found["after a call that raised"] = (Capability.LOSS, after_an_error())
+        found["after an evaluation"] = (Capability.LOSS, Remembering(made_without_gradient, after_evaluation))
+    elif kind == "fused":
+        entry, name = Capability.FUSED, "compute_fused_sdpo_loss"
+        found |= {f"fused: {words}": (entry, wrong_loss(name, p)) for words, p in FUSED.items()}
+        found |= {f"fused gradient: {words}": (entry, wrong_gradient(name, p)) for words, p in FUSED.items()}
     else:
         found |= {f"log-probs: {n}": (Capability.RESPONSE_LOGPROBS, wrong_scores(p)) for n, p in HEADS.items()}
-        found |= {f"top-k: {n}": (Capability.TEACHER_TOPK, wrong_topk(p)) for n, p in HEADS.items()}
+        found |= {f"log-probs: {n}": (Capability.RESPONSE_LOGPROBS, wrong_scores(p)) for n, p in IDS.items()}
+        found |= {f"top-k: {n}": (Capability.TEACHER_TOPK, wrong_topk(p)) for n, p in {**HEADS, **K}.items()}
     return found
 
 
-KINDS = ("trainer", "loss", "head")
+KINDS = ("trainer", "loss", "fused", "head")
 
 
 def first_failure(
@@ -265,9 +371,11 @@ def visited(kind: str, profile: str) -> dict[str, bool]:
     elif kind == "loss":
         runs.append((Capability.LOSS, wrong_loss("compute_sdpo_loss", all_of("loss: ", LOSS))))
         runs.append((Capability.LOSS, wrong_backward("compute_sdpo_loss", all_of("", INCOMING))))
+    elif kind == "fused":
+        runs.append((Capability.FUSED, wrong_loss("compute_fused_sdpo_loss", all_of("fused: ", FUSED))))
     else:
-        runs.append((Capability.RESPONSE_LOGPROBS, wrong_scores(all_of("log-probs: ", HEADS))))
-        runs.append((Capability.TEACHER_TOPK, wrong_topk(all_of("top-k: ", HEADS))))
+        runs.append((Capability.RESPONSE_LOGPROBS, wrong_scores(all_of("log-probs: ", {**HEADS, **IDS}))))
+        runs.append((Capability.TEACHER_TOPK, wrong_topk(all_of("top-k: ", {**HEADS, **K}))))
     for entry, function in runs:
         if (failure := first_failure(entry, function, profile)) is not None:
             raise AssertionError(f"right code was accused: {failure}")

@@ -49,6 +49,15 @@ def fraction(x: Any) -> Tensor:
     return (m != 0) & (m != 1)
 
 
+def between(name: str, read: Callable[[Any], float], *spans: tuple[float, float]) -> dict[str, Callable[[Any], bool]]:
+    """One predicate per open span."""
+    return {f"{low:g} < {name} < {high:g}": (lambda x, a=low, b=high: a < read(x) < b) for low, high in spans}  # type: ignore[misc]
+
+
+def negative_zero(tensor: Tensor) -> bool:
+    return bool(((tensor == 0) & tensor.signbit()).any())
+
+
 LOSS: Mapping[str, Callable[[Any], bool]] = {
     **past("T", lambda x: x.response_ids.shape[1], 1, 16, 32, 64, 128, 256, 512, 1024),
     **past("B", lambda x: x.response_ids.shape[0], 1, 2, 8, 16, 32, 64),
@@ -103,7 +112,58 @@ LOSS: Mapping[str, Callable[[Any], bool]] = {
     "no gradient is asked for": lambda x: not leading(x).requires_grad,
     "grad mode is off": lambda x: not torch.is_grad_enabled(),
     "logits above 1000": lambda x: bool((leading(x).double().abs() > 1000).any()),
+    **equal("B", lambda x: x.response_ids.shape[0], 4, 5, 7, 8),
+    **equal("T", lambda x: x.response_ids.shape[1], 6, 8),
+    **equal("K", lambda x: x.teacher_indices.shape[-1], 8, 20, 32, 100),
+    **equal("V", vocabulary, 1, 2, 64, 100, 1000),
+    **past("V", vocabulary, 100_000, 131_072),
+    "K == V - 1": lambda x: x.teacher_indices.shape[-1] == vocabulary(x) - 1,
+    **equal("alpha", lambda x: x.training.alpha, 0.25, 0.75, 1 / 3),
+    **between("alpha", lambda x: x.training.alpha, (0.01, 0.1), (0.1, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9)),
+    **between("alpha", lambda x: x.training.alpha, (0.9, 0.99)),
+    "alpha is an int": lambda x: isinstance(x.training.alpha, int),
+    **between("is_clip", lambda x: x.training.is_clip, (0, 0.01), (0, 0.2), (1, 1.2), (1.5, 2.7), (2.7, 5), (5, 20)),
+    "is_clip is an int": lambda x: isinstance(x.training.is_clip, int),
+    "is_clip is infinite": lambda x: math.isinf(x.training.is_clip),
+    **between("kl_reg_weight", lambda x: x.training.kl_reg_weight, (0, 1e-4), (0.01, 0.1), (0.1, 1)),
+    "kl_reg_weight > 5": lambda x: x.training.kl_reg_weight > 5,
+    "kl_reg_weight is an int": lambda x: isinstance(x.training.kl_reg_weight, int),
+    "a base log-prob is -inf": lambda x: bool((x.base_logprobs == -math.inf).any()),
+    "a base log-prob is below -50": lambda x: bool((x.base_logprobs < -50).any()),
+    "old is -0.0": lambda x: negative_zero(x.old_student_logprobs),
+    "base is -0.0": lambda x: negative_zero(x.base_logprobs),
+    "the mask is float64": lambda x: x.response_mask.dtype == torch.float64,
+    "the mask is bfloat16 and the logits are not": lambda x: (
+        x.response_mask.dtype == torch.bfloat16 != leading(x).dtype
+    ),
+    "the mask is float16 and the logits are not": lambda x: x.response_mask.dtype == torch.float16 != leading(x).dtype,
+    **equal("the mask's dtype", lambda x: x.response_mask.dtype, torch.int8, torch.int16, torch.int32),
+    "only the responses are int32": lambda x: x.response_ids.dtype == torch.int32 != x.teacher_indices.dtype,
+    "only the support is int32": lambda x: x.teacher_indices.dtype == torch.int32 != x.response_ids.dtype,
+    "old is float64": lambda x: x.old_student_logprobs.dtype == torch.float64,
+    "base is float64": lambda x: x.base_logprobs.dtype == torch.float64,
+    "the teacher's log-probs are float64": lambda x: x.teacher_logprobs.dtype == torch.float64,
+    "old asks for a gradient": lambda x: x.old_student_logprobs.requires_grad,
+    "logits are no leaf": lambda x: not leading(x).is_leaf,
+    "logits are a view": lambda x: leading(x)._base is not None,
+    "inference mode is on": lambda x: torch.is_inference_mode_enabled(),
 }
+
+FUSED: Mapping[str, Callable[[Any], bool]] = {
+    **equal("H", lambda x: x.student_hidden.shape[-1], 1, 2, 3, 8, 64, 128),
+    **past("H", lambda x: x.student_hidden.shape[-1], 256, 1024, 2048, 4096),
+    "H == V": lambda x: x.student_hidden.shape[-1] == vocabulary(x),
+    "H > V": lambda x: x.student_hidden.shape[-1] > vocabulary(x),
+    "two rows of the head are equal": lambda x: bool((x.lm_head_weight[1:] == x.lm_head_weight[:-1]).all(-1).any()),
+    "a row of the head is 0": lambda x: bool((x.lm_head_weight == 0).all(-1).any()),
+    "a hidden state is 0": lambda x: bool((x.student_hidden == 0).all(-1).any()),
+    "the head is not contiguous": lambda x: not x.lm_head_weight.is_contiguous(),
+    "the head is a parameter": lambda x: isinstance(x.lm_head_weight, torch.nn.Parameter),
+    "the head asks for a gradient": lambda x: x.lm_head_weight.requires_grad,
+    "the head alone asks for a gradient": lambda x: x.lm_head_weight.requires_grad > x.student_hidden.requires_grad,
+    **{f"of the loss: {name}": p for name, p in LOSS.items() if name not in ("logits above 1000", "the mask is empty")},
+}
+"""A hidden state's own, and those of a loss."""
 
 # --- a gradient that arrives at the loss ---
 
@@ -115,6 +175,11 @@ INCOMING: Mapping[str, Callable[[Tensor], bool]] = {
     "the incoming gradient is next to 1": lambda g: 0 < abs(float(g) - 1) < 0.1,
     "the incoming gradient is between 0 and 1": lambda g: 0 < float(g) < 1,
     "the incoming gradient is 1": lambda g: float(g) == 1,
+    "the incoming gradient is a third": lambda g: abs(float(g) - 1 / 3) < 0.01,
+    "the incoming gradient is a tenth": lambda g: abs(float(g) - 0.1) < 0.01,
+    "the incoming gradient is above 10000": lambda g: float(g) > 1e4,
+    "the incoming gradient is 2": lambda g: float(g) == 2,
+    **between("the incoming gradient", float, (0.5, 0.9), (4, 100), (-1e6, -100)),
 }
 
 # --- hidden states and a head ---
@@ -138,7 +203,62 @@ HEADS: Mapping[str, Callable[[tuple[Tensor, Tensor, Any]], bool]] = {
     "hidden states are not contiguous": lambda x: not x[0].is_contiguous(),
     "bfloat16": lambda x: x[0].dtype == torch.bfloat16,
     "float16": lambda x: x[0].dtype == torch.float16,
+    **equal("T", lambda x: x[0].shape[1], 1, 2, 3, 4, 6, 8),
+    **equal("B", lambda x: x[0].shape[0], 4, 5, 6, 7, 8),
+    **equal("V", lambda x: x[1].shape[0], 1, 2, 3, 4, 8, 64, 100),
+    **past("V", lambda x: x[1].shape[0], 100_000, 131_072),
+    **equal("H", lambda x: x[1].shape[1], 2, 3, 128),
+    "H == V": lambda x: x[1].shape[0] == x[1].shape[1],
+    "H > V": lambda x: x[1].shape[0] < x[1].shape[1],
+    "the head is not contiguous": lambda x: not x[1].is_contiguous(),
+    "the head is a parameter": lambda x: isinstance(x[1], torch.nn.Parameter),
+    "hidden states are no leaf": lambda x: not x[0].is_leaf,
+    "the head alone asks for a gradient": lambda x: x[1].requires_grad > x[0].requires_grad,
+    "inference mode is on": lambda x: torch.is_inference_mode_enabled(),
+    "two rows are equal": lambda x: x[0].shape[0] > 1 and bool((x[0][-1] == x[0][0]).all()),
+    "two tokens are equal": lambda x: x[0].shape[1] > 1 and bool((x[0][:, 1] == x[0][:, 0]).all()),
 }
+
+IDS: Mapping[str, Callable[[tuple[Tensor, Tensor, Tensor]], bool]] = {
+    "ids are int32": lambda x: x[2].dtype == torch.int32,
+    "an id is 0": lambda x: bool((x[2] == 0).any()),
+    "the first id is 0": lambda x: bool((x[2][:, :1] == 0).any()),
+    "the last id is 0": lambda x: bool((x[2][:, -1:] == 0).any()),
+    "the first id is V - 1": lambda x: bool((x[2][:, :1] == x[1].shape[0] - 1).any()),
+    "the last id is V - 1": lambda x: bool((x[2][:, -1:] == x[1].shape[0] - 1).any()),
+    "all ids are equal": lambda x: x[2].numel() > 1 and bool((x[2] == x[2][0, 0]).all()),
+    "two neighbouring ids are equal": lambda x: bool((x[2][:, 1:] == x[2][:, :-1]).any()),
+    "ids are not contiguous": lambda x: not x[2].is_contiguous(),
+}
+"""What log-probs are asked of, beside the above."""
+
+
+def best(x: tuple[Tensor, Tensor, int]) -> Tensor:
+    """The likeliest token of each position."""
+    return (x[0].double() @ x[1].double().T).argmax(-1)
+
+
+def tie_at_the_edge(x: tuple[Tensor, Tensor, int]) -> bool:
+    """The last token of the support is as likely as the next."""
+    ordered = (x[0].double() @ x[1].double().T).sort(-1, descending=True).values
+    k = min(max(1, x[2]), ordered.shape[-1])
+    return k < ordered.shape[-1] and bool((ordered[..., k - 1] == ordered[..., k]).any())
+
+
+K: Mapping[str, Callable[[tuple[Tensor, Tensor, int]], bool]] = {
+    **equal("k", lambda x: x[2], 0, 1, 2, 3, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 256),
+    **past("k", lambda x: x[2], 64, 128, 256, 512, 1024, 100_000),
+    "k < 0": lambda x: x[2] < 0,
+    "k == V": lambda x: x[2] == x[1].shape[0],
+    "k == V - 1": lambda x: x[2] == x[1].shape[0] - 1,
+    "k == V + 1": lambda x: x[2] == x[1].shape[0] + 1,
+    "k > 2 V": lambda x: x[2] > 2 * x[1].shape[0],
+    "k == T": lambda x: x[2] == x[0].shape[1],
+    "a tie at the edge of the support": tie_at_the_edge,
+    "the likeliest is token 0": lambda x: bool((best(x) == 0).any()),
+    "the likeliest is token V - 1": lambda x: bool((best(x) == x[1].shape[0] - 1).any()),
+}
+"""What a top-k is asked for, beside the above."""
 
 # --- a trainer's sample and call ---
 

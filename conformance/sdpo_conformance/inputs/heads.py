@@ -99,8 +99,20 @@ EDGES = (
     *(HeadShape(2, 2, 2049, 16, 300) for _ in range(4)),
     HeadShape(2, 2, 1100, 16, 1025),
     *(HeadShape(2, 2, 37, 8, k) for k in (0, 1, 36, 37, 38)),
+    HeadShape(5, 4, 8, 8, 7),
+    HeadShape(7, 6, 64, 2, 10),
+    HeadShape(4, 3, 4, 3, 2),
+    HeadShape(6, 1, 100, 128, 50),
+    HeadShape(2, 2, 3, 4, 10**6),
+    HeadShape(2, 2, 2, 3, 2),
+    HeadShape(1, 1, 151_937, 2, 100),
+    *(HeadShape(2, 3, 300, 8, k) for k in (4, 8, 16, 32, 256)),
 )
-"""Vocabularies, hidden sizes, batches and supports past tiles or a whole number of them."""
+"""Vocabularies, hidden sizes, batches and supports past tiles or a whole number of them, small ones, and such as
+coincide."""
+
+REFUSABLE = (HeadShape(2, 3, 37, 8, -3), HeadShape(2, 2, 1, 4, 1))
+"""A negative k and a vocabulary of one token: an error is an answer."""
 
 CHUNKED = tuple(HeadShape(2, t, 17, 8, 3) for t in (8, 16, 32, 64, 128, 256, 1024, *LONG[2:], 1025))
 
@@ -116,13 +128,16 @@ def edge_cases(shapes: Sequence[HeadShape], dtypes: Sequence[torch.dtype], seed:
             yield build_head_case(SeededSource(f"{seed}/{number}"), shape, [widest], SCALES[:2])
 
 
-SPECIAL = ("raised", "sunk", "zero_row", "zero_hidden", "certain", "sure", "equal_rows", "uniform", "one_id", "int32")
+SPECIAL = (
+    *("raised", "sunk", "zero_row", "zero_hidden", "certain", "sure", "equal_rows", "uniform", "one_id", "int32"),
+    *("ends", "repeated"),
+)
 
 
 def special_cases(dtypes: Sequence[torch.dtype], seed: int) -> Iterator[HeadCase]:
     """For each dtype: logits far above or below 0 by what is common to a token, a head with a row of zeros, hidden
     states of zeros, a token that is certain by far or only just, two rows of the head alike, all alike, one id for
-    every token, int32 ids."""
+    every token, int32 ids, ids of 0 and V - 1 at both ends, rows and tokens that are there twice."""
     for dtype in dtypes:
         for number, kind in enumerate(SPECIAL):
             shape = HeadShape(2, 5, 37, 8, 6)
@@ -154,6 +169,12 @@ def special_case(case: HeadCase, kind: str) -> HeadCase:
         head[:] = head[likely].clone()
     elif kind == "one_id":
         ids[:] = likely
+    elif kind == "ends":
+        ids[:, 0], ids[:, -1] = 0, 0
+        ids[0, 0] = head.shape[0] - 1
+    elif kind == "repeated":
+        hidden[-1], ids[-1] = hidden[0], ids[0]
+        hidden[:, 1], ids[:, 1] = hidden[:, 0], ids[:, 0]
     else:
         ids = ids.int()
     return replace(case, hidden=hidden, head=head, response_ids=ids)

@@ -247,7 +247,7 @@ def incoming_gradient(case: Case, entry: Capability, output: Tensor) -> Tensor:
 def gradients_of(loss_input: Any, case: Case, entry: Capability, output: Tensor) -> dict[str, Tensor | None]:
     """Backward through one output; gradients by field as float64 on the CPU."""
     leaves = [getattr(loss_input, key) for key in case.differentiable]
-    with implementation_errors("backward"):
+    with implementation_errors("backward"), settings_kept("backward"):
         found = torch.autograd.grad(output, leaves, incoming_gradient(case, entry, output), allow_unused=True)
         if output.is_cuda:
             torch.cuda.synchronize(output.device)

@@ -161,6 +161,23 @@ class Subject:
             for case in cases:
                 self._attempt(check, case)
 
+    def each_unless_refused(self, cases: Iterable[Any], check: Callable[[Any], object]) -> None:
+        """``each`` for inputs that an implementation may refuse: an error is an answer, wrong numbers are not."""
+
+        def attempt(case: Any) -> None:
+            try:
+                check(case)
+            except ImplementationError as failure:
+                if failure.device_lost or " raised " not in failure.summary:
+                    raise
+
+        self.each(cases, attempt)
+
+    @property
+    def widest(self) -> torch.dtype:
+        """Of the dtypes that this run judges the one whose bounds hide least."""
+        return min(self.torch_dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
     def given(self, strategy: SearchStrategy[Any], check: Callable[[Any], object], share: float = 1.0) -> None:
         """Run ``check`` on drawn examples and raise the failure on the smallest."""
         self._smallest, self._shrinks = None, 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy
 import torch
 
 
@@ -18,6 +20,7 @@ def process_settings() -> dict[str, object]:
         "torch.is_anomaly_enabled()": torch.is_anomaly_enabled(),
         "torch.get_deterministic_debug_mode()": torch.get_deterministic_debug_mode(),
         "torch.get_float32_matmul_precision()": matmul_precision(),
+        "torch.get_num_threads()": torch.get_num_threads(),
     }
 
 
@@ -38,6 +41,8 @@ def restore_settings(settings: Mapping[str, object]) -> None:
     torch.autograd.set_detect_anomaly(bool(settings["torch.is_anomaly_enabled()"]))
     # off, to warn, or to raise: the mode says which
     torch.set_deterministic_debug_mode(settings["torch.get_deterministic_debug_mode()"])  # type: ignore[arg-type]
+    if (threads := int(str(settings["torch.get_num_threads()"]))) != torch.get_num_threads():
+        torch.set_num_threads(threads)
     if (precision := str(settings["torch.get_float32_matmul_precision()"])) not in ("mixed", matmul_precision()):
         torch.set_float32_matmul_precision(precision)
 
@@ -53,3 +58,27 @@ def settings_restored(changed: list[str]) -> Iterator[None]:
         if after != before:
             changed += [f"{name} is {value}" for name, value in after.items() if value != before[name]]
             restore_settings(before)
+
+
+def random_state() -> Mapping[str, bytes]:
+    """Of every generator that the process shares."""
+    return {
+        "torch": torch.random.get_rng_state().numpy().tobytes(),
+        "numpy": repr(numpy.random.get_state(legacy=False)).encode(),
+        "Python": repr(random.getstate()).encode(),
+    }
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global random states fixed inside and as found afterwards."""
+    states = torch.random.get_rng_state(), numpy.random.get_state(), random.getstate()
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(states[0])
+        numpy.random.set_state(states[1])
+        random.setstate(states[2])

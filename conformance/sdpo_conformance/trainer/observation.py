@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from sdpo_conformance.judging.call import ImplementationError, implementation_errors
-from sdpo_conformance.judging.settings import process_settings, restore_settings
+from sdpo_conformance.judging.settings import process_settings, random_state, restore_settings, seeded
 from sdpo_conformance.protocol import Sample, StepMetrics, TrainingConfig
 from sdpo_conformance.trainer.models import adapter_weights, build, frozen_weights
 from sdpo_conformance.trainer.recording import RecordedStep, StepRecorder
@@ -313,30 +310,6 @@ def changed_samples(before: Sequence[Sample], after: Sequence[Sample]) -> tuple[
     for index, (old, new) in enumerate(zip(before, after, strict=True), start=1):
         found += [f"{name} of sample {index} changed" for name, was in vars(old).items() if vars(new)[name] != was]
     return tuple(found)
-
-
-def random_state() -> Mapping[str, bytes]:
-    """Of every generator that a trainer's process shares."""
-    return {
-        "torch": torch.random.get_rng_state().numpy().tobytes(),
-        "numpy": repr(numpy.random.get_state(legacy=False)).encode(),
-        "Python": repr(random.getstate()).encode(),
-    }
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The global random states fixed inside and as found afterwards."""
-    states = torch.random.get_rng_state(), numpy.random.get_state(), random.getstate()
-    torch.manual_seed(seed)
-    numpy.random.seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(states[0])
-        numpy.random.set_state(states[1])
-        random.setstate(states[2])
 
 
 def read_metrics(returned: Any) -> tuple[Mapping[str, float], ...]:

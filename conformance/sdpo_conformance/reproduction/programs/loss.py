@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from contextlib import suppress
+from math import inf  # noqa: F401  (a cap may be infinite)
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -238,7 +240,9 @@ def probe_old_gradient() -> None:
     """No gradient reaches old_student_logprobs."""
     loss_input = fresh_input()
     loss_input.old_student_logprobs.requires_grad_()
-    loss = call(loss_input)["loss"]
+    result = call(loss_input)
+    loss = result["loss"]
+    judge_all({name: result[name] for name in ("loss", "distill_loss") if name in result})
     (gradient,) = torch.autograd.grad(loss, [loss_input.old_student_logprobs], allow_unused=True)
     if gradient is not None and gradient.any():
         wrong.append(f"old_student_logprobs receives a gradient, up to {gradient.abs().max().item():.7g}")
@@ -263,6 +267,44 @@ def probe_two_graphs() -> None:
     for other in reversed(alive):
         other[OUTPUT].sum().backward()
     judge_all(result, backward(first, result))
+
+
+def probe_from_model() -> None:
+    """Logits or hidden states are a slice of what a model returned, the head is its parameter."""
+    name = DIFFERENTIABLE[0]
+    loss_input = fresh_input()
+    leaf = getattr(loss_input, name)
+    returned = torch.cat([leaf[:, :1], leaf, leaf[:, -1:]], dim=1)
+    setattr(loss_input, name, returned[:, 1:-1])
+    if "lm_head_weight" in FIELDS:
+        head = loss_input.lm_head_weight
+        loss_input.lm_head_weight = torch.nn.Parameter(head.detach(), head.requires_grad)
+    output = (result := call(loss_input))[OUTPUT]
+    leaves = [leaf if one == name else getattr(loss_input, one) for one in DIFFERENTIABLE]
+    judge_all(result, torch.autograd.grad(output, leaves, incoming(output), allow_unused=True))
+    if not torch.equal(returned[:, 1:-1].detach().cpu(), stored[name]):
+        wrong.append(f"{name} was modified")
+
+
+def probe_after_error() -> None:
+    """A call that raised leaves nothing behind."""
+    failing = fresh_input()
+    failing.teacher_logprobs = None
+    with suppress(Exception):
+        call(failing)
+    loss_input = fresh_input()
+    result = call(loss_input)
+    judge_all(result, backward(loss_input, result))
+
+
+def probe_after_evaluation() -> None:
+    """Calls without gradients leave nothing behind."""
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            call(fresh_input())
+    loss_input = fresh_input()
+    result = call(loss_input)
+    judge_all(result, backward(loss_input, result))
 
 
 def probe_accumulate() -> None:

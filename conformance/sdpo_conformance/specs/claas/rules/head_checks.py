@@ -106,9 +106,9 @@ def judge_two_calls(
             raise
 
 
-ASKING = ((True, True), (True, False), (False, False))
+ASKING = ((True, True), (True, False), (False, True), (False, False))
 """Whether hidden states and head ask for a gradient: both, as in a full model; the hidden states alone, as before a
-frozen head; neither."""
+frozen head; the head alone, as after a frozen body; neither."""
 
 
 def judge_untouched(
@@ -119,7 +119,8 @@ def judge_untouched(
     graph: Callable[[Any], Tensor],
 ) -> None:
     """Calls on tensors that ask for a gradient and on such that ask for none: the values are right, there is no graph,
-    and the inputs are as they were. Under no_grad and inference_mode the values are right as well."""
+    and the inputs are as they were. The values are right, too, for a slice of hidden states inside a graph in front of
+    a parameter, and under no_grad and inference_mode."""
     case = replace(case, layout="contiguous")
     for asking in ASKING:
         tensors = on_device(subject, case, asking)
@@ -136,6 +137,9 @@ def judge_untouched(
         if graph(result).requires_grad:
             raise disagreement(case, "log-probs", "requires_grad False", "a tensor with a graph")
         judge(case, result)
+    hidden, head, ids = on_device(subject, case, (True, False))
+    inside = torch.cat([hidden[:, :1], hidden, hidden[:, -1:]], dim=1)[:, 1:-1]
+    judge(case, call(case, (inside, torch.nn.Parameter(head, requires_grad=False), ids)))
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             result = call(case, on_device(subject, case))

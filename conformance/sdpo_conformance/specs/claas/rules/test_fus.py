@@ -22,6 +22,7 @@ from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability, FusedSDPOLossInput, TrainingConfig
 from sdpo_conformance.specs.claas.corners import EVERYTHING, NEUTRAL
 from sdpo_conformance.specs.claas.inputs.edges import ANY_DIVERGENCE, ANY_LOSS, edge_shape, wide_hidden_states
+from sdpo_conformance.specs.claas.inputs.special import special_heads
 from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
@@ -67,6 +68,8 @@ def test_fus_1(subject: Subject) -> None:
 )
 def test_fus_2(subject: Subject) -> None:
     subject.for_all(corner_of(subject).but(head="frozen"), lambda case: subject.agrees(case, (GRADIENT,)))
+    heads = special_heads(subject.entry, subject.widest, subject.seed)
+    subject.each(heads, lambda case: subject.agrees(case, ALL))
 
 
 class ProductsOfShape(TorchDispatchMode):

@@ -12,6 +12,7 @@ from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.corners import NEUTRAL
 from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.inputs.special import ALPHAS, special_case, with_values
 from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.oracle.loss import upcast
 from sdpo_conformance.specs.claas.rules.aspects import DIVERGENCES, VALUE
@@ -66,7 +67,12 @@ def test_gjs_3(subject: Subject) -> None:
     corner = NEUTRAL.but(
         alpha=("inside", "near_zero", "near_one"), logits=("normal", "peaked"), head="frozen", mass="normal"
     )
-    subject.for_all(corner, lambda case: _agree(subject, case, case.with_training(alpha=0.5)))
+
+    def check(case: LossCase) -> None:
+        _agree(subject, case, case.with_training(alpha=0.5))
+
+    subject.for_all(corner, check)
+    subject.each(with_values(neutral_case(subject), "alpha", ALPHAS), check)
 
 
 @requirement(
@@ -160,12 +166,11 @@ def test_gjs_6(subject: Subject) -> None:
     capabilities=DIVERGENCES,
 )
 def test_gjs_7(subject: Subject) -> None:
-    corner = NEUTRAL.but(alpha="zero", ratio=("on_policy", "mild", "above_cap"))
-    subject.for_all(
-        corner,
-        lambda case: subject.agrees(case, (*VALUE, GRADIENT), control=case.with_training(alpha=0.5), per_token=True),
-        share=0.5,
-    )
+    def check(case: LossCase) -> None:
+        subject.agrees(case, (*VALUE, GRADIENT), control=case.with_training(alpha=0.5), per_token=True)
+
+    subject.for_all(NEUTRAL.but(alpha="zero", ratio=("on_policy", "mild", "above_cap")), check, share=0.5)
+    subject.each_unless_refused(with_values(neutral_case(subject), "alpha", (0,)), check)
 
 
 @requirement(
@@ -198,8 +203,16 @@ def test_gjs_8(subject: Subject) -> None:
     capabilities=DIVERGENCES,
 )
 def test_gjs_9(subject: Subject) -> None:
-    corner = NEUTRAL.but(alpha=("half", "inside", "near_zero", "near_one"))
-    subject.for_all(corner, lambda case: subject.agrees(case, (GRADIENT,), per_token=True))
+    def check(case: LossCase) -> None:
+        subject.agrees(case, (GRADIENT,), per_token=True)
+
+    subject.for_all(NEUTRAL.but(alpha=("half", "inside", "near_zero", "near_one")), check)
+    subject.each(with_values(neutral_case(subject), "alpha", ALPHAS), check)
+
+
+def neutral_case(subject: Subject) -> LossCase:
+    """An ordinary case, on-policy and without anchor."""
+    return on_policy(special_case(subject.entry, subject.widest, subject.seed, anchor=0.0))
 
 
 def _agree(subject: Subject, case: LossCase, *control: LossCase) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -19,6 +20,7 @@ from sdpo_conformance.judging.call import (
     call_entry,
     differentiable_output,
     gradients_of,
+    identical,
     implementation_errors,
     incoming_gradient,
     lay_out,
@@ -26,11 +28,13 @@ from sdpo_conformance.judging.call import (
 )
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare, gradient_disagreement
 from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.judging.settings import random_state, seeded
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.bounds import Expectation, expectations
 from sdpo_conformance.specs.claas.corners import NEUTRAL, Corner
-from sdpo_conformance.specs.claas.inputs.losses import build_case
+from sdpo_conformance.specs.claas.inputs.losses import Shape, build_case
 from sdpo_conformance.specs.claas.inputs.masked import with_garbage
+from sdpo_conformance.specs.claas.inputs.special import special_case
 from sdpo_conformance.specs.claas.loss_case import LAYOUTS, LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL, DIVERGENCES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
@@ -49,6 +53,9 @@ DIVERGENCE_ONLY = NEUTRAL.but(mass=("normal", "student_floor"))
 
 INCOMING = (0.25, -1.0, 3.0, 1000.0, 0.0, 65536.0, 2.0**20, 1.0625, 1.0078125, 0.9375, 1e-3, 2.0**-20, -300.0)
 """Gradients that arrive: of accumulation, of loss scaling, next to 1, none."""
+
+SHARES = (1 / 3, 0.1, 0.75, 12.5)
+"""More of them, rounded to the dtype that they arrive in: of three or ten micro-batches."""
 
 
 def corner_of(subject: Subject) -> Any:
@@ -72,7 +79,8 @@ def test_grad_1(subject: Subject) -> None:
     subject.for_all(corner_of(subject).but(incoming=INCOMING[:5]), check)
     for dtype in subject.torch_dtypes:
         case = small_case(corner_of(subject).but(head="trainable"), subject.entry, dtype, subject.seed)
-        subject.each((replace(case, incoming=incoming) for incoming in INCOMING), check)
+        arriving = (*INCOMING, *(float(torch.tensor(share, dtype=dtype)) for share in SHARES))
+        subject.each((replace(case, incoming=incoming) for incoming in arriving), check)
 
 
 def unscaled(subject: Subject, case: LossCase) -> LossCase:
@@ -137,6 +145,7 @@ def test_grad_3(subject: Subject) -> None:
     small = corner_of(subject).but(mask="ragged", head="trainable", layout="contiguous")
     cases = [small_case(small, subject.entry, dtype, subject.seed) for dtype in subject.torch_dtypes]
     subject.each(cases, lambda case: untouched_elsewhere(subject, case))
+    subject.each(cases[:1], lambda case: random_states_left(subject, case))
     if subject.entry is Capability.LOSS:
         subject.each((with_minus_infinity(case) for case in cases), check)
 
@@ -150,6 +159,18 @@ def untouched_elsewhere(subject: Subject, case: LossCase) -> None:
         with suppress(ImplementationError):
             outcome = subject.evaluate(case)
     refuse_touched(case, outcome)
+
+
+def random_states_left(subject: Subject, case: LossCase) -> None:
+    """Random numbers may be drawn; a generator that is in one state whatever state it was in before was seeded."""
+    states = []
+    for number in (subject.seed + 1, subject.seed + 2):
+        with seeded(number):
+            subject.evaluate(case)
+            states.append(random_state())
+    same = [whose for whose, state in states[0].items() if state == states[1][whose]]
+    if same:
+        raise ImplementationError(f"{subject.entry.value} seeded the random state of {' and '.join(same)}")
 
 
 def refuse_touched(case: LossCase, outcome: Outcome) -> None:
@@ -197,6 +218,38 @@ def test_grad_4(subject: Subject) -> None:
             incoming_laid_out(subject, replace(case, trainable_head=False))
 
     subject.for_all(corner, check)
+    small = corner_of(subject).but(layout="contiguous", head=("frozen", "trainable"))
+    cases = [small_case(small, subject.entry, dtype, subject.seed) for dtype in subject.torch_dtypes]
+    subject.each(cases, lambda case: handed_over_by_a_model(subject, case))
+
+
+def handed_over_by_a_model(subject: Subject, case: LossCase) -> None:
+    """Logits or hidden states are a slice of what a model returned, inside its graph, and the head is its parameter:
+    the same numbers as from leaves, and the slice is left as it was."""
+    expected = subject.expectations(case)
+    if expected is None:
+        return
+    key = "student_hidden" if case.fused else "student_logits"
+    loss_input = materialise(case, subject.device)
+    leaf = getattr(loss_input, key)
+    returned = torch.cat([leaf[:, :1], leaf, leaf[:, -1:]], dim=1)
+    given = {key: returned[:, 1:-1]}
+    if case.fused:
+        given["lm_head_weight"] = torch.nn.Parameter(loss_input.lm_head_weight.detach(), case.trainable_head)
+    handed = replace(loss_input, **given)
+    result = call_entry(subject.function, subject.entry, handed)
+    output = differentiable_output(result, subject.entry)
+    gradients = gradients_of(replace(handed, **{key: leaf}), case, subject.entry, output)
+    found = compare(case, Outcome(result, gradients), ALL, expected)
+    if found is not None:
+        found.secondary = alone_is_wrong(subject, case)
+        found.detail = found.detail or f"where {key} is a slice of what a model returned, no leaf"
+    elif not identical(returned[:, 1:-1].detach().cpu(), case.tensors()[key]):
+        found = Disagreement(f"{key} after the call", "the values passed in", "others", case=case)
+        found.detail = "a slice of what a model returned, no leaf"
+    if found is not None:
+        found.probe = "from_model"
+        raise found
 
 
 @requirement(
@@ -247,6 +300,7 @@ def test_grad_5(subject: Subject) -> None:
     corner = corner_of(subject).but(layout="contiguous", head="trainable")
     cases = [small_case(corner, subject.entry, dtype, subject.seed) for dtype in subject.torch_dtypes]
     subject.each(cases, lambda case: many_graphs(subject, case))
+    subject.each(cases[:1], lambda case: after_an_error(subject, case))
 
 
 @requirement(
@@ -283,6 +337,25 @@ def test_grad_6(subject: Subject) -> None:
                 raise found
 
     subject.for_all(corner_of(subject), check, share=0.3)
+    seen_first = special_case(subject.entry, subject.widest, subject.seed, EVALUATED_FIRST)
+    subject.each([seen_first], lambda case: trained_after_evaluation(subject, case, check))
+
+
+EVALUATED_FIRST = Shape(b=2, t=6, v=29, k=11, h=14)
+"""No other input has this shape, so what is remembered by shape is made where no gradient is taken."""
+
+
+def trained_after_evaluation(subject: Subject, case: LossCase, evaluate: Callable[[LossCase], object]) -> None:
+    """What was made under inference_mode and kept cannot be part of a graph: a plain call afterwards is right."""
+    evaluate(case)
+    try:
+        found = compare(case, subject.evaluate(case), ALL, expectations(case, subject.entry))
+    except ImplementationError as error:
+        error.summary = f"{error.summary}, after calls under no_grad and inference_mode"
+        raise
+    if found is not None:
+        found.probe, found.detail = "after_evaluation", found.detail or "after calls under no_grad and inference_mode"
+        raise found
 
 
 @requirement(
@@ -395,6 +468,20 @@ def same_graph_twice(subject: Subject, case: LossCase) -> None:
         wrong.probe, wrong.detail = "backward_twice", wrong.detail or "at the second backward through one graph"
         wrong.secondary = alone_is_wrong(subject, twice)
         raise wrong
+
+
+def after_an_error(subject: Subject, case: LossCase) -> None:
+    """A call that raised, as one without a teacher does, leaves nothing behind: the next one is right."""
+    if subject.expectations(case) is None:
+        return
+    loss_input = materialise(case, subject.device)
+    with suppress(ImplementationError):
+        call_entry(subject.function, subject.entry, replace(loss_input, teacher_logprobs=None))
+    found = compare(case, subject.evaluate(case), ALL, expectations(case, subject.entry))
+    if found is not None:
+        found.secondary = alone_is_wrong(subject, case)
+        found.probe, found.detail = "after_error", found.detail or "after a call that raised"
+        raise found
 
 
 def same_tensors_changed(subject: Subject, case: LossCase, other: LossCase) -> None:

@@ -13,18 +13,20 @@ from hypothesis import strategies as st
 from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.judging.call import (
     NotReported,
+    Outcome,
     call_entry,
     differentiable_output,
     implementation_errors,
     is_fused_entry,
     materialise,
 )
-from sdpo_conformance.judging.compare import GRADIENT, Disagreement, number
+from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare, number
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import RATIO_LOG_CLAMP, SDPOLossInput, TrainingConfig
 from sdpo_conformance.specs.claas.bounds import expectations
 from sdpo_conformance.specs.claas.corners import NEUTRAL, Corner
 from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.inputs.special import CLIPS, negative_zeros, special_case, with_values
 from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import LOSSES, VALUE
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
@@ -185,6 +187,8 @@ def test_is_2(subject: Subject) -> None:
 def test_is_3(subject: Subject) -> None:
     corner = NEUTRAL.but(ratio=("below", "mild", "certain"), is_clip=("default", "high"))
     judged(subject, corner, *VALUE, "mean_is_ratio")
+    case = negative_zeros(special_case(subject.entry, subject.widest, subject.seed, anchor=0.0))
+    subject.each([case], lambda case: beside_the_clamp(subject, case, (*VALUE, "mean_is_ratio"), on_policy(case)))
 
 
 @requirement(
@@ -226,6 +230,13 @@ def test_is_5(subject: Subject) -> None:
         alpha=ANY_ALPHA,
     )
     judged(subject, corner, *VALUE, "mean_is_ratio")
+    case = special_case(subject.entry, subject.widest, subject.seed, anchor=0.0)
+
+    def check(case: LossCase) -> None:
+        beside_the_clamp(subject, case, (*VALUE, *METRICS, GRADIENT), on_policy(case))
+
+    subject.each(with_values(case, "is_clip", CLIPS), check)
+    subject.each_unless_refused(with_values(case, "is_clip", (2, math.inf)), check)
 
 
 @requirement(
@@ -278,6 +289,10 @@ def test_is_7(subject: Subject) -> None:
         with implementation_errors("backward"):
             loss = differentiable_output(result, subject.entry)
             (found,) = torch.autograd.grad(loss, [old], allow_unused=True)
+        wrong = compare(case, Outcome(result, {}), VALUE, expectations(case, subject.entry))
+        if wrong is not None and not subject.wrong_on(case, VALUE):
+            wrong.probe, wrong.detail = "old_gradient", wrong.detail or "where old_student_logprobs ask for a gradient"
+            raise wrong
         if found is not None and bool(found.any()):
             raise Disagreement(
                 "gradient to old_student_logprobs",

@@ -9,10 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from sdpo_conformance.judging.call import NotReported, Outcome
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, number
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.specs.claas.corners import NEUTRAL
+from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.inputs.special import (
+    WEIGHTS,
+    base_outside_its_support,
+    negative_zeros,
+    special_case,
+    with_values,
+)
 from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import LOSSES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
@@ -71,6 +81,7 @@ def test_kl_1(subject: Subject) -> None:
             _agree(subject, case, ("loss",), at_base(case), case.with_training(kl_reg_weight=0.0))
 
     subject.for_all(ANCHORED.but(anchor=("on", "off"), drift=(*ANCHORED.drift, "certain")), check)
+    subject.each([on_policy(negative_zeros(special_case(subject.entry, subject.widest, subject.seed)))], check)
 
 
 @requirement(
@@ -107,11 +118,13 @@ def test_kl_2(subject: Subject) -> None:
     capabilities=LOSSES,
 )
 def test_kl_3(subject: Subject) -> None:
-    corner = NEUTRAL.but(anchor=("on", "off"), drift=("clamp_high", "clamp_low", "strong"))
-    subject.for_all(
-        corner,
-        lambda case: _agree(subject, case, ("kl_reg", "loss"), at_base(case), within_the_clamp(case)),
-    )
+    def check(case: LossCase) -> None:
+        _agree(subject, case, ("kl_reg", "loss"), at_base(case), within_the_clamp(case))
+
+    subject.for_all(NEUTRAL.but(anchor=("on", "off"), drift=("clamp_high", "clamp_low", "strong")), check)
+    if subject.widest != torch.float16:
+        case = on_policy(special_case(subject.entry, subject.widest, subject.seed))
+        subject.each([base_outside_its_support(case)], check)
 
 
 @requirement(
@@ -133,6 +146,10 @@ def test_kl_4(subject: Subject) -> None:
             raise
 
     subject.for_all(corner, check)
+    case = on_policy(special_case(subject.entry, subject.widest, subject.seed))
+    subject.each(with_values(case, "kl_reg_weight", WEIGHTS), check)
+    if subject.widest != torch.float16:
+        subject.each([base_outside_its_support(case)], check)
 
 
 @requirement(
@@ -153,6 +170,9 @@ def test_kl_5(subject: Subject) -> None:
             subject.agrees(case, (GRADIENT,))
 
     subject.for_all(corner, check)
+    case = on_policy(special_case(subject.entry, subject.widest, subject.seed))
+    subject.each(with_values(case, "kl_reg_weight", WEIGHTS), check)
+    subject.each_unless_refused(with_values(case, "kl_reg_weight", (2,)), check)
 
 
 @requirement(

@@ -12,6 +12,7 @@ from sdpo_conformance.inputs.heads import (
     EDGES,
     LENGTHS,
     LONG,
+    REFUSABLE,
     HeadCase,
     HeadShape,
     edge_cases,
@@ -74,6 +75,8 @@ def test_lp_1(subject: Subject) -> None:
     judge_each(subject, EDGES)
     special = special_cases(subject.torch_dtypes, subject.seed)
     subject.each(special, lambda case: right(case, score(subject, case)))
+    refusable = edge_cases(REFUSABLE[1:], [subject.widest], subject.seed)
+    subject.each_unless_refused(refusable, lambda case: right(case, score(subject, case)))
 
     def call(case: HeadCase, tensors: Tensors) -> Tensor:
         return score(subject, case, tensors)

@@ -15,6 +15,7 @@ from sdpo_conformance.specs.claas.corners import EVERYTHING, NEUTRAL
 from sdpo_conformance.specs.claas.inputs.long_sums import long_sums
 from sdpo_conformance.specs.claas.inputs.masked import nan_or_inf_where_masked
 from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.inputs.special import otherwise_typed, special_shapes
 from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL, DIVERGENCES, LOSSES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
@@ -52,7 +53,15 @@ def in_dtypes(subject: Subject, wanted: tuple[str, ...], run: Callable[[Subject]
     capabilities=DIVERGENCES,
 )
 def test_num_1(subject: Subject) -> None:
-    in_dtypes(subject, ("float32", "float64"), everything)
+    def run(narrowed: Subject) -> None:
+        everything(narrowed)
+        for dtype in narrowed.torch_dtypes:
+            shapes = special_shapes(narrowed.entry, dtype, narrowed.seed)
+            narrowed.each(shapes, lambda case: narrowed.agrees(case, ALL))
+            others = otherwise_typed(narrowed.entry, dtype, narrowed.seed)
+            narrowed.each_unless_refused(others, lambda case: narrowed.agrees(case, ALL))
+
+    in_dtypes(subject, ("float32", "float64"), run)
 
 
 @requirement(

@@ -12,6 +12,7 @@ from sdpo_conformance.protocol import METRIC_KEYS, RESULT_KEYS
 from sdpo_conformance.specs.claas.corners import NEUTRAL
 from sdpo_conformance.specs.claas.inputs.masked import padded, with_garbage
 from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.inputs.special import with_masks
 from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import ALL, LOSSES
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
@@ -90,6 +91,7 @@ def test_red_2(subject: Subject) -> None:
             raise
 
     subject.for_all(BROAD.but(mask=("random", "ragged")), check)
+    subject.each_unless_refused(with_masks(subject.entry, subject.widest, subject.seed), check)
 
 
 @requirement(

@@ -7,6 +7,8 @@ import torch
 from sdpo_conformance.judging.compare import GRADIENT
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.specs.claas.corners import NEUTRAL
+from sdpo_conformance.specs.claas.inputs.on_policy import on_policy
+from sdpo_conformance.specs.claas.inputs.special import special_case, with_values
 from sdpo_conformance.specs.claas.loss_case import LossCase
 from sdpo_conformance.specs.claas.rules.aspects import LOSSES, VALUE
 from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
@@ -26,6 +28,9 @@ ONE = NEUTRAL.but(alpha="one")
 )
 def test_rkl_1(subject: Subject) -> None:
     subject.for_all(ONE, lambda case: _agree(subject, case, *VALUE))
+    case = on_policy(special_case(subject.entry, subject.widest, subject.seed, anchor=0.0))
+    whole = with_values(case, "alpha", (1,))
+    subject.each_unless_refused(whole, lambda case: _agree(subject, case, *VALUE, GRADIENT))
 
 
 @requirement(

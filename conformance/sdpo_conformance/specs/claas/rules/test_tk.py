@@ -7,7 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdpo_conformance.inputs.heads import CHUNKED, EDGES, LENGTHS, LONG, HeadCase, edge_cases, head_cases, special_cases
+from sdpo_conformance.inputs.heads import (
+    CHUNKED,
+    EDGES,
+    LENGTHS,
+    LONG,
+    REFUSABLE,
+    HeadCase,
+    edge_cases,
+    head_cases,
+    special_cases,
+)
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.head_bounds import at, support_size, vocabulary_logprobs
@@ -65,6 +75,8 @@ def judge(subject: Subject, check: Callable[[HeadCase, Ranking], None]) -> None:
         lambda case: check(case, rank(subject, case)),
     )
     subject.each(special_cases(dtypes, subject.seed), lambda case: check(case, rank(subject, case)))
+    refusable = edge_cases(REFUSABLE, [subject.widest], subject.seed)
+    subject.each_unless_refused(refusable, lambda case: check(case, rank(subject, case)))
     changed = edge_cases(CHUNKED[:4], dtypes, subject.seed)
     subject.each(changed, lambda case: judge_two_calls(subject, case, call, check))
 
