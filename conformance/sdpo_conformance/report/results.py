@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.judging.records import Record, Status
-from sdpo_conformance.protocol import ENTRIES, Capability
+from sdpo_conformance.protocol import DTYPE_NAMES, ENTRIES, Capability
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.spec import Spec
 
@@ -22,6 +23,9 @@ def results_of(
     """The whole document; runs the diagnosis on the failures kept in ``folder``."""
     failed = [record for record in records if record.status is Status.FAILED]
     diagnosis = diagnosed(folder, failed, implementation, spec) if failed else None
+    if diagnosis is not None and not shown_usable(diagnosis["usable_for"], records, run):
+        kept = [{**match, "usable_for": ""} for match in diagnosis["matches"]]
+        diagnosis = {**diagnosis, "usable_for": "", "matches": kept}
     return {
         "format": FORMAT,
         "implementation": implementation.target,
@@ -33,6 +37,16 @@ def results_of(
         "diagnosis": diagnosis,
         "verdict": verdict(implementation, spec, records, diagnosis, run),
     }
+
+
+def shown_usable(words: str, records: Sequence[Record], run: Mapping[str, Any]) -> bool:
+    """Whether a run showed what it would say an implementation is usable for: every rule was asked, to its end, and the
+    dtypes in the words were judged."""
+    if run.get("only") or run.get("first_cause") or run.get("profile") == "check":
+        return False
+    if any(record.status is Status.INTERNAL_ERROR or record.out_of_time for record in records):
+        return False
+    return all(name in run.get("dtypes", ()) for name in DTYPE_NAMES if re.search(rf"\b{name}\b", words))
 
 
 def diagnosed(

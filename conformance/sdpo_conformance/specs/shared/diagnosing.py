@@ -22,6 +22,7 @@ from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate
 from sdpo_conformance.judging.expectation import Expectation
 from sdpo_conformance.judging.records import Record
 from sdpo_conformance.protocol import Capability
+from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.shared.defect import SpecDefect, combine
 from sdpo_conformance.specs.shared.micro_batch_rules import SHARES, steps
 from sdpo_conformance.specs.shared.spec_case import CaseKind, SpecCase
@@ -216,7 +217,9 @@ def diagnose_spec_run(
         lines.append(f"not to be told apart on these inputs: {names}")
     if len(first.explained) < of:
         lines.append(f"{of - len(first.explained)} failures remain unexplained: there is more wrong than this")
-    usable = defect.usable_for if len(first.explained) == of else ""
+    musts = sum(record.level is Level.MUST for record in failed)
+    alike = all(one.defect.usable_for == defect.usable_for for one in best)
+    usable = defect.usable_for if alike and len(first.explained) == of == musts else ""
     named = [one for one in defect.violates if any(record.requirement == one for record in failed)]
     because = dict.fromkeys(telling[index].requirement for index in sorted(first.explained))
     return {

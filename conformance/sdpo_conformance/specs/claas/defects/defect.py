@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -80,11 +81,21 @@ class Defect:
         made = self.parameter.make(value)
         stated = self.parameter.stated
         sentence = self.sentence.replace(stated, NUMBER.sub(f"{value:.5g}", stated))
+        numbered = replace(self, sentence=sentence, usable_for=self.usable_at(value), value=value)
         if self.change is None:
             from sdpo_conformance.specs.claas.defects.step_loop_variants import distill
 
-            return replace(self, sentence=sentence, distill=partial(distill, made), value=value)
-        return replace(self, sentence=sentence, change=made, value=value)
+            return replace(numbered, distill=partial(distill, made))
+        return replace(numbered, change=made)
+
+    def usable_at(self, value: float) -> str:
+        """What the defect is usable for with another number; nothing where the words name the one that it no longer
+        has."""
+        assert self.parameter is not None
+        stated = NUMBER.search(self.parameter.stated)
+        number = abs(float(stated[0])) if stated else math.nan
+        named = any(abs(float(one[0])) == number for one in NUMBER.finditer(self.usable_for))
+        return "" if named and not math.isclose(abs(value), number, rel_tol=1e-3) else self.usable_for
 
     @property
     def shown(self) -> str:

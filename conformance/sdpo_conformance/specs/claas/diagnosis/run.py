@@ -68,12 +68,12 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
         lines.extend(line for line in words if line not in lines)
         if match is not None:
             matches.append({"entry": entry.value, **match})
-            if match["usable_for"] and match["usable_for"] not in usable:
-                usable.append(match["usable_for"])
+        if any(record.level is Level.MUST for record in records):
+            usable.append(match["usable_for"] if match else "")
     because = [one for one in because if one not in first]
     return {
         "lines": lines,
-        "usable_for": " ".join(usable),
+        "usable_for": usable[0] if len(set(usable)) == 1 else "",
         "matches": matches,
         **({"first": first, "because": because} if first else {}),
     }
@@ -139,7 +139,8 @@ def described(found: Diagnosis, failures: int, where: str) -> tuple[list[str], d
         lines.append(not_apart([defect.name for defect in found.equivalent]))
     if len(found.explained) < of:
         lines.append(f"{of - len(found.explained)} failures remain unexplained: there is more wrong than this")
-    usable = first.usable_for if len(found.defects) == 1 and len(found.explained) == of else ""
+    alone = len(found.defects) == 1 and all(one.usable_for == first.usable_for for one in found.equivalent)
+    usable = first.usable_for if alone and len(found.explained) == of else ""
     return lines, {
         "name": found.name,
         "kind": found.kind,
@@ -187,7 +188,7 @@ def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[st
             ], None
         metrics, others = reported(failed)
         if metrics and not found.wrong:
-            return of_metrics(metrics, others, where)
+            return of_metrics(metrics, others, failed, where)
         lines = [f"no catalogued cause fits{where}"] if found.wrong else []
         lines += found.located
         first = next((one for one in failed if one.level is Level.MUST), None)
@@ -209,11 +210,12 @@ def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[st
             lines.append(f"{found.nearly} more in half precision come near it: there a tie may fall either way")
         if rest:
             lines.append(f"{rest} wrong steps remain unexplained: there is more wrong than this")
-    return lines, of_defect(found.defect, found.explained, found.wrong - found.nearly, 0.0, found.alike)
+    match = of_defect(found.defect, found.explained, found.wrong - found.nearly, 0.0, found.alike)
+    return lines, match if follows(found.defect, failed, "gradient") else {**match, "usable_for": ""}
 
 
 def of_metrics(
-    metrics: Sequence[NamedMetrics], rest: Sequence[str], where: str
+    metrics: Sequence[NamedMetrics], rest: Sequence[str], failed: Sequence[Record], where: str
 ) -> tuple[list[str], dict[str, Any] | None]:
     """The diagnosis of a trainer whose steps are right and whose metrics are not."""
     lines: list[str] = []
@@ -226,11 +228,19 @@ def of_metrics(
         lines.append(f"no catalogued cause fits {', '.join(rest)}")
     most = max(metrics, key=lambda one: one.wrong)
     beside = sum(one.wrong for one in metrics if one is not most) + len(rest)
-    return lines, of_defect(most.defect, most.wrong, most.wrong + beside, 0.0, most.alike)
+    match = of_defect(most.defect, most.wrong, most.wrong + beside, 0.0, most.alike)
+    return lines, match if follows(most.defect, failed, "metric") else {**match, "usable_for": ""}
+
+
+def follows(defect: Defect, failed: Sequence[Record], shown: str) -> bool:
+    """Whether each failed MUST is one that the defect violates, or shows what it explains: a gradient, or a metric."""
+    must = [record for record in failed if record.level is Level.MUST]
+    return all(one.requirement in defect.violates or one.failure.get("shows") == shown for one in must)
 
 
 def of_defect(defect: Defect, explained: int, of: int, error: float, equivalent: Sequence[str]) -> dict[str, Any]:
     """A named defect of the step loop as an entry of ``matches``."""
+    shared = all(catalogue()[name].usable_for == defect.usable_for for name in equivalent if name in catalogue())
     return {
         "name": defect.name,
         "kind": "defect",
@@ -238,7 +248,7 @@ def of_defect(defect: Defect, explained: int, of: int, error: float, equivalent:
         "explained": explained,
         "of": of,
         "fix": defect.fix,
-        "usable_for": usability(defect.usable_for if explained == of else ""),
+        "usable_for": usability(defect.usable_for if explained == of and shared else ""),
         "equivalent": list(equivalent),
         "seen": [citation.url for citation in defect.seen],
     }
