@@ -203,7 +203,6 @@ DEFECTS = (
         violates=("KL-5", "KL-4"),
         fix="loss = distill_loss + kl_reg_weight * kl_reg.",
         change=replacing(loss=lambda w: w.distill_loss + 1e-3 * w.kl_reg),
-        usable_for="kl_reg_weight = 0.001.",
     ),
     Defect(
         name="anchor-weight-scaled",

@@ -219,7 +219,6 @@ DEFECTS = (
         fix="Compute them under no_grad.",
         change=replacing(response_logprobs=with_graph),
         seen=cite("radixark/miles#1966"),
-        usable_for="Callers that detach.",
         capabilities=LOGPROBS,
     ),
     Defect(
@@ -247,7 +246,6 @@ DEFECTS = (
         fix="Normalise over the whole vocabulary, then take the k largest.",
         change=replacing(teacher_topk=renormalised),
         seen=cite("huggingface/trl#7269"),
-        usable_for="alpha < 1 above the mass floor, where the loss renormalises anyway.",
         capabilities=TOPK,
     ),
     Defect(
@@ -256,7 +254,6 @@ DEFECTS = (
         violates=("TK-1",),
         fix="Subtract the logsumexp over the vocabulary.",
         change=replacing(teacher_topk=partial(topk_of, raw_logits)),
-        usable_for="alpha < 1 above the mass floor, where the loss renormalises anyway.",
         capabilities=TOPK,
     ),
     Defect(
@@ -319,7 +316,6 @@ DEFECTS = (
         fix="Compute them under no_grad.",
         change=replacing(teacher_topk=graphed_topk),
         seen=cite("huggingface/trl#6526"),
-        usable_for="Callers that detach.",
         capabilities=TOPK,
     ),
 )

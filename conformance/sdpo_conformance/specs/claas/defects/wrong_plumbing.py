@@ -266,7 +266,6 @@ DEFECTS = (
         fix="Scale each token with its own incoming gradient.",
         change=replacing(incoming=first_element),
         seen=cite("linkedin/Liger-Kernel#1298", "linkedin/Liger-Kernel#968"),
-        usable_for="Callers that only take the mean of the divergence over tokens.",
         capabilities=(Capability.DIVERGENCE,),
     ),
     Defect(
@@ -276,7 +275,6 @@ DEFECTS = (
         fix="Detach the teacher: it is a constant.",
         change=made_trainable("teacher_logprobs"),
         seen=cite("radixark/miles#1966", "huggingface/trl#6526"),
-        usable_for="Callers that drop the teacher's log-probs after the loss.",
     ),
     Defect(
         name="base-made-trainable",
@@ -285,7 +283,6 @@ DEFECTS = (
         fix="Detach base_logprobs: they are constants.",
         change=made_trainable("base_logprobs"),
         seen=cite("radixark/miles#1966"),
-        usable_for="Callers that drop the base log-probs after the loss.",
     ),
     Defect(
         name="old-not-detached",
@@ -303,7 +300,6 @@ DEFECTS = (
         fix="Write into a buffer of your own.",
         change=touching(overwrite_logits),
         seen=cite("unslothai/unsloth#5002", "linkedin/Liger-Kernel#262"),
-        usable_for="Callers that drop the logits after the loss.",
     ),
     Defect(
         name="teacher-overwritten",
@@ -312,7 +308,6 @@ DEFECTS = (
         fix="Renormalise a copy.",
         change=touching(renormalise_teacher),
         seen=cite("huggingface/trl#5413"),
-        usable_for="alpha < 1 with inputs used once.",
     ),
     Defect(
         name="old-overwritten",
@@ -321,7 +316,6 @@ DEFECTS = (
         fix="Subtract into a tensor of your own.",
         change=touching(subtract_from_old),
         seen=cite("huggingface/trl#5413"),
-        usable_for="steps_per_batch = 1: inputs used once.",
     ),
     Defect(
         name="support-sorted-in-place",
@@ -329,7 +323,6 @@ DEFECTS = (
         violates=("GRAD-3",),
         fix="Sort a copy.",
         change=touching(sort_teacher),
-        usable_for="Callers that do not mind the order of the support.",
     ),
     Defect(
         name="strides-ignored",
@@ -389,7 +382,6 @@ DEFECTS = (
         violates=("GRAD-5",),
         fix="Return the gradient; autograd accumulates.",
         change=around("entry", overwriting_grad),
-        usable_for="Inputs that are no leaves, as logits in a model.",
     ),
     Defect(
         name="grad-mode-required",

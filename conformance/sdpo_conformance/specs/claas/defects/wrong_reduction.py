@@ -383,7 +383,6 @@ DEFECTS = (
             lambda before, w, metrics: {**before(w, metrics), "loss": w.weighted + w.kl_reg_weight * w.k3},
         ),
         seen=cite("NVIDIA-NeMo/Automodel#3803"),
-        usable_for="Callers that reduce it themselves.",
     ),
     Defect(
         name="loss-one-element",
@@ -391,7 +390,6 @@ DEFECTS = (
         violates=("RED-6",),
         fix="Return a 0-dim tensor.",
         change=numbered(lambda returned: {**returned, "loss": returned["loss"].reshape(1)}),
-        usable_for="Callers that reshape it.",
     ),
     Defect(
         name="clip-fraction-missing",
@@ -432,7 +430,6 @@ DEFECTS = (
         violates=("RED-6",),
         fix="Return floats, or detached 0-dim tensors.",
         change=around("result", with_graph),
-        usable_for="Callers that read the metrics and drop them at once.",
     ),
     Defect(
         name="result-as-tuple",

@@ -759,9 +759,9 @@ DEFECTS = (
         ("STEP-5",),
         "k = min(max(1, teacher_top_k), V).",
         trainer(teacher=teacher_of(5)),
-        (),
-        "teacher_top_k = 5.",
-        Parameter("K =", lambda k: TrainerParts(teacher=teacher_of(k)), whole_numbers(SIZES), "5", whole=True),
+        parameter=Parameter(
+            "K =", lambda k: TrainerParts(teacher=teacher_of(k)), whole_numbers(SIZES), "5", whole=True
+        ),
     ),
     loop(
         "student-one-token-early",
@@ -946,8 +946,6 @@ DEFECTS = (
         ("STEP-10",),
         "Read training.learning_rate.",
         trainer(make_optimizer=with_options(lr=1e-4)),
-        (),
-        "learning_rate = 1e-4.",
     ),
     loop(
         "learning-rate-decayed",
@@ -1004,7 +1002,6 @@ DEFECTS = (
         "Use disable_adapter() as a context.",
         trainer(finish=left_disabled),
         ("huggingface/peft#3636",),
-        "Callers that enable the adapter themselves.",
     ),
     loop(
         "adapter-left-merged",

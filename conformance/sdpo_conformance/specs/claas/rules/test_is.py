@@ -188,7 +188,8 @@ def test_is_3(subject: Subject) -> None:
     corner = NEUTRAL.but(ratio=("below", "mild", "certain"), is_clip=("default", "high"))
     judged(subject, corner, *VALUE, "mean_is_ratio")
     case = negative_zeros(special_case(subject.entry, subject.widest, subject.seed, anchor=0.0))
-    subject.each([case], lambda case: beside_the_clamp(subject, case, (*VALUE, "mean_is_ratio"), on_policy(case)))
+    aspects = (*VALUE, "mean_is_ratio", GRADIENT)
+    subject.each([case], lambda case: beside_the_clamp(subject, case, aspects, on_policy(case)))
 
 
 @requirement(

@@ -147,7 +147,8 @@ def test_kl_4(subject: Subject) -> None:
 
     subject.for_all(corner, check)
     case = on_policy(special_case(subject.entry, subject.widest, subject.seed))
-    subject.each(with_values(case, "kl_reg_weight", WEIGHTS), check)
+    subject.each((*with_values(case, "kl_reg_weight", WEIGHTS), on_policy(negative_zeros(case))), check)
+    subject.each_unless_refused(with_values(case, "kl_reg_weight", (2,)), check)
     if subject.widest != torch.float16:
         subject.each([base_outside_its_support(case)], check)
 
