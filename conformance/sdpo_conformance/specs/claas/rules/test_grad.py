@@ -347,6 +347,8 @@ EVALUATED_FIRST = Shape(b=2, t=6, v=29, k=11, h=14)
 
 def trained_after_evaluation(subject: Subject, case: LossCase, evaluate: Callable[[LossCase], object]) -> None:
     """What was made under inference_mode and kept cannot be part of a graph: a plain call afterwards is right."""
+    if subject.expectations(case) is None:
+        return
     evaluate(case)
     try:
         found = compare(case, subject.evaluate(case), ALL, expectations(case, subject.entry))

@@ -290,7 +290,8 @@ def test_is_7(subject: Subject) -> None:
         with implementation_errors("backward"):
             loss = differentiable_output(result, subject.entry)
             (found,) = torch.autograd.grad(loss, [old], allow_unused=True)
-        wrong = compare(case, Outcome(result, {}), VALUE, expectations(case, subject.entry))
+        expected = expectations(case, subject.entry)
+        wrong = compare(case, Outcome(result, {}), VALUE, expected) if expected.attainable else None
         if wrong is not None and not subject.wrong_on(case, VALUE):
             wrong.probe, wrong.detail = "old_gradient", wrong.detail or "where old_student_logprobs ask for a gradient"
             raise wrong
