@@ -36,6 +36,22 @@ DEFECTS = {
         "GRAD-5",
         "    result = right(i)\n    return {**result, 'kl_reg': BUFFER.copy_(result['kl_reg'])}\n",
     ),
+    "from_model": (
+        "GRAD-4",
+        "    result = right(i)\n    if i.student_logits.is_leaf:\n        return result\n"
+        "    return {**result, 'loss': result['loss'] * 2}\n",
+    ),
+    "after_error": (
+        "GRAD-5",
+        "    if i.teacher_logprobs is None:\n        BUFFER.fill_(1)\n    wrong = bool(BUFFER)\n    result = right(i)\n"
+        "    BUFFER.zero_()\n    return {**result, 'loss': result['loss'] * 2} if wrong else result\n",
+    ),
+    "after_evaluation": (
+        "GRAD-6",
+        "    shape = tuple(i.student_logits.shape)\n    if not torch.is_grad_enabled():\n        KEPT.add(shape)\n"
+        "    wrong = shape in KEPT and shape[1] == 6 and torch.is_grad_enabled()\n    result = right(i)\n"
+        "    return {**result, 'loss': result['loss'] * 2} if wrong else result\n",
+    ),
     "repeat": (
         "GRAD-7",
         "    result = right(i)\n    return {**result, 'loss': result['loss'] * (1 + 1e-3 * torch.rand(()))}\n",
@@ -45,6 +61,7 @@ RIGHT = "from sdpo_implementations.reference.loss import compute_sdpo_loss as ri
 PRELUDE = """
 import torch
 BUFFER = torch.zeros(())
+KEPT = set()
 def chosen(i):
     return i.student_logits.detach().float().log_softmax(-1).gather(-1, i.response_ids.long()[..., None])[..., 0]
 def compute_sdpo_loss(i):
