@@ -10,12 +10,12 @@ from tests.defects.test_diagnosis import LOSS, failures, record
 from tests.defects.usable_kinds import KINDS
 from tests.evidence.usable_for import ENOUGH, ENTRIES, shown
 
-from sdpo_conformance.diagnosis.diagnose import Diagnosis
-from sdpo_conformance.diagnosis.run import described, diagnose_run, of_trainer
 from sdpo_conformance.judging.records import Record, Status
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.report.results import shown_usable
 from sdpo_conformance.specs.claas import defects
+from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis
+from sdpo_conformance.specs.claas.diagnosis.run import described, diagnose_run, of_trainer
 from sdpo_conformance.specs.requirement import Level
 
 WHOLE: dict[str, Any] = {"only": [], "first_cause": False, "profile": "quick", "dtypes": ["float32"]}
@@ -65,7 +65,7 @@ def test_another_entry_that_fails_otherwise_is_not_usable(tmp_path: Path) -> Non
 
 
 def test_a_trainer_with_another_fault_is_not_usable() -> None:
-    evidence = {"wrong": 4, "explained": 4, "alike": [], "located": {}}
+    evidence = {"wrong": 4, "explained": 4, "nearly": 0, "alike": [], "located": {}}
     evidence["mistake"] = {"name": "no-refresh", "value": None, "in_loss": False}
 
     def failure(requirement: str, shows: str) -> Record:
