@@ -78,7 +78,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     blocks, end = [], 0
     for name, tensor in tensors.items():
-        block = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        block = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
         dtype = SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + len(block)]}
         blocks.append(block)

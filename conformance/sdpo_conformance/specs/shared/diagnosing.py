@@ -1,17 +1,18 @@
 """The diagnosis of a run by a spec beside CLaaS: which entry of its catalogue returns what was returned.
 
 Each entry is run in float64 on the failing inputs; one that comes with a number has the number fitted to the first
-failing input and judged on all. A name is said where it explains at least half of the failures that values can explain.
+failing input and judged on all. A name is said where it explains more than half of what values can explain.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate
+from sdpo_conformance.judging.cross_check import breaks_what_held, judged_in
 from sdpo_conformance.judging.expectation import Expectation
-from sdpo_conformance.judging.records import Record
+from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.shared.defect import SpecDefect, combine
@@ -35,6 +37,12 @@ ROUNDING = 64.0
 
 LOOKED_AT = 4
 """Failures on which every entry is tried; what fits one of them is tried on all."""
+
+ENOUGH = 0.6
+"""Share of the failures from which on a name is said: one of two says nothing."""
+
+SURE = 4
+"""Failures from which on a single name is not cross-checked."""
 
 GRID = 24
 """Points between a parameter's ends that are tried before the best is refined."""
@@ -141,7 +149,8 @@ def values_of(outcome: Outcome) -> dict[str, Tensor]:
 
 
 def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tuple[bool, float]:
-    """Whether ``got`` is ``predicted`` up to rounding, and the largest relative deviation. NaN matches NaN."""
+    """Whether ``got`` is ``predicted`` up to rounding, and the largest deviation in parts of the largest number, or of
+    the bound where that is more: of numbers that cancel to nothing no digit is known. NaN matches NaN."""
     if got.shape != predicted.shape:
         return False, math.inf
     if got.numel() == 0:
@@ -150,7 +159,7 @@ def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tupl
     distance = torch.where(same, 0.0, (got - predicted).abs())
     size = predicted.abs().amax(-1, keepdim=True) if predicted.dim() else predicted.abs()
     allowed = bound + ROUNDING * eps * torch.nan_to_num(size, posinf=0.0)
-    largest = float(torch.nan_to_num(predicted.abs(), posinf=0.0).max())
+    largest = max(float(torch.nan_to_num(one, posinf=0.0).max()) for one in (predicted.abs(), bound))
     error = float(distance.max()) / largest if largest else float(distance.max())
     return bool((distance <= allowed).all()), error if not math.isnan(error) else math.inf
 
@@ -201,7 +210,12 @@ def diagnose_spec_run(
         if record.failure.get("observed") and record.level == "MUST"
     ]
     telling = [one for one in observed if one.numeric or one.probe in PROBES]
-    best = best_of(telling, entries)
+    passed = {record.requirement for record in read_records(folder).values() if record.status is Status.PASSED}
+    # An entry whose own rule held is not what went wrong: its sentence would be false of all other inputs.
+    best = best_of(telling, [one for one in entries if one.dialect or one.violates[0] not in passed])
+    if len(best) > 1 or len(telling) < SURE:
+        dtype = judged_in([one.case for one in telling])
+        best = [one for one in best if stands(one.defect, spec, passed, dtype)]
     if not best:
         return {"lines": [NO_MATCH] if telling else [], "usable_for": "", "matches": []}
     first = best[0]
@@ -245,6 +259,12 @@ def diagnose_spec_run(
     }
 
 
+def stands(entry: SpecDefect, spec: Spec, held: Collection[str], dtype: str) -> bool:
+    """Whether an entry breaks none of the rules that the implementation held."""
+    suspect = SimpleNamespace(**{Capability.LOSS.value: entry.wrong})
+    return breaks_what_held(suspect, entry.violates, Capability.LOSS, spec, held, dtype) is None
+
+
 def best_of(observed: Sequence[Observed], entries: Sequence[SpecDefect]) -> list[Candidate]:
     """The best explanation and those that explain the same, or nothing."""
     if not observed:
@@ -255,7 +275,7 @@ def best_of(observed: Sequence[Observed], entries: Sequence[SpecDefect]) -> list
     found.sort(key=lambda one: rank(one, observed))
     if not found or len(found[0].explained) < len(observed):
         found = sorted([*found, *pairs(found, entries, observed)], key=lambda one: rank(one, observed))
-    if not found or 2 * len(found[0].explained) < len(observed):
+    if not found or len(found[0].explained) < ENOUGH * len(observed):
         return []
     alike = [one for one in found if one.explained == found[0].explained and plain(one) == plain(found[0])]
     return alike if len(alike) <= 1 + MOST_EQUIVALENTS else []  # what fits that many names none

@@ -171,6 +171,14 @@ DEFECTS = (
         usable_for=FULL_MASKS,
     ),
     Defect(
+        name="token-count-truncated",
+        sentence="The denominator is the mask's sum rounded down to a whole number.",
+        violates=("RED-4",),
+        fix="Divide by max(sum of the mask, 1).",
+        change=replacing(count=lambda w: w.mask.sum().floor().clamp(min=1.0)),
+        usable_for="Masks of zeros and ones.",
+    ),
+    Defect(
         name="divided-by-constant",
         sentence="Everything is divided by 64, a maximal length or a number of steps, whatever the mask.",
         violates=("RED-4", "RED-1"),

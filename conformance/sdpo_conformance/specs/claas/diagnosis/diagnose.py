@@ -109,21 +109,21 @@ def explanation(
                 for defect in known
                 if any(predictor.fit(defect, observed[index]).matched for index in first)
                 if (candidate := judged((defect,), defect, observed, predictor)).explained
-                if candidate.error > 0 or not contradicted(candidate, held)
+                if not contradicted(candidate, held)
             ],
-            held,
             broken,
         )
         if singles and len(singles[0].explained) == len(observed):
             return told(singles, len(observed))
-    fitted = ranked([*singles, *numbered(known, observed, predictor)], held, broken)
+    numbers = [candidate for candidate in numbered(known, observed, predictor) if not contradicted(candidate, held)]
+    fitted = ranked([*singles, *numbers], broken)
     if fitted and (not singles or len(fitted[0].explained) > len(singles[0].explained)):
         singles = fitted
         if len(singles[0].explained) == len(observed):
             return told(singles, len(observed))
     pairs = pairs and len(observed) >= ENOUGH_FOR_PAIRS
     found = pairings(singles, known, observed, predictor) if pairs else ()
-    twos = ranked([candidate for candidate in found if not contradicted(candidate, held)], held, broken)
+    twos = ranked([candidate for candidate in found if not contradicted(candidate, held)], broken)
     if twos and (not singles or len(twos[0].explained) > len(singles[0].explained)):
         return told(twos, len(observed))
     return told(singles, len(observed)) if singles else None
@@ -178,20 +178,18 @@ def rules_named(candidate: Candidate) -> list[str]:
 
 
 def contradicted(candidate: Candidate, held: frozenset[str]) -> bool:
-    """Whether a requirement that names one of its defects was judged and held. It speaks against a pair, and against
-    a defect of which no number is seen (an exception, NaN, an exact 0, something left changed: these look alike)."""
+    """Whether a requirement that names one of its defects was judged and held. What goes wrong like a known defect
+    under some condition alone is not that defect: its sentence would be false of all other inputs."""
     return any(name in held for name in rules_named(candidate))
 
 
-def ranked(candidates: Sequence[Candidate], held: frozenset[str], broken: frozenset[str]) -> list[Candidate]:
-    """Best first: most failures explained, then what agrees with the requirements that held and those that did
-    not, then the simpler one, then the order of the catalogue."""
+def ranked(candidates: Sequence[Candidate], broken: frozenset[str]) -> list[Candidate]:
+    """Best first: most failures explained, then the simpler one, then what the requirements that failed name, then
+    the order of the catalogue."""
 
-    def rank(candidate: Candidate) -> tuple[int, int, int, int]:
-        names = rules_named(candidate)
-        against = sum(name in held for name in names)
-        unnamed = sum(name not in broken for name in names)
-        return -len(candidate.explained), len(candidate.parts), against, unnamed
+    def rank(candidate: Candidate) -> tuple[int, int, int]:
+        unnamed = sum(name not in broken for name in rules_named(candidate))
+        return -len(candidate.explained), len(candidate.parts), unnamed
 
     return sorted(candidates, key=rank)
 

@@ -25,6 +25,9 @@ ROUNDING = 64.0
 MOST_ERROR = 0.05
 """Relative deviation beyond which a prediction is no evidence, however wide the bound."""
 
+NEARER = 0.5
+"""A prediction has to come nearer to a wrong number than this share of the truth's distance from it."""
+
 FORESEEN = 0.5
 """Share of the bound by which a prediction has to miss the truth itself, to explain a number that is wrong: in half
 precision a defect that does nothing on an input would else explain what is slightly off there."""
@@ -67,6 +70,13 @@ def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tupl
     return close, error if not math.isnan(error) else math.inf
 
 
+def nearer(got: Tensor, predicted: Tensor, truth: Tensor) -> bool:
+    """Whether a wrong number is told better by the prediction than by the truth, as far as both are finite."""
+    off, wrong = (got - predicted).abs(), (got - truth).abs()
+    known = off.isfinite() & wrong.isfinite()
+    return not bool(known.any()) or bool(off[known].max() <= NEARER * wrong[known].max())
+
+
 def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
     """Compare a prediction with what was observed."""
     eps = coarsest(observed.case)
@@ -80,7 +90,8 @@ def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
         close, off = deviation(got, predicted[name], truth.bound, eps)
         is_wrong = got.shape == truth.value.shape and bool((truth.excess(got) > 1).any())
         wrong += is_wrong
-        if close and off <= MOST_ERROR and is_wrong and bool((truth.excess(predicted[name]) > FORESEEN).any()):
+        foreseen = is_wrong and bool((truth.excess(predicted[name]) > FORESEEN).any())
+        if close and off <= MOST_ERROR and foreseen and nearer(got, predicted[name], truth.value):
             aspects.add(name)
             error = max(error, off)
         matched = matched and close

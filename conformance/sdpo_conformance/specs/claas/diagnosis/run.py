@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdpo_conformance.judging.cross_check import breaks_what_held, judged_in
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.specs.claas.defects import catalogue
+from sdpo_conformance.specs import find_spec
+from sdpo_conformance.specs.claas.defects import catalogue, combine
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import Dialect
 from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose, rules_behind
@@ -20,9 +23,12 @@ from sdpo_conformance.specs.requirement import Level
 LEADING = 2
 """So many requirements may lead a report: those that the defect's entry names first."""
 
-ENOUGH = 0.85
+ENOUGH = 0.9
 """Share of the failures from which on a loss's defect is named. Chosen on fifty wrong losses, where what fitted fewer
 was mostly a neighbour of the cause."""
+
+SURE = 4
+"""Failures from which on a name that explains them all, alone, is not cross-checked."""
 
 MOST_EQUIVALENTS = 3
 """How many indistinguishable defects a line names."""
@@ -118,10 +124,33 @@ def of_loss(
     names = {record.requirement for record in counted}
     telling = [one for one in observed if one.requirement in names]
     found = diagnose(telling, held) if telling else None
-    if found is None or len(found.explained) < ENOUGH * len(telling):
+    if found is not None and len(found.explained) >= ENOUGH * len(telling):
+        found = standing(found, telling, held)
+    else:
+        found = None
+    if found is None:
         where_wrong = located(telling, held)
         return [f"{NO_MATCH}{where}", *([where_wrong] if where_wrong else [])], None
     return described(found, len(counted), where)
+
+
+def standing(found: Diagnosis, observed: Sequence[Observed], held: Sequence[str]) -> Diagnosis | None:
+    """The diagnosis without what breaks a rule that the implementation held; None where nothing is left. Asked where
+    few failures speak for it, or several names do."""
+    if found.complete and not found.equivalent and found.total >= SURE:
+        return found
+    entry, spec, dtype = observed[0].entry, find_spec("claas"), judged_in([one.case for one in observed])
+
+    def stands(defect: Defect) -> bool:
+        suspect = defect.implementation()
+        return breaks_what_held(suspect, defect.violates, entry, spec, held, dtype) is None
+
+    left = tuple(one for one in found.equivalent if stands(one))
+    if stands(found.defects[0] if len(found.defects) == 1 else combine(*found.defects)):
+        return replace(found, equivalent=left)
+    if len(found.defects) == 1 and left:
+        return replace(found, defects=left[:1], equivalent=left[1:])
+    return None
 
 
 def described(found: Diagnosis, failures: int, where: str) -> tuple[list[str], dict[str, Any] | None]:
