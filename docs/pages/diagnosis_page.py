@@ -58,6 +58,11 @@ fits, the right loop is tried around every wrong loss.
 
 Some defects have a number in them: a cap, a temperature, a floor. It is fitted to what was observed, and is part of
 the answer.
+
+What an implementation is still usable for is said of one named defect that explains every failed MUST, after a run of
+all rules in the dtypes that the words name: not where another entry fails otherwise, where a defect with other words
+cannot be told apart, or where the fitted number is not the one in the words. `tests/evidence/usable_for.py` holds each
+such line about a loss against the inputs that profile quick judges.
 """
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.defects.test_diagnosis import LOSS, failures, record
 from tests.defects.usable_kinds import KINDS
+from tests.evidence.spec_scores import known_defects
 from tests.evidence.usable_for import ENOUGH, ENTRIES, shown
 
+from sdpo_conformance.inputs.choices import SeededSource
+from sdpo_conformance.judging.call import evaluate
+from sdpo_conformance.judging.compare import compare
 from sdpo_conformance.judging.records import Record, Status
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.report.results import shown_usable
+from sdpo_conformance.reproduction.failure import save_observed
+from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas import defects
 from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis
 from sdpo_conformance.specs.claas.diagnosis.run import described, diagnose_run, of_trainer
 from sdpo_conformance.specs.requirement import Level
+from sdpo_conformance.specs.shared.rule import ALL
 
 WHOLE: dict[str, Any] = {"only": [], "first_cause": False, "profile": "quick", "dtypes": ["float32"]}
 
@@ -78,6 +87,23 @@ def test_a_trainer_with_another_fault_is_not_usable() -> None:
     _, match = of_trainer([failure("STEP-2", "gradient"), failure("STEP-9", "state")], "")
     assert match is not None
     assert match["usable_for"] == ""
+
+
+def test_another_spec_is_not_usable_beside_an_unexplained_fault(tmp_path: Path) -> None:
+    spec = find_spec("lasgroup")
+    wrong = known_defects(spec)["lasgroup-always-token-mean"].wrong
+    corners, case = (importlib.import_module(f"{spec.package}.{name}") for name in ("corners", "case"))
+    failed: list[Record] = []
+    for seed in range(20):
+        drawn = case.build(SeededSource(str(seed)), corners.EVERYTHING, [torch.float32])
+        outcome = evaluate(wrong, LOSS, drawn)
+        if compare(drawn, outcome, ALL, drawn.expectations) is not None:
+            found = {"observed": save_observed(tmp_path, str(seed), drawn, outcome), "kind": "disagreement"}
+            failed.append(Record("LAS-RED-6", LOSS.value, Level.MUST, Status.FAILED, failure=found))
+    assert spec.parts.diagnose(tmp_path, failed, (LOSS,))["usable_for"] == "Usable for: loss_agg_mode = token-mean."  # type: ignore[index]
+    beside = {"kind": "disagreement", "probe": "unmodified"}
+    failed.append(Record("LAS-GRAD-3", LOSS.value, Level.MUST, Status.FAILED, failure=beside))
+    assert spec.parts.diagnose(tmp_path, failed, (LOSS,))["usable_for"] == ""  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,11 @@ EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
 QUICK = (
     ("trainer", "left behind: the adapter frozen", "STEP"),
     ("loss", "loss: zeros among fractions", "RED"),
+    ("loss", "loss: is_clip is infinite", "IS"),
+    ("loss", "gradient: 0.3 < alpha < 0.5", "GJS"),
+    ("loss", "left behind: Python's random state seeded", "GRAD"),
+    ("fused", "fused: the head is a parameter", "GRAD"),
+    ("head", "top-k: k < 0", "TK"),
     ("head", "log-probs: a row of the head is 0", "LP"),
     ("head", "top-k: a token is certain", "TK"),
     ("head", "top-k: logits above 200", "TK"),

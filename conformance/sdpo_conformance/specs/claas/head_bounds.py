@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.inputs.heads import HeadCase
-from sdpo_conformance.specs.claas.bounds import EAGER_FACTOR, FLOAT_FACTOR, HALF_FACTOR, Expectation
+from sdpo_conformance.specs.claas.bounds import EAGER_FACTOR, FLOAT_FACTOR, HALF_FACTOR, Expectation, tiles
+
+ONE_BY_ONE = 100_000
+"""Past so many tokens a float32 sum that is taken token by token rounds further than the other terms allow for."""
 
 
 def vocabulary_logprobs(case: HeadCase) -> Expectation:
@@ -25,6 +28,8 @@ def vocabulary_logprobs(case: HeadCase) -> Expectation:
     normaliser = torch.logsumexp(z, dim=-1, keepdim=True)
     error = z_error + (truth.exp() * z_error).sum(-1, keepdim=True)
     error = error + eps * (normaliser.abs() + truth.abs() + 2)
+    if head.shape[0] > ONE_BY_ONE:
+        error = error + accumulation * tiles(head.shape[0])
     if not half:
         return Expectation(truth, FLOAT_FACTOR * error)
     eager = (case.hidden @ case.head.T).log_softmax(-1).double()
