@@ -77,8 +77,7 @@ def diagnose(observed: Sequence[Observed], passed: Iterable[str] = ()) -> Diagno
     answers = []
     half = [coarsest(one.case) > torch.finfo(torch.float32).eps for one in observed]
     in_half = any(half)
-    exact = Predictor(native=False)
-    for predictor in (exact, Predictor(native=True, after=exact)):
+    for predictor in (Predictor(native=False), Predictor(native=True)):
         pairs = in_half or not predictor.native
         answer = explanation(observed, frozenset(passed), predictor, pairs)
         if answer is not None and answer.complete and not all(half):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,9 @@ from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.bounds import Expectation, Expectations, expectations
 from sdpo_conformance.specs.claas.loss_case import LossCase
 
+if TYPE_CHECKING:
+    from sdpo_conformance.specs.claas.diagnosis.prediction import Fit
+
 GRADIENT = "gradient."
 
 
@@ -23,7 +27,8 @@ GRADIENT = "gradient."
 class Observed:
     """``values`` by result key, and ``gradient.<field>`` for gradients, float64; empty where the call raised or
     the check looked at something else. ``probe``: the kind of check; ``got``: its finding in words;
-    ``secondary``: the rule that failed plays no part in it."""
+    ``secondary``: the rule that failed plays no part in it; ``fits``: what is known of defects on it, by the defect's
+    name and number and whether it was predicted in the input's own dtypes."""
 
     requirement: str
     entry: Capability
@@ -33,6 +38,7 @@ class Observed:
     aspect: str = ""
     got: str = ""
     secondary: bool = False
+    fits: dict[tuple[str, float | None, bool], Fit] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, path: Path, requirement: str, entry: Capability, failure: Mapping[str, object]) -> Observed:

@@ -161,30 +161,24 @@ def agree(predicted: Mapping[str, Tensor], observed: Observed) -> bool:
     return True
 
 
-Key = tuple[str, float | None, int]
-
-
 class Predictor:
-    """Fits of defects to the failures of one run, each computed once; ``native`` as for ``best_fit``. ``after``: the
-    predictor that was asked before, whose replays are the same."""
+    """Fits of defects to failures, each computed once, whoever asks; ``native`` as for ``best_fit``."""
 
-    def __init__(self, native: bool, after: Predictor | None = None) -> None:
+    def __init__(self, native: bool) -> None:
         self.native = native
-        self._numeric: dict[Key, Fit] = {}
-        self._replayed: dict[Key, Fit] = {} if after is None else after._replayed
 
     def fit(self, defect: Defect, observed: Observed) -> Fit:
-        """The fit, from memory where it was computed before."""
-        key = (defect.name, defect.value, id(observed))
-        if observed.numeric:
-            if key not in self._numeric:
-                self._numeric[key] = best_fit(defect, observed, self.native or observed.not_finite)
-            return self._numeric[key]
-        if key not in self._replayed:
-            from sdpo_conformance.specs.claas.diagnosis.replay import replayed
+        """The fit, from the observation's memory where it was computed before."""
+        native = observed.numeric and (self.native or observed.not_finite)
+        key = (defect.name, defect.value, native)
+        if key not in observed.fits:
+            if observed.numeric:
+                observed.fits[key] = best_fit(defect, observed, native)
+            else:
+                from sdpo_conformance.specs.claas.diagnosis.replay import replayed
 
-            self._replayed[key] = replayed(defect, observed)
-        return self._replayed[key]
+                observed.fits[key] = replayed(defect, observed)
+        return observed.fits[key]
 
 
 __all__ = ["NO_FIT", "Fit", "Predictor", "best_fit"]

@@ -57,11 +57,7 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
         records = [record for record in failed if record.entry == entry]
         if not records:
             continue
-        observed = [
-            Observed.load(folder / record.failure["observed"], record.requirement, entry, record.failure)
-            for record in records
-            if record.failure.get("observed")
-        ]
+        observed = [observed_of(folder, record) for record in records if record.failure.get("observed")]
         held = [requirement for of, requirement in passed if of == entry]
         where = f" ({entry.value})" if len(offered) > 1 else ""
         if entry is Capability.DISTILL:
@@ -87,12 +83,30 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
 
 def asked_next(folder: Path, failed: Record) -> Sequence[str]:
     """The requirements that may name the cause of a run's first failure better than its own, likeliest first."""
-    found = failed.failure
-    if not found.get("observed") or failed.entry == Capability.DISTILL:
+    if not failed.failure.get("observed") or failed.entry == Capability.DISTILL:
         return ()
-    entry = Capability(failed.entry)
     passed = [one.requirement for one in read_records(folder).values() if one.status is Status.PASSED]
-    return rules_behind(Observed.load(folder / found["observed"], failed.requirement, entry, found), passed)
+    observed = observed_of(folder, failed)
+    _FIRST[written(folder, failed)] = observed
+    return rules_behind(observed, passed)
+
+
+_FIRST: dict[tuple[Path, int], Observed] = {}
+"""The first failure of a check, until its diagnosis: all of the catalogue was tried on it already."""
+
+
+def observed_of(folder: Path, failed: Record) -> Observed:
+    """What is known of a failure."""
+    if (found := _FIRST.pop(written(folder, failed), None)) is not None:
+        return found
+    failure = failed.failure
+    return Observed.load(folder / failure["observed"], failed.requirement, Capability(failed.entry), failure)
+
+
+def written(folder: Path, failed: Record) -> tuple[Path, int]:
+    """The file of what was observed, and when it was written."""
+    path = folder / failed.failure["observed"]
+    return path, path.stat().st_mtime_ns
 
 
 def led_by(match: Mapping[str, Any] | None, failed: Sequence[Record]) -> tuple[list[str], list[str]]:
