@@ -163,12 +163,12 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     if not run.forks or session.config.option.collectonly:
         return None
     preload(run.implementation.offered)
-    if run.options.first_cause:
-        judge_in_forks(session, FirstCause(run, session.items), run.forks, run.arm)
-        return True
-    trainers = [item for item in session.items if entry_of_item(item) is Capability.DISTILL]
-    rest = [[item] for item in session.items if item not in trainers]
     # the rules about a trainer look at the same runs of it, which a process remembers
+    trainers = [item for item in session.items if entry_of_item(item) is Capability.DISTILL]
+    if run.options.first_cause:
+        judge_in_forks(session, FirstCause(run, session.items), 1 if trainers else run.forks, run.arm)
+        return True
+    rest = [[item] for item in session.items if item not in trainers]
     judge_in_forks(session, Everything([*([trainers] if trainers else []), *rest]), run.forks, run.arm)
     return True
 
