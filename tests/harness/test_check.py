@@ -52,3 +52,38 @@ def test_a_fault_of_the_diagnosis_costs_no_verdict(tmp_path: Path) -> None:
     results, _ = checked(tmp_path, "loss.py")
     assert [one["requirement"] for one in results["records"] if one["status"] == "failed"] == ["GJS-1"]
     assert not results["verdict"]["passed"]
+
+
+def test_several_workers_find_what_one_process_finds(tmp_path: Path) -> None:
+    """A module that starts a thread may not be forked: its check runs in one process, in order."""
+    loss = (
+        "import threading\n"
+        "from sdpo_implementations.reference.loss import compute_sdpo_loss as right\n"
+        "def compute_sdpo_loss(i):\n"
+        "    found = right(i)\n"
+        "    n = max(float(i.response_mask.double().sum()), 1.0)\n"
+        "    return {**found, **{key: found[key] * n for key in ('loss', 'distill_loss', 'kl_reg')}}\n"
+    )
+    thread = "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    found = []
+    for text in (loss, loss + thread):
+        (tmp_path / "loss.py").write_text(text)
+        results, _ = checked(tmp_path, "loss.py")
+        judged = [(one["requirement"], one["status"], one["examples"]) for one in results["records"]]
+        found.append((judged, results["diagnosis"]))
+    assert found[0] == found[1]
+    assert any(status == "failed" for _, status, _ in found[0][0])
+
+
+def test_a_crash_ends_the_check_with_its_input(tmp_path: Path) -> None:
+    (tmp_path / "loss.py").write_text(
+        "import os\n"
+        "from sdpo_implementations.reference.loss import compute_sdpo_loss as right\n"
+        "def compute_sdpo_loss(i):\n"
+        "    return right(i) if i.training.alpha != 0 else os.abort()\n"
+    )
+    results, printed = checked(tmp_path, "loss.py")
+    (failed,) = [one for one in results["records"] if one["status"] == "failed"]
+    assert "crashed the process" in failed["failure"]["summary"]
+    assert (tmp_path / "out" / failed["failure"]["reproduction"]).exists()
+    assert "alpha=0 " in printed
