@@ -242,8 +242,9 @@ def probe_old_gradient() -> None:
     loss_input.old_student_logprobs.requires_grad_()
     result = call(loss_input)
     loss = result["loss"]
-    judge_all({name: result[name] for name in ("loss", "distill_loss") if name in result})
-    (gradient,) = torch.autograd.grad(loss, [loss_input.old_student_logprobs], allow_unused=True)
+    leaves = [getattr(loss_input, name) for name in (*DIFFERENTIABLE, "old_student_logprobs")]
+    *gradients, gradient = torch.autograd.grad(loss, leaves, incoming(loss), allow_unused=True)
+    judge_all({name: result[name] for name in ("loss", "distill_loss") if name in result}, tuple(gradients))
     if gradient is not None and gradient.any():
         wrong.append(f"old_student_logprobs receives a gradient, up to {gradient.abs().max().item():.7g}")
 

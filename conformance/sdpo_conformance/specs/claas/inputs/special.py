@@ -24,10 +24,11 @@ SHAPES = (
     Shape(b=8, t=2, v=1000, k=100, h=3),
     Shape(b=7, t=1, v=64, k=32, h=1),
     Shape(b=4, t=8, v=100, k=20, h=128),
+    Shape(b=2, t=3, v=2, k=2, h=2),
     Shape(b=1, t=1, v=151_937, k=20, h=2),
 )
 """Five, seven and eight rows, all but one token as support, the default top-k, hidden states as wide as the vocabulary
-or of a number or two, and a vocabulary past 2^17."""
+or of a number or two, a vocabulary of two tokens, and one past 2^17."""
 
 ALPHAS = (0.25, 0.75, 1 / 3, 0.2, 0.45, 0.55, 0.6, 0.8, 0.95, 0.05)
 """Between those that the corners draw."""

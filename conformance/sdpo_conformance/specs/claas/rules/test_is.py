@@ -289,10 +289,17 @@ def test_is_7(subject: Subject) -> None:
         result = call_entry(subject.function, subject.entry, replace(loss_input, old_student_logprobs=old))
         with implementation_errors("backward"):
             loss = differentiable_output(result, subject.entry)
-            (found,) = torch.autograd.grad(loss, [old], allow_unused=True)
-        expected = expectations(case, subject.entry)
-        wrong = compare(case, Outcome(result, {}), VALUE, expected) if expected.attainable else None
-        if wrong is not None and not subject.wrong_on(case, VALUE):
+            leaves = [getattr(loss_input, key) for key in case.differentiable]
+            *arrived, found = torch.autograd.grad(
+                loss, [*leaves, old], torch.full_like(loss, case.incoming), allow_unused=True
+            )
+        gradients = {
+            key: None if one is None else one.detach().to("cpu", torch.float64)
+            for key, one in zip(case.differentiable, arrived, strict=True)
+        }
+        expected, aspects = expectations(case, subject.entry), (*VALUE, GRADIENT)
+        wrong = compare(case, Outcome(result, gradients), aspects, expected) if expected.attainable else None
+        if wrong is not None and not subject.wrong_on(case, aspects):
             wrong.probe, wrong.detail = "old_gradient", wrong.detail or "where old_student_logprobs ask for a gradient"
             raise wrong
         if found is not None and bool(found.any()):
