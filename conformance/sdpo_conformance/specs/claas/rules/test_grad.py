@@ -356,6 +356,7 @@ def trained_after_evaluation(subject: Subject, case: LossCase, evaluate: Callabl
         error.summary = f"{error.summary}, after calls under no_grad and inference_mode"
         raise
     if found is not None:
+        found.secondary = alone_is_wrong(subject, case.columns(range(EVALUATED_FIRST.t - 1)))
         found.probe, found.detail = "after_evaluation", found.detail or "after calls under no_grad and inference_mode"
         raise found
 

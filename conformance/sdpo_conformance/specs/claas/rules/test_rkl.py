@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from sdpo_conformance.judging.compare import GRADIENT
@@ -28,9 +30,7 @@ ONE = NEUTRAL.but(alpha="one")
 )
 def test_rkl_1(subject: Subject) -> None:
     subject.for_all(ONE, lambda case: _agree(subject, case, *VALUE))
-    case = on_policy(special_case(subject.entry, subject.widest, subject.seed, anchor=0.0))
-    whole = with_values(case, "alpha", (1,))
-    subject.each_unless_refused(whole, lambda case: _agree(subject, case, *VALUE, GRADIENT))
+    subject.each_unless_refused(whole_numbered(subject), lambda case: _agree(subject, case, *VALUE))
 
 
 @requirement(
@@ -63,6 +63,13 @@ def test_rkl_2(subject: Subject) -> None:
 )
 def test_rkl_3(subject: Subject) -> None:
     subject.for_all(ONE.but(mass=("normal", "deep")), lambda case: _agree(subject, case, GRADIENT))
+    subject.each_unless_refused(whole_numbered(subject), lambda case: _agree(subject, case, GRADIENT))
+
+
+def whole_numbered(subject: Subject) -> Iterator[LossCase]:
+    """An ordinary case, on-policy and without anchor, with alpha the int 1."""
+    case = on_policy(special_case(subject.entry, subject.widest, subject.seed, anchor=0.0))
+    return with_values(case, "alpha", (1,))
 
 
 def _agree(subject: Subject, case: LossCase, *aspects: str) -> None:
