@@ -109,7 +109,7 @@ class ModelSpec:
             return "softcap"
         if self.head != "frozen":
             return "adapter on the head"
-        return "bias" if self.family == "phi" else ""
+        return {"phi": "bias", "cohere": "scaled logits"}.get(self.family, "")
 
 
 def config_arguments(spec: ModelSpec) -> dict[str, Any]:

@@ -228,13 +228,13 @@ WIDER: tuple[Scenario, ...] = (
     ),
     Scenario(
         name="long",
-        shows="prompts of some hundred tokens and one of a single token, responses past 128 and 256; bos, eos and "
-        "pad apart, inside prompts and responses; a low cap, alpha near 1",
-        model=small("llama", 22, tied=True, bos=1, eos=42, pad=0, positions=640),
+        shows="prompts past 512 and teacher prompts past 1024 tokens, one of one token; responses past 128 and 256; "
+        "bos, eos and pad apart, inside prompts and responses; a low cap, alpha near 1",
+        model=small("llama", 22, tied=True, bos=1, eos=42, pad=0, positions=1400),
         training=TrainingConfig(
             learning_rate=1e-3, alpha=0.9, is_clip=0.8, kl_reg_weight=0.3, teacher_top_k=7, steps_per_batch=2
         ),
-        lengths=((300, 310, 270), (1, 140, 128)),
+        lengths=((520, 1030, 12), (1, 140, 270), (4, 6, 128)),
         sampler="mismatched",
         seed=22,
         special=True,
@@ -255,8 +255,8 @@ WIDER: tuple[Scenario, ...] = (
     Scenario(
         name="far",
         shows="learning rate 0.1: the policy of a step is far from that of the one before; teacher_top_k = 0, "
-        "which means 1; alpha = 1; a cap that is hardly one; four samples, lengths that coincide; another adapter "
-        "beside the active one",
+        "which means 1; alpha = 1; a cap that is hardly one; ten samples, six of them alike in all lengths; another "
+        "adapter beside the active one",
         model=small("gpt2", 24, beside=True),
         training=TrainingConfig(
             learning_rate=0.1,
@@ -267,8 +267,8 @@ WIDER: tuple[Scenario, ...] = (
             max_grad_norm=10.0,
             steps_per_batch=3,
         ),
-        lengths=((4, 4, 4), (4, 4, 4), (2, 6, 4), (6, 2, 4)),
-        groups=(0, 0, 1, 2),
+        lengths=((4, 4, 4), (4, 4, 4), (2, 6, 4), (6, 2, 4), *((4, 4, 4),) * 4, (3, 5, 4), (2, 6, 3)),
+        groups=(0, 0, 1, 2, 3, 4, 5, 6, 7, 8),
         sampler="mismatched",
         seed=24,
     ),
