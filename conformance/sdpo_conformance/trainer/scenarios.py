@@ -234,7 +234,7 @@ WIDER: tuple[Scenario, ...] = (
         training=TrainingConfig(
             learning_rate=1e-3, alpha=0.9, is_clip=0.8, kl_reg_weight=0.3, teacher_top_k=7, steps_per_batch=2
         ),
-        lengths=((520, 1030, 12), (1, 140, 270), (4, 6, 128)),
+        lengths=((520, 1030, 12), (1, 140, 270), (4, 6, 128), (2, 3, 5)),
         sampler="mismatched",
         seed=22,
         special=True,
