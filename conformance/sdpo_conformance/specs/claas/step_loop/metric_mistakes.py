@@ -29,6 +29,9 @@ NEARER_IN_HALF = 0.5
 FEWEST = 2
 """Wrong values of one metric, in full precision, from which on it is named: any one number is near some mistake's."""
 
+COARSE = {"clip_fraction"}
+"""A share of few tokens, mostly 0: alone it tells mistakes apart only where they are about nothing else."""
+
 Entries = Sequence[Sequence[Mapping[str, float]]]
 """By run and step, what is reported."""
 
@@ -171,9 +174,13 @@ def metric_mistakes(runs: Sequence[JudgedRun]) -> MetricMistakes:
         same = [one for one, of, other in ranked[1:] if of & open_keys == keys and other == contradicted]
         alike = tuple(dict.fromkeys(one.shown for one in same if one.name != best.name))
         ordered = tuple(key for key in KEYS if key in keys)
-        found.append(MetricMistake(best, ordered, sum(wrong[key] for key in ordered), alike))
+        if keys != COARSE or not contradicted:
+            found.append(MetricMistake(best, ordered, sum(wrong[key] for key in ordered), alike))
         open_keys -= keys
     named = {key for one in found for key in one.keys}
+    if set(wrong) - named:
+        found = [one for one in found if set(one.keys) != COARSE]
+        named = {key for one in found for key in one.keys}
     return MetricMistakes(tuple(found), tuple(key for key in wrong if key not in named))
 
 
