@@ -192,12 +192,18 @@ def explain(runs: Sequence[TakenRun]) -> Explained:
         index, step = places[0]
         searched.add(index)
         for stage in STAGES if len(searched) == 1 else WITHOUT_NUMBERS:
+            whole = [one for one in tried.values() if one.rank[0] == -total]
+            if any(not one.misreported for one in whole):
+                return chosen_of(tried.values(), total)
+            # The same gradient with another loss reported: another mistake may report it, but no number is fitted.
+            if whole and stage not in WITHOUT_NUMBERS:
+                continue
             for candidate in stage(runs[index].forced, runs[index].taken, step):
                 key = candidate.defect.name, candidate.defect.value
                 if key not in tried:
                     tried[key] = on_all(candidate, runs)
-            if any(one.rank[0] == -total for one in tried.values()):
-                return chosen_of(tried.values(), total)
+        if any(one.rank[0] == -total for one in tried.values()):
+            break
     return chosen_of(tried.values(), total)
 
 
