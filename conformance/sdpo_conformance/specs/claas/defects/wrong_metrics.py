@@ -289,6 +289,11 @@ DEFECTS = (
         "kl_reg is already multiplied by kl_reg_weight.",
         of_entry(kl_reg=lambda entry, training: training.kl_reg_weight * entry["kl_reg"]),
     ),
+    reported(
+        "kl-reg-zero-at-weight-zero",
+        "kl_reg is not computed where kl_reg_weight is 0, and reported as 0.",
+        of_entry(kl_reg=lambda entry, training: entry["kl_reg"] if training.kl_reg_weight else 0.0),
+    ),
     reported("kl-reg-as-k1", "kl_reg is reported as the mean log-ratio to the base.", anchored(lambda d: d)),
     reported("kl-reg-as-k1-of-base", "kl_reg is reported as the mean log-ratio of the base.", anchored(lambda d: -d)),
     reported("kl-reg-as-k2", "kl_reg is reported as half the squared log-ratio.", anchored(lambda d: d.square() / 2)),
