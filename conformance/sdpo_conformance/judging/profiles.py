@@ -30,7 +30,7 @@ PROFILES: Mapping[str, Profile] = {
     profile.name: profile
     for profile in (
         Profile("check", 1, False, 2, 12, 0, 0, 1.0, 5.0),
-        Profile("quick", 1, False, 2, math.inf, 12, 60, 2.0, 20.0),
+        Profile("quick", 1, False, 2, math.inf, 12, 30, 2.0, 20.0),
         Profile("default", 2, True, 1, math.inf, 50, 150, 4.0, 90.0),
         Profile("thorough", 10, True, 1, math.inf, 400, 1_000, 20.0, 600.0),
         Profile("fuzz", 100, True, 1, math.inf, 10_000, 5_000, 60.0, 7200.0),
