@@ -17,7 +17,7 @@ from sdpo_conformance.specs.claas.defects.dialects import Dialect
 from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose, rules_behind
 from sdpo_conformance.specs.claas.diagnosis.locating import located
 from sdpo_conformance.specs.claas.diagnosis.observed import Observed
-from sdpo_conformance.specs.claas.diagnosis.trainers import NamedMetrics, gathered, reported, stated
+from sdpo_conformance.specs.claas.diagnosis.trainers import NamedMetrics, gathered, reported, stated, updated
 from sdpo_conformance.specs.requirement import Level
 
 LEADING = 2
@@ -229,6 +229,13 @@ def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[st
                 f"{anchor.name}: its kl_reg is the one reported{where}",
                 f"{anchor.sentence} Fix: {anchor.fix}",
             ], None
+        update = updated(failed)
+        if update is not None and not found.wrong:
+            must = sum(one.level is Level.MUST for one in failed)
+            named = sum(one.failure.get("mistake") == update.name for one in failed)
+            lines = [f"{update.name}: it is what every run shows{where}", f"{update.sentence} Fix: {update.fix}"]
+            match = of_defect(update, named, must, 0.0, ())
+            return lines, match if follows(update, failed, "update") else {**match, "usable_for": ""}
         metrics, others = reported(failed)
         if metrics and not found.wrong:
             return of_metrics(metrics, others, failed, where)

@@ -80,3 +80,12 @@ def stated(failed: Sequence[Record]) -> Defect | None:
         if record.failure.get("shows") == "metric" and name in catalogue():
             return catalogue()[name]
     return None
+
+
+def updated(failed: Sequence[Record]) -> Defect | None:
+    """The mistake that the updates of all runs show, or what was left of the model."""
+    for record in failed:
+        name = str(record.failure.get("mistake"))
+        if record.failure.get("shows") in ("update", "state") and name in catalogue():
+            return catalogue()[name]
+    return None

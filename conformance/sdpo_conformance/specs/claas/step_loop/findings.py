@@ -25,6 +25,7 @@ from sdpo_conformance.specs.claas.step_loop.ground import Ground, ground_of, upc
 from sdpo_conformance.specs.claas.step_loop.metric_mistakes import MetricMistakes, metric_mistakes
 from sdpo_conformance.specs.claas.step_loop.step_metrics import metric_findings, shape_findings
 from sdpo_conformance.specs.claas.step_loop.unobserved import unobserved_findings
+from sdpo_conformance.specs.claas.step_loop.update_mistakes import update_mistake
 from sdpo_conformance.specs.claas.step_loop.updates import update_findings
 from sdpo_conformance.trainer.observation import Observation
 
@@ -34,11 +35,12 @@ Findings = tuple[tuple[Observation, Sequence[StepFinding]], ...]
 @dataclass(frozen=True)
 class Shown:
     """What the runs show together: the evidence about their gradients, whether these are wrong in their length alone,
-    and what their wrong metrics are."""
+    what their wrong metrics are, and the mistake that their updates show."""
 
     gradients: Mapping[str, Any]
     scaled: bool
     metrics: MetricMistakes
+    updates: str
 
 
 @lru_cache(maxsize=8)
@@ -51,7 +53,7 @@ def findings_of(observations: tuple[Observation, ...]) -> Findings:
             judged[number] = judged_run(observation, ground_at(observation))
     explain_runs(list(judged.values()))
     runs = list(judged.values())
-    shown = Shown(evidence(runs), only_lengths(runs), metric_mistakes(runs))
+    shown = Shown(evidence(runs), only_lengths(runs), metric_mistakes(runs), update_mistake(observations))
     return tuple(
         (observation, tuple(_findings(observation, judged.get(number), shown)))
         for number, observation in enumerate(observations)
@@ -70,18 +72,18 @@ def ground_at(observation: Observation) -> Ground:
 
 
 def _findings(observation: Observation, run: JudgedRun | None, shown: Shown) -> Iterator[StepFinding]:
-    yield from state_findings(observation)
-    yield from shape_findings(observation, shown.metrics)
+    yield from state_findings(observation, shown.updates)
+    yield from shape_findings(observation, shown.metrics, shown.updates)
     if run is None:
         yield from unobserved_findings(observation, ground_at(observation))
         return
     for judgement in run.wrong:
         yield gradient_finding(judgement, observation, shown.gradients, shown.scaled)
     yield from metric_findings(observation, run.steps, shown.metrics)
-    yield from update_findings(observation)
+    yield from update_findings(observation, shown.updates)
 
 
-def state_findings(observation: Observation) -> Iterator[StepFinding]:
+def state_findings(observation: Observation, mistake: str) -> Iterator[StepFinding]:
     """What of the model changed besides the adapter's weights."""
     if observation.changed:
         more = f" and {len(observation.changed) - 1} more" if len(observation.changed) > 1 else ""
@@ -91,5 +93,5 @@ def state_findings(observation: Observation) -> Iterator[StepFinding]:
             "the samples, and the model apart from the adapter's weights",
             expected="as it was found, the adapter enabled",
             got=observation.changed[0] + more,
-            extra={"shows": "state"},
+            extra={"shows": "state", "mistake": mistake},
         )

@@ -17,13 +17,15 @@ from sdpo_conformance.specs.claas.step_loop.metric_mistakes import MetricMistake
 from sdpo_conformance.trainer.observation import METRICS, Observation
 
 
-def shape_findings(observation: Observation, known: MetricMistakes) -> Iterator[StepFinding]:
+def shape_findings(observation: Observation, known: MetricMistakes, mistake: str) -> Iterator[StepFinding]:
     """One entry per step, counted from 1, every key there; one optimizer step each."""
     steps, entries = observation.scenario.steps, observation.metrics
     if len(entries) != steps:
-        yield finding(observation, "STEP-6", "per_step_metrics", f"{steps} entries", f"{len(entries)}")
+        yield finding(
+            observation, "STEP-6", "per_step_metrics", f"{steps} entries", f"{len(entries)}", extra={"mistake": mistake}
+        )
     if observation.observed and len(observation.steps) != steps:
-        taken, extra = f"{len(observation.steps)}", {"shows": "update"}
+        taken, extra = f"{len(observation.steps)}", {"shows": "update", "mistake": mistake}
         yield finding(observation, "STEP-10", "optimizer steps", f"{steps}", taken, extra=extra)
     for index, entry in enumerate(entries, start=1):
         if missing := [key for key in ("step", *METRICS) if key not in entry]:
