@@ -234,7 +234,7 @@ WIDER: tuple[Scenario, ...] = (
         training=TrainingConfig(
             learning_rate=1e-3, alpha=0.9, is_clip=0.8, kl_reg_weight=0.3, teacher_top_k=7, steps_per_batch=2
         ),
-        lengths=((520, 1030, 12), (1, 140, 270), (4, 6, 128), (2, 3, 5)),
+        lengths=((520, 1030, 12), (1, 140, 270), (4, 6, 128), (2, 3, 5), (3, 4, 2), (2, 2, 2), (3, 3, 3)),
         sampler="mismatched",
         seed=22,
         special=True,
@@ -255,8 +255,8 @@ WIDER: tuple[Scenario, ...] = (
     Scenario(
         name="far",
         shows="learning rate 0.1: the policy of a step is far from that of the one before; teacher_top_k = 0, "
-        "which means 1; alpha = 1; a cap that is hardly one; ten samples, six of them alike in all lengths; another "
-        "adapter beside the active one",
+        "which means 1; alpha = 1; a cap that is hardly one; four samples, lengths that coincide; another adapter "
+        "beside the active one",
         model=small("gpt2", 24, beside=True),
         training=TrainingConfig(
             learning_rate=0.1,
@@ -267,8 +267,8 @@ WIDER: tuple[Scenario, ...] = (
             max_grad_norm=10.0,
             steps_per_batch=3,
         ),
-        lengths=((4, 4, 4), (4, 4, 4), (2, 6, 4), (6, 2, 4), *((4, 4, 4),) * 4, (3, 5, 4), (2, 6, 3)),
-        groups=(0, 0, 1, 2, 3, 4, 5, 6, 7, 8),
+        lengths=((4, 4, 4), (4, 4, 4), (2, 6, 4), (6, 2, 4)),
+        groups=(0, 0, 1, 2),
         sampler="mismatched",
         seed=24,
     ),
@@ -336,6 +336,15 @@ WIDER: tuple[Scenario, ...] = (
         lengths=((2, 4, 7), (4, 6, 6), (3, 5, 5), (5, 3, 4), (1, 2, 3), (3, 4, 2), (2, 3, 1)),
         sampler="mismatched",
         seed=30,
+    ),
+    Scenario(
+        name="crowd",
+        shows="eleven samples, six alike in all lengths and four in others, whose policy moves between two steps",
+        model=small("qwen3", 33),
+        training=TrainingConfig(learning_rate=1e-2, alpha=0.4, teacher_top_k=11, max_grad_norm=2.0, steps_per_batch=2),
+        lengths=(*((3, 5, 4),) * 6, *((4, 6, 3),) * 4, (2, 3, 5)),
+        sampler="mismatched",
+        seed=33,
     ),
     Scenario(
         name="faint",

@@ -213,9 +213,11 @@ def diagnose_spec_run(
     passed = {record.requirement for record in read_records(folder).values() if record.status is Status.PASSED}
     # An entry whose own rule held is not what went wrong: its sentence would be false of all other inputs.
     best = best_of(telling, [one for one in entries if one.dialect or one.violates[0] not in passed])
-    if len(best) > 1 or len(telling) < SURE:
+    if best and (len(best) > 1 or len(telling) < SURE):
         dtype = judged_in([one.case for one in telling])
-        best = [one for one in best if stands(one.defect, spec, passed, dtype)]
+        left = [one for one in best if stands(one.defect, spec, passed, dtype)]
+        # What many failures say may be a milder form of the suspect.
+        best = left or (best if len(telling) >= SURE else [])
     if not best:
         return {"lines": [NO_MATCH] if telling else [], "usable_for": "", "matches": []}
     first = best[0]

@@ -164,7 +164,9 @@ def standing(found: Diagnosis, observed: Sequence[Observed], held: Sequence[str]
         return replace(found, equivalent=left)
     if len(found.defects) == 1 and left:
         return replace(found, defects=left[:1], equivalent=left[1:])
-    return None
+    # What many failures say, or something else than numbers, may be a milder form of the suspect.
+    many = found.complete and found.total >= SURE
+    return found if many or not any(observed[index].numeric for index in found.explained) else None
 
 
 def described(found: Diagnosis, failures: int, where: str) -> tuple[list[str], dict[str, Any] | None]:
