@@ -276,7 +276,7 @@ def test_blocks_cover_every_element_once(shape: tuple[int, ...], limit: int) -> 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_large_adapter_in_little_memory(tmp_path: Path) -> None:
-    """Two sparse 512 MiB adapters of one tensor each, within 192 MiB of memory of the audit's own."""
+    """Two sparse 512 MiB adapters of one tensor each, within 256 MiB of memory of the audit's own."""
     elements = 2**27
     header = json.dumps({"m.lora_B.weight": entry(shape=[2, elements // 2], offsets=[0, 4 * elements])}).encode()
     for name in ("before", "after"):
@@ -306,7 +306,7 @@ def test_a_large_adapter_in_little_memory(tmp_path: Path) -> None:
         done = True
         watcher.join()
         assert report.evidence.change.tensors[0].numel == 2**27
-        assert peak - start < 192 * 2**20, peak - start
+        assert peak - start < 256 * 2**20, peak - start
         print((peak - start) // 2**20, [finding.id for finding in report.findings])
     """)
     done = subprocess.run(
