@@ -41,15 +41,16 @@ def update_mistake(observations: Runs) -> str:
     return next((name for name, shown in MISTAKES.items() if seen and shown(seen)), "")
 
 
-def off_at(step: RecordedStep, optimizer: AdamW, learning_rate: float) -> bool:
-    """Whether a step's update is not this optimizer's."""
+def off_by(step: RecordedStep, optimizer: AdamW) -> dict[str, float]:
+    """How far a step's update is from this optimizer's, by parameter, where that is more than rounding."""
     before = upcast(step.before)
     expected = {**before, **optimizer.updated(before, upcast(step.gradient))}
-    return any(
-        not float((after - expected[name]).abs().max())
-        <= UPDATE * learning_rate + 1e-6 * float(before[name].abs().max())
-        for name, after in upcast(step.after).items()
-    )
+    found = {}
+    for name, after in upcast(step.after).items():
+        off = float((after - expected[name]).abs().max())
+        if not off <= UPDATE * optimizer.learning_rate + 1e-6 * float(before[name].abs().max()):
+            found[name] = off
+    return found
 
 
 def setting(key: str, value: Callable[[Observation, int], object]) -> Callable[[Runs], bool]:
@@ -84,7 +85,7 @@ def rebuilt(runs: Runs) -> bool:
             rate = run.scenario.training.learning_rate
             optimizer = AdamW(rate)
             for step in run.steps:
-                yield off_at(step, AdamW(rate) if fresh else optimizer, rate)
+                yield bool(off_by(step, AdamW(rate) if fresh else optimizer))
 
     return as_set(runs) and not any(updates(fresh=True)) and any(updates(fresh=False))
 
@@ -135,4 +136,4 @@ MISTAKES: Mapping[str, Callable[[Runs], bool]] = {
     "optimizer-rebuilt": rebuilt,
     "last-step-lost": last_lost,
 }
-"""By the name of a catalogued mistake: whether all runs show it. A weight decay of 0 may be written 0 or 0.0."""
+"""By the name of a catalogued mistake: whether all runs show it."""

@@ -8,9 +8,7 @@ from sdpo_conformance.judging.compare import number
 from sdpo_conformance.specs.claas.oracle.step_loop import AdamW
 from sdpo_conformance.specs.claas.step_loop.finding import StepFinding
 from sdpo_conformance.specs.claas.step_loop.finding import finding as any_finding
-from sdpo_conformance.specs.claas.step_loop.ground import upcast
-from sdpo_conformance.specs.claas.step_loop.step_bounds import UPDATE
-from sdpo_conformance.specs.claas.step_loop.update_mistakes import close, wanted_settings
+from sdpo_conformance.specs.claas.step_loop.update_mistakes import close, off_by, wanted_settings
 from sdpo_conformance.trainer.observation import Observation
 
 
@@ -60,22 +58,17 @@ def update_findings(observation: Observation, mistake: str) -> Iterator[StepFind
                 index,
             )
             return
-        before = upcast(step.before)
-        expected_after = {**before, **optimizer.updated(before, upcast(step.gradient))}
-        for name, after in upcast(step.after).items():
-            off = float((after - expected_after[name]).abs().max())
-            allowed = UPDATE * training.learning_rate + 1e-6 * float(before[name].abs().max())
-            if not off <= allowed:
-                yield finding(
-                    observation,
-                    mistake,
-                    f"the update of {name}",
-                    "AdamW's, on the gradients so far",
-                    f"{number(off / training.learning_rate)} learning rates away",
-                    index,
-                    detail="its moments were not kept from step to step" if mistake == "optimizer-rebuilt" else "",
-                )
-                return
+        for name, off in off_by(step, optimizer).items():
+            yield finding(
+                observation,
+                mistake,
+                f"the update of {name}",
+                "AdamW's, on the gradients so far",
+                f"{number(off / training.learning_rate)} learning rates away",
+                index,
+                detail="its moments were not kept from step to step" if mistake == "optimizer-rebuilt" else "",
+            )
+            return
         at.update(step.after)
     if lost := [name for name, w in observation.final.items() if not w.float().equal(at[name].float())]:
         back = observation.final[lost[0]].equal(observation.start[lost[0]])
