@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import pytest
-import torch
 
 from sdpo_conformance.cases.case import Case
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.judging.likeness import coarsest, roundoff
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.spec import Spec
+
+Suspect = TypeVar("Suspect")
+
+SURE = 4
+"""Failures from which on a name that explains them all, alone, is not cross-checked."""
 
 SECONDS = 1.5
 """Time for one suspect. A suspect that breaks a rule mostly does so at one of the first cases."""
@@ -24,12 +29,7 @@ SECONDS = 1.5
 
 def judged_in(cases: Sequence[Case]) -> str:
     """The dtype to ask in: half precision where only that failed, for a path of its own may be at fault."""
-
-    def coarsest(case: Case) -> torch.dtype:
-        floats = [one.dtype for one in case.tensors().values() if one.is_floating_point()]
-        return max(floats, key=lambda dtype: torch.finfo(dtype).eps)
-
-    finest = min((coarsest(case) for case in cases), key=lambda dtype: torch.finfo(dtype).eps)
+    finest = min((coarsest(case) for case in cases), key=roundoff)
     return str(finest).removeprefix("torch.")
 
 
@@ -56,3 +56,9 @@ def breaks_what_held(
         except pytest.skip.Exception:  # a rule that this dtype has no part in
             continue
     return None
+
+
+def left_standing(suspects: Sequence[Suspect], stands: Callable[[Suspect], bool], many: bool) -> list[Suspect]:
+    """The suspects that break nothing that held. Where none is left: all of them if ``many`` failures speak for them,
+    for what went wrong may be a milder form; else none."""
+    return [one for one in suspects if stands(one)] or (list(suspects) if many else [])

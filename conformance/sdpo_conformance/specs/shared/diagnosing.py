@@ -15,13 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate
-from sdpo_conformance.judging.cross_check import breaks_what_held, judged_in
+from sdpo_conformance.judging.cross_check import SURE, breaks_what_held, judged_in, left_standing
 from sdpo_conformance.judging.expectation import Expectation
+from sdpo_conformance.judging.likeness import coarsest, largest, likeness, roundoff, share
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.requirement import Level
@@ -32,17 +32,11 @@ from sdpo_conformance.specs.spec import Spec
 
 GRADIENT = "gradient."
 
-ROUNDING = 64.0
-"""Roundings of the coarsest dtype by which two implementations of one defect may differ."""
-
 LOOKED_AT = 4
 """Failures on which every entry is tried; what fits one of them is tried on all."""
 
 ENOUGH = 0.6
 """Share of the failures from which on a name is said: one of two says nothing."""
-
-SURE = 4
-"""Failures from which on a single name is not cross-checked."""
 
 GRID = 24
 """Points between a parameter's ends that are tried before the best is refined."""
@@ -150,24 +144,14 @@ def values_of(outcome: Outcome) -> dict[str, Tensor]:
 
 def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tuple[bool, float]:
     """Whether ``got`` is ``predicted`` up to rounding, and the largest deviation in parts of the largest number, or of
-    the bound where that is more: of numbers that cancel to nothing no digit is known. NaN matches NaN."""
-    if got.shape != predicted.shape:
-        return False, math.inf
-    if got.numel() == 0:
-        return True, 0.0
-    same = (got == predicted) | (got.isnan() & predicted.isnan())
-    distance = torch.where(same, 0.0, (got - predicted).abs())
-    size = predicted.abs().amax(-1, keepdim=True) if predicted.dim() else predicted.abs()
-    allowed = bound + ROUNDING * eps * torch.nan_to_num(size, posinf=0.0)
-    largest = max(float(torch.nan_to_num(one, posinf=0.0).max()) for one in (predicted.abs(), bound))
-    error = float(distance.max()) / largest if largest else float(distance.max())
-    return bool((distance <= allowed).all()), error if not math.isnan(error) else math.inf
+    the bound where that is more: of numbers that cancel to nothing no digit is known."""
+    close, off = likeness(got, predicted, bound, eps)
+    return close, share(off, largest(predicted.abs(), bound)) if predicted.numel() else off
 
 
 def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
     """Every number, wrong ones and right ones, as predicted; a wrong one must be predicted to be wrong."""
-    floats = [one for one in observed.case.tensors().values() if one.is_floating_point()]
-    eps = max(torch.finfo(one.dtype).eps for one in floats)
+    eps = roundoff(coarsest(observed.case))
     error, wrong, foreseen = 0.0, 0, 0
     for name, got in observed.values.items():
         truth = observed.truth(name)
@@ -215,9 +199,7 @@ def diagnose_spec_run(
     best = best_of(telling, [one for one in entries if one.dialect or one.violates[0] not in passed])
     if best and (len(best) > 1 or len(telling) < SURE):
         dtype = judged_in([one.case for one in telling])
-        left = [one for one in best if stands(one.defect, spec, passed, dtype)]
-        # What many failures say may be a milder form of the suspect.
-        best = left or (best if len(telling) >= SURE else [])
+        best = left_standing(best, lambda one: stands(one.defect, spec, passed, dtype), len(telling) >= SURE)
     if not best:
         return {"lines": [NO_MATCH] if telling else [], "usable_for": "", "matches": []}
     first = best[0]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from sdpo_conformance.judging.likeness import coarsest, roundoff
 from sdpo_conformance.specs.claas.defects import catalogue, combine
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import DIALECTS, Dialect
 from sdpo_conformance.specs.claas.diagnosis.fitting import best_value
 from sdpo_conformance.specs.claas.diagnosis.observed import Observed
-from sdpo_conformance.specs.claas.diagnosis.prediction import Predictor, coarsest, effect
+from sdpo_conformance.specs.claas.diagnosis.prediction import Predictor, effect
 
 LOOKED_AT = 4
 """Failures on which every defect of the catalogue is tried; what fits one of them is tried on all."""
@@ -75,7 +76,7 @@ def diagnose(observed: Sequence[Observed], passed: Iterable[str] = ()) -> Diagno
     if not observed:
         return None
     answers = []
-    half = [coarsest(one.case) > torch.finfo(torch.float32).eps for one in observed]
+    half = [roundoff(coarsest(one.case)) > roundoff(torch.float32) for one in observed]
     in_half = any(half)
     for predictor in (Predictor(native=False), Predictor(native=True)):
         pairs = in_half or not predictor.native

@@ -11,16 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sdpo_conformance.judging.call import ImplementationError, evaluate
+from sdpo_conformance.judging.likeness import coarsest, largest, likeness, roundoff, share
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
-from sdpo_conformance.specs.claas.loss_case import LossCase
-
-ROUNDING = 64.0
-"""Roundings of the coarsest dtype by which two implementations of one defect may differ."""
 
 MOST_ERROR = 0.05
 """Relative deviation beyond which a prediction is no evidence, however wide the bound."""
@@ -46,28 +42,11 @@ class Fit:
 NO_FIT = Fit(False, math.inf, frozenset())
 
 
-def coarsest(case: LossCase) -> float:
-    """The largest unit roundoff among the inputs."""
-    return max(torch.finfo(t.dtype).eps for t in case.tensors().values() if t.is_floating_point())
-
-
 def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tuple[bool, float]:
-    """Whether ``got`` is ``predicted`` up to rounding, and the largest relative deviation. NaN matches NaN.
-
-    The oracle's bound says what cancels; beyond it a prediction may be off by its own rounding, token by token.
-    """
-    if got.shape != predicted.shape:
-        return False, math.inf
-    if got.numel() == 0:
-        return True, 0.0
-    same = (got == predicted) | (got.isnan() & predicted.isnan())
-    distance = torch.where(same, 0.0, (got - predicted).abs())
-    size = predicted.abs().amax(-1, keepdim=True) if predicted.dim() else predicted.abs()
-    allowed = bound + ROUNDING * eps * torch.nan_to_num(size, posinf=0.0)
-    close = bool((distance <= allowed).all())
-    largest = float(torch.nan_to_num(predicted.abs(), posinf=0.0).max())
-    error = float(distance.max()) / largest if largest else float(distance.max())
-    return close, error if not math.isnan(error) else math.inf
+    """Whether ``got`` is ``predicted`` up to rounding, and the largest deviation in parts of the largest number
+    predicted."""
+    close, off = likeness(got, predicted, bound, eps)
+    return close, share(off, largest(predicted.abs())) if predicted.numel() else off
 
 
 def nearer(got: Tensor, predicted: Tensor, truth: Tensor) -> bool:
@@ -79,7 +58,7 @@ def nearer(got: Tensor, predicted: Tensor, truth: Tensor) -> bool:
 
 def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
     """Compare a prediction with what was observed."""
-    eps = coarsest(observed.case)
+    eps = roundoff(coarsest(observed.case))
     matched, error, aspects, wrong = True, 0.0, set(), 0
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
@@ -136,7 +115,7 @@ def effect(defect: Defect, observed: Observed) -> Effect:
     except ImplementationError:
         return Effect(False, False, 0)
     changes, spoils, predicted = False, False, 0
-    eps = coarsest(observed.case)
+    eps = roundoff(coarsest(observed.case))
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
         if truth is None or name.startswith(GRADIENT) or name not in forward:
@@ -151,7 +130,7 @@ def effect(defect: Defect, observed: Observed) -> Effect:
 
 def agree(predicted: Mapping[str, Tensor], observed: Observed) -> bool:
     """Whether the results are as predicted, gradients aside."""
-    eps = coarsest(observed.case)
+    eps = roundoff(coarsest(observed.case))
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
         if truth is None or name.startswith(GRADIENT):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdpo_conformance.judging.cross_check import breaks_what_held, judged_in
+from sdpo_conformance.judging.cross_check import SURE, breaks_what_held, judged_in, left_standing
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs import find_spec
@@ -26,9 +26,6 @@ LEADING = 2
 ENOUGH = 0.9
 """Share of the failures from which on a loss's defect is named. Chosen on fifty wrong losses, where what fitted fewer
 was mostly a neighbour of the cause."""
-
-SURE = 4
-"""Failures from which on a name that explains them all, alone, is not cross-checked."""
 
 MOST_EQUIVALENTS = 3
 """How many indistinguishable defects a line names."""
@@ -159,14 +156,16 @@ def standing(found: Diagnosis, observed: Sequence[Observed], held: Sequence[str]
         suspect = defect.implementation()
         return breaks_what_held(suspect, defect.violates, entry, spec, held, dtype) is None
 
-    left = tuple(one for one in found.equivalent if stands(one))
-    if stands(found.defects[0] if len(found.defects) == 1 else combine(*found.defects)):
-        return replace(found, equivalent=left)
-    if len(found.defects) == 1 and left:
-        return replace(found, defects=left[:1], equivalent=left[1:])
-    # What many failures say, or something else than numbers, may be a milder form of the suspect.
-    many = found.complete and found.total >= SURE
-    return found if many or not any(observed[index].numeric for index in found.explained) else None
+    single = len(found.defects) == 1
+    first = found.defects[0] if single else combine(*found.defects)
+    # Something else than numbers tells as little of how mild it is as many failures do.
+    many = (found.complete and found.total >= SURE) or not any(observed[index].numeric for index in found.explained)
+    left = left_standing((first, *found.equivalent), stands, many)
+    if left and left[0] is first:
+        return replace(found, equivalent=tuple(left[1:]))
+    if left and single:
+        return replace(found, defects=(left[0],), equivalent=tuple(left[1:]))
+    return found if many else None
 
 
 def described(found: Diagnosis, failures: int, where: str) -> tuple[list[str], dict[str, Any] | None]:

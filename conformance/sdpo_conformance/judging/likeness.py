@@ -1,0 +1,52 @@
+"""How near a number is to what a known mistake would have returned on the same input."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.cases.case import Case
+
+ROUNDING = 64.0
+"""Roundings of the coarsest dtype by which two implementations of one mistake may differ."""
+
+
+def coarsest(case: Case) -> torch.dtype:
+    """Of the dtypes that a case's numbers come in, the one that rounds most."""
+    floats = [one.dtype for one in case.tensors().values() if one.is_floating_point()]
+    return max(floats, key=roundoff)
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    """The relative size of a rounding in this dtype."""
+    return torch.finfo(dtype).eps
+
+
+def largest(*sizes: Tensor) -> float:
+    """The largest finite number among these."""
+    return max(float(torch.nan_to_num(one, posinf=0.0).max()) for one in sizes)
+
+
+def likeness(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tuple[bool, float]:
+    """Whether ``got`` is ``predicted`` up to rounding, and the largest distance. NaN matches NaN; another shape is
+    infinitely far.
+
+    The oracle's ``bound`` says what cancels; beyond it a prediction may be off by its own rounding, ``eps``, token by
+    token."""
+    if got.shape != predicted.shape:
+        return False, math.inf
+    if got.numel() == 0:
+        return True, 0.0
+    same = (got == predicted) | (got.isnan() & predicted.isnan())
+    distance = torch.where(same, 0.0, (got - predicted).abs())
+    size = predicted.abs().amax(-1, keepdim=True) if predicted.dim() else predicted.abs()
+    allowed = bound + ROUNDING * eps * torch.nan_to_num(size, posinf=0.0)
+    off = float(distance.max())
+    return bool((distance <= allowed).all()), math.inf if math.isnan(off) else off
+
+
+def share(off: float, size: float) -> float:
+    """A distance in parts of a size; as it is where that is 0."""
+    return off / size if size else off
