@@ -15,6 +15,8 @@ from sdpo_conformance.judging.implementation import load_implementation
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.reproduction.failure import failure_of
+from sdpo_conformance.reproduction.program import PROGRAMS
+from sdpo_conformance.sharded import reproduce_on_ranks
 from sdpo_conformance.specs import find_spec
 
 DEFECTS = {
@@ -57,6 +59,7 @@ DEFECTS = {
         "    result = right(i)\n    return {**result, 'loss': result['loss'] * (1 + 1e-3 * torch.rand(()))}\n",
     ),
 }
+ON_RANKS = Path(reproduce_on_ranks.__file__)
 RIGHT = "from sdpo_implementations.reference.loss import compute_sdpo_loss as right\n"
 PRELUDE = """
 import torch
@@ -68,8 +71,9 @@ def compute_sdpo_loss(i):
 """
 
 
-def run_program(path: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120, check=False)
+def run_program(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("probe", DEFECTS)
@@ -93,3 +97,21 @@ def test_reproduces_and_is_silent_once_mended(probe: str, tmp_path: Path) -> Non
     mended = run_program(program)
     assert mended.returncode == 0, mended.stdout + mended.stderr
     assert "the defect is gone" in mended.stdout
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit('no licence')\n")
+    could_not_run(program, "SystemExit: no licence")
+    program.with_suffix(".safetensors").unlink()
+    (tmp_path / "mine.py").write_text("def compute_sdpo_loss(i): ...\n")
+    could_not_run(program, "No such file")
+
+
+def could_not_run(program: Path, words: str, *options: str) -> None:
+    """Status 1 would say that the defect is there."""
+    ran = run_program(program, *options)
+    assert ran.returncode == 125, ran.stdout + ran.stderr
+    assert ran.stderr.startswith("could not run: ")
+    assert words in ran.stderr
+
+
+@pytest.mark.parametrize("program", [*sorted(PROGRAMS.glob("[!_]*.py")), ON_RANKS], ids=lambda path: path.stem)
+def test_without_torch_it_could_not_run(program: Path) -> None:
+    could_not_run(program, "No module named", "-S", "-I")

@@ -21,12 +21,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors import safe_open
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+try:
+    import torch
+    import torch.distributed as dist
+    import torch.multiprocessing as mp
+    from safetensors import safe_open
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+except ImportError as error:
+    print(f"could not run: {error}", file=sys.stderr)
+    raise SystemExit(125) from None
 
 CASE = Path(__file__).with_suffix(".safetensors")
 DEFECT, RIGHT, NOT_RUN = 1, 0, 125
@@ -58,26 +62,26 @@ def on_rank(rank: int, rendezvous: str) -> None:
 
 def status_of(rank: int, rendezvous: str) -> int:
     """One of the exit statuses; prints what is wrong."""
-    with safe_open(CASE, framework="pt") as handle:
-        facts = json.loads(handle.metadata()["facts"])
-        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  (no mapping)
-    sizes = dict(facts["sizes"])
-    kind = "cuda" if facts["device"].startswith("cuda") else "cpu"
-    device = torch.device(kind, rank % torch.cuda.device_count()) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    world = 1
-    for size in sizes.values():
-        world *= size
-    start: dict[str, Any] = (
-        {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": world} if rendezvous else {}
-    )
-    dist.init_process_group(facts["backend"], timeout=timedelta(seconds=30), **start)
-    mesh = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     try:
+        with safe_open(CASE, framework="pt") as handle:
+            facts = json.loads(handle.metadata()["facts"])
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  (no mapping)
+        sizes = dict(facts["sizes"])
+        kind = "cuda" if facts["device"].startswith("cuda") else "cpu"
+        device = torch.device(kind, rank % torch.cuda.device_count()) if kind == "cuda" else torch.device("cpu")
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        world = 1
+        for size in sizes.values():
+            world *= size
+        start: dict[str, Any] = (
+            {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": world} if rendezvous else {}
+        )
+        dist.init_process_group(facts["backend"], timeout=timedelta(seconds=30), **start)
+        mesh = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         function = getattr(implementation(facts["where"]), facts["entry"])
-    except Exception:
-        traceback.print_exc()
+    except (Exception, SystemExit) as error:
+        print(f"could not run: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return NOT_RUN
     mine = f"{rank}/"
     fields: dict[str, Any] = {
@@ -167,8 +171,12 @@ def held(tensor: torch.Tensor) -> torch.Tensor:
 
 def main() -> int:
     """The worst of the ranks' exit statuses."""
-    with safe_open(CASE, framework="pt") as handle:
-        facts = json.loads(handle.metadata()["facts"])
+    try:
+        with safe_open(CASE, framework="pt") as handle:
+            facts = json.loads(handle.metadata()["facts"])
+    except Exception as error:
+        print(f"could not run: {type(error).__name__}: {error}", file=sys.stderr)
+        return NOT_RUN
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return status_of(int(os.environ["RANK"]), "")
     print(facts["statement"])
@@ -188,7 +196,7 @@ def main() -> int:
     if all(code == RIGHT for code in codes):
         print("right on every rank")
         return RIGHT
-    return NOT_RUN if all(code == NOT_RUN for code in codes) else DEFECT
+    return NOT_RUN if NOT_RUN in codes else DEFECT  # the others may have waited for it
 
 
 if __name__ == "__main__":

@@ -6,10 +6,14 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-from safetensors.torch import load_file
+try:
+    import torch
+    from safetensors.torch import load_file
+except ImportError as error:
+    print(f"could not run: {error}", file=sys.stderr)
+    raise SystemExit(125) from None
 
 # filled in: begin
 TARGET: dict[str, Any] = {"module": "mypkg.loss", "file": "", "attribute": [], "defect": "", "search": []}
@@ -20,7 +24,11 @@ LAYOUT = "contiguous"
 OTHER = ""
 # filled in: end
 
-COULD_NOT_RUN = 125
+
+def could_not_run(error: BaseException) -> NoReturn:
+    """Says why and exits with 125: nothing is known of the defect."""
+    print(f"could not run: {type(error).__name__}: {error}", file=sys.stderr)
+    raise SystemExit(125) from None
 
 
 def implementation() -> Any:
@@ -41,9 +49,17 @@ def implementation() -> Any:
         for part in TARGET["attribute"]:
             module = getattr(module, part)
         return getattr(module, ENTRY)
+    except (Exception, SystemExit) as error:
+        could_not_run(error)
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """The tensors beside this file; exits with 125 where they, or the device, cannot be had."""
+    try:
+        torch.empty(0, device=DEVICE)
+        return load_file(Path(__file__).with_suffix(".safetensors"))
     except Exception as error:
-        print(f"could not run: {type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(COULD_NOT_RUN) from None
+        could_not_run(error)
 
 
 def lay_out(tensor: torch.Tensor) -> torch.Tensor:
@@ -129,7 +145,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     entry = implementation()
-    stored.update(load_file(Path(__file__).with_suffix(".safetensors")))
+    stored.update(inputs())
     try:
         main()
     except Exception as error:

@@ -9,10 +9,14 @@ from contextlib import suppress
 from math import inf  # noqa: F401  (a cap may be infinite)
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-from safetensors.torch import load_file
+try:
+    import torch
+    from safetensors.torch import load_file
+except ImportError as error:
+    print(f"could not run: {error}", file=sys.stderr)
+    raise SystemExit(125) from None
 
 # filled in: begin
 TARGET: dict[str, Any] = {"module": "mypkg.loss", "file": "", "attribute": [], "defect": "", "search": []}
@@ -26,7 +30,11 @@ LAYOUT = "contiguous"
 OUTPUT = "loss"
 # filled in: end
 
-COULD_NOT_RUN = 125
+
+def could_not_run(error: BaseException) -> NoReturn:
+    """Says why and exits with 125: nothing is known of the defect."""
+    print(f"could not run: {type(error).__name__}: {error}", file=sys.stderr)
+    raise SystemExit(125) from None
 
 
 def implementation() -> Any:
@@ -47,9 +55,17 @@ def implementation() -> Any:
         for part in TARGET["attribute"]:
             module = getattr(module, part)
         return getattr(module, ENTRY)
+    except (Exception, SystemExit) as error:
+        could_not_run(error)
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """The tensors beside this file; exits with 125 where they, or the device, cannot be had."""
+    try:
+        torch.empty(0, device=DEVICE)
+        return load_file(Path(__file__).with_suffix(".safetensors"))
     except Exception as error:
-        print(f"could not run: {type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(COULD_NOT_RUN) from None
+        could_not_run(error)
 
 
 stored: dict[str, torch.Tensor] = {}
@@ -429,7 +445,7 @@ def probe_frozen_head() -> None:
 
 if __name__ == "__main__":
     entry = implementation()
-    stored.update(load_file(Path(__file__).with_suffix(".safetensors")))
+    stored.update(inputs())
     probe_values()
     print("\n".join(wrong) or "no disagreement: the defect is gone")
     raise SystemExit(bool(wrong))

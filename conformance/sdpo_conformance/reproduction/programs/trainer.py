@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterable
 from math import inf, nan  # noqa: F401 - sampler log-probs below may name them
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
-import peft
-import torch
-import transformers
-from safetensors.torch import load_file
+try:
+    import peft
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+except ImportError as error:
+    print(f"could not run: {error}", file=sys.stderr)
+    raise SystemExit(125) from None
 
 # filled in: begin
 TARGET: dict[str, Any] = {"module": "mypkg.loss", "file": "", "attribute": [], "defect": "", "search": []}
@@ -40,9 +44,13 @@ BOUNDS: dict[str, float] = {}
 SETTINGS: dict[str, Any] = {}
 # filled in: end
 
-COULD_NOT_RUN = 125
-
 Named = Iterable[tuple[str, torch.Tensor | None]]
+
+
+def could_not_run(error: BaseException) -> NoReturn:
+    """Says why and exits with 125: nothing is known of the defect."""
+    print(f"could not run: {type(error).__name__}: {error}", file=sys.stderr)
+    raise SystemExit(125) from None
 
 
 def implementation() -> Any:
@@ -63,9 +71,17 @@ def implementation() -> Any:
         for part in TARGET["attribute"]:
             module = getattr(module, part)
         return getattr(module, ENTRY)
+    except (Exception, SystemExit) as error:
+        could_not_run(error)
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """The tensors beside this file; exits with 125 where they, or the device, cannot be had."""
+    try:
+        torch.empty(0, device=DEVICE)
+        return load_file(Path(__file__).with_suffix(".safetensors"))
     except Exception as error:
-        print(f"could not run: {type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(COULD_NOT_RUN) from None
+        could_not_run(error)
 
 
 stored: dict[str, torch.Tensor] = {}
@@ -83,6 +99,14 @@ def adapter(model: Any) -> dict[str, torch.Tensor]:
 
 
 def build() -> Any:
+    """``made``; exits with 125 where this transformers or peft cannot build that model."""
+    try:
+        return made()
+    except Exception as error:
+        could_not_run(error)
+
+
+def made() -> Any:
     """The model with its adapter, weights as stored."""
     config = getattr(transformers, CONFIG_CLASS)(**CONFIG)
     config._attn_implementation = "eager"
@@ -247,7 +271,7 @@ def probe_run() -> None:
 
 if __name__ == "__main__":
     entry = implementation()
-    stored.update(load_file(Path(__file__).with_suffix(".safetensors")))
+    stored.update(inputs())
     probe_run()
     print("\n".join(wrong) or "no disagreement: the defect is gone")
     raise SystemExit(bool(wrong))
