@@ -7,7 +7,7 @@ with these attributes and returns a mapping.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -240,15 +240,14 @@ class Claims:
         known = {"dtypes", "devices", "max_steps_per_batch", "expected_failures", "mesh", "dtensor"}
         if unknown := sorted(set(declared) - known):
             raise ValueError(f"SDPO_CLAIMS has unknown entries {unknown}; known: {sorted(known)}")
-        dtypes = declared.get("dtypes")
+        dtypes = listed(declared, "dtypes")
         if dtypes is not None:
-            names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            if not names or (bad := [name for name in names if name not in DTYPE_NAMES]):
+            dtypes = tuple(name.removeprefix("torch.") for name in dtypes)
+            if not dtypes or (bad := [name for name in dtypes if name not in DTYPE_NAMES]):
                 raise ValueError(
-                    f"SDPO_CLAIMS['dtypes'] must name some of {list(DTYPE_NAMES)}, got {bad if names else []}"
+                    f"SDPO_CLAIMS['dtypes'] must name some of {list(DTYPE_NAMES)}, got {bad if dtypes else []}"
                 )
-            dtypes = names
-        devices = declared.get("devices")
+        devices = listed(declared, "devices")
         steps = declared.get("max_steps_per_batch")
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"SDPO_CLAIMS['max_steps_per_batch'] must be a positive integer, got {steps!r}")
@@ -257,14 +256,25 @@ class Claims:
             isinstance(key, str) and isinstance(reason, str) and reason.strip() for key, reason in failures.items()
         ):
             raise ValueError("SDPO_CLAIMS['expected_failures'] must map requirement ids to non-empty reasons")
-        mesh = declared.get("mesh")
-        if mesh is not None and (isinstance(mesh, str) or not set(mesh) <= set(AXES)):
-            raise ValueError(f"SDPO_CLAIMS['mesh'] must list some of {list(AXES)}, got {mesh!r}")
+        mesh = listed(declared, "mesh")
+        if mesh is not None and not set(mesh) <= set(AXES):
+            raise ValueError(f"SDPO_CLAIMS['mesh'] must list some of {list(AXES)}, got {list(mesh)}")
         return cls(
             dtypes=dtypes,
-            devices=None if devices is None else tuple(str(device) for device in devices),
+            devices=devices,
             max_steps_per_batch=steps,
             expected_failures=dict(failures),
-            mesh=None if mesh is None else tuple(mesh),
+            mesh=mesh,
             dtensor=bool(declared.get("dtensor", False)),
         )
+
+
+def listed(declared: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
+    """What ``SDPO_CLAIMS`` lists under a key, or None; raises ValueError for what is no list, a bare string among
+    them."""
+    value = declared.get(key)
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence | Set):
+        raise ValueError(f"SDPO_CLAIMS['{key}'] must be a list, as in ['{value}'], got {value!r}")
+    return tuple(str(one) for one in value)

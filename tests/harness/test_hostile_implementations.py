@@ -19,6 +19,7 @@ def failure(report: Any, requirement: str = "IS-2") -> str:
     [
         ("raise RuntimeError('no kernel image')", "raised RuntimeError: no kernel image"),
         ("import sys; sys.exit(3)", "called sys.exit: 3"),
+        ("raise KeyboardInterrupt", "raised KeyboardInterrupt"),
         ("return None", "returned a NoneType, expected a mapping"),
         ("return {'loss': 1.0}", "expected a tensor to differentiate"),
         ("return {**right(i), 'loss': right(i)['loss'].detach()}", "carries no graph"),
@@ -30,6 +31,23 @@ def test_misbehaviour_is_a_verdict(judge: Any, body: str, words: str) -> None:
     report = judge(f"def compute_sdpo_loss(i):\n    {body}\n", only=["IS-2"])
     assert report.exit_status == 1
     assert words in failure(report)
+
+
+def test_threads_that_never_end_and_another_folder_change_nothing(judge: Any) -> None:
+    report = judge(
+        """
+        import os, threading, time
+        def forever():
+            time.sleep(1000)
+        def compute_sdpo_loss(i):
+            os.chdir("/")
+            if threading.active_count() < 4:
+                threading.Thread(target=forever).start()
+            return right(i)
+        """,
+        only=["IS-2"],
+    )
+    assert report.exit_status == 0, report
 
 
 def test_crashes_and_hangs_cost_one_requirement_each(judge: Any) -> None:

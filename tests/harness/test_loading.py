@@ -39,6 +39,17 @@ def test_a_file_may_import_its_neighbour(tmp_path: Path) -> None:
         ("def f(:", r"raised SyntaxError at mine.py:1"),
         ("import no_such_dependency", r"raised ModuleNotFoundError at mine.py:1: No module named"),
         ("x = 1", r"offers nothing that the CLaaS spec can call: looked for compute_sdpo_loss.*sdpo-conformance init"),
+        ("def compute_spdo_loss(i): ...", r"its compute_spdo_loss: did you mean compute_sdpo_loss\?"),
+        ("compute_sdpo_loss = {}", r"its compute_sdpo_loss is a dict, expected a function"),
+        ("def update_teacher(t, s, rate): ...", r"its update_teacher is an entry of another spec: --spec"),
+        (
+            "class Mine:\n    def compute_sdpo_loss(self, i): ...\nmine = Mine()",
+            r"its mine has compute_sdpo_loss: name \S+mine.py:mine$",
+        ),
+        ("from . import neighbour", r"attempted relative import"),
+        ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'dtypes': 'float32'}", r"must be a list, as in \['float32'\]"),
+        ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'devices': 'cuda'}", r"must be a list, as in \['cuda'\]"),
+        ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'mesh': 2}", r"must be a list"),
         ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'dtype': 1}", r"unknown entries \['dtype'\]"),
         ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'dtypes': ['float8']}", r"must name some of"),
         ("def compute_sdpo_loss(i): ...\nSDPO_CLAIMS = {'max_steps_per_batch': 0}", r"positive integer"),
@@ -50,6 +61,35 @@ def test_what_is_wrong_with_a_file(tmp_path: Path, source: str, words: str) -> N
     with pytest.raises(LoadingError, match=words) as raised:
         load_implementation(str(tmp_path / "mine.py"), find_spec("claas"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "words"),
+    [
+        ("compute_sdpo_loss", r"mine.py:compute_sdpo_loss is a function: name \S+mine.py alone$"),
+        ("other", r"is a function: name \S+mine.py alone, with other under one of these names"),
+        ("Mine", r"mine.py:Mine is a class whose compute_sdpo_loss needs an instance"),
+    ],
+)
+def test_what_is_wrong_with_an_object(tmp_path: Path, attribute: str, words: str) -> None:
+    functions = "def compute_sdpo_loss(i): ...\nother = compute_sdpo_loss\n"
+    (tmp_path / "mine.py").write_text(functions + "class Mine:\n    def compute_sdpo_loss(self, i): ...\n")
+    with pytest.raises(LoadingError, match=words):
+        load_implementation(f"{tmp_path / 'mine.py'}:{attribute}", find_spec("claas"))
+
+
+def test_a_file_of_a_package_is_told_its_name(tmp_path: Path) -> None:
+    (tmp_path / "mypkg").mkdir()
+    (tmp_path / "mypkg" / "__init__.py").touch()
+    (tmp_path / "mypkg" / "loss.py").write_text("from .kernels import compute_sdpo_loss\n")
+    with pytest.raises(LoadingError, match=r"part of a package: name the module mypkg\.loss, in "):
+        load_implementation(str(tmp_path / "mypkg" / "loss.py"), find_spec("claas"))
+
+
+def test_a_module_that_changes_the_folder_is_brought_back(here: Path) -> None:
+    (here / "mine.py").write_text("import os\nos.chdir('/')\ndef compute_sdpo_loss(i): ...\n")
+    load_implementation("mine.py", find_spec("claas"))
+    assert Path.cwd() == here
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Whatever the implementation raises becomes ``ImplementationError``: a verdict, n
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 import time
 import traceback
@@ -93,14 +94,17 @@ WATCHDOG = Watchdog()
 
 @contextmanager
 def implementation_errors(doing: str) -> Iterator[None]:
-    """Turn whatever user code raises, sys.exit included, into ``ImplementationError``."""
+    """Turn whatever user code raises, sys.exit included, into ``ImplementationError``; the current folder is as before,
+    for the suite writes by relative paths."""
+    folder = os.getcwd()
     try:
         with WATCHDOG.watching():
             yield
-    except (KeyboardInterrupt, ImplementationError):
+    except ImplementationError:
         raise
     except BaseException as error:
-        if type(error).__module__.startswith("hypothesis"):
+        from_terminal = isinstance(error, KeyboardInterrupt) and WATCHDOG.log is None  # a run's own process has none
+        if from_terminal or type(error).__module__.startswith("hypothesis"):
             raise
         text = " ".join(str(error).split()) or "no message"
         kind = "called sys.exit" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
@@ -108,6 +112,8 @@ def implementation_errors(doing: str) -> Iterator[None]:
         lost = "CUDA error" in text or type(error).__name__ == "AcceleratorError"
         where = innermost_of_user(error.__traceback__)
         raise ImplementationError(f"{doing} {kind}: {text[:300]}", "".join(frames), lost, where) from None
+    finally:
+        os.chdir(folder)
 
 
 @contextmanager

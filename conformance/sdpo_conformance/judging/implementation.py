@@ -10,12 +10,14 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdpo_conformance.judging.nothing_offered import likely_mistake, needs_instance
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.specs import specs
 from sdpo_conformance.specs.spec import Spec
@@ -39,14 +41,27 @@ class Implementation:
 
 def load_implementation(target: str, spec: Spec) -> Implementation:
     """Import ``target`` and see what it offers; raises LoadingError. ``sys.exit`` at import included."""
-    found = _find(target, spec)
+    folder = Path.cwd()
+    try:
+        found = _find(target, spec)
+    finally:
+        os.chdir(folder)  # results and reproductions are written by relative paths
     judged = [capability for capability in Capability if capability.value in spec.entries]
     offered = tuple(capability for capability in judged if callable(getattr(found, capability.value, None)))
     if not offered:
         names = ", ".join(spec.entries)
         raise LoadingError(
-            f"{target} offers nothing that the {spec.title} spec can call: looked for {names}; "
-            "'sdpo-conformance init' writes a ten-line adapter to start from"
+            f"{target} offers nothing that the {spec.title} spec can call: looked for {names}"
+            + (
+                likely_mistake(found, target, spec.entries)
+                or "; 'sdpo-conformance init' writes a ten-line adapter to start from"
+            )
+        )
+    if method := needs_instance(found, [one.value for one in offered]):
+        name = target.rpartition(":")[2]
+        raise LoadingError(
+            f"{target} is a class whose {method} needs an instance; make one in the module, as in "
+            f"'judged = {name}(...)', and name {target.rpartition(':')[0]}:judged"
         )
     try:
         claims = Claims.read(getattr(found, "SDPO_CLAIMS", None))
@@ -112,10 +127,27 @@ def near_bundled(name: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def near_file(path: Path) -> str:
+    """``; did you mean X?`` for a .py file beside the path, or nothing."""
+    known = [str(one) for one in path.parent.glob("*.py")]
+    near = difflib.get_close_matches(str(path), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def in_package(path: Path) -> str:
+    """How a file of a package is named instead, or nothing for any other."""
+    folder, parts = path.resolve().parent, [] if path.stem == "__init__" else [path.stem]
+    while (folder / "__init__.py").is_file():
+        parts.append(folder.name)
+        folder = folder.parent
+    name = ".".join(reversed(parts))
+    return f"; the file is part of a package: name the module {name}, in {folder}" if "." in name else ""
+
+
 def _from_file(path: Path) -> Any:
     if not path.is_file():
         what = "is a folder, expected a .py file" if path.is_dir() else "does not exist"
-        raise LoadingError(f"{path} {what} (looked in {Path.cwd()})")
+        raise LoadingError(f"{path} {what}{near_file(path)} (looked in {Path.cwd()})")
     if path.suffix != ".py":
         raise LoadingError(f"{path} is not a .py file; name a module with dots, or a file ending in .py")
     unique = f"_sdpo_impl_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
@@ -172,4 +204,6 @@ class _import_errors:
         if isinstance(error, SyntaxError) and error.filename:
             where = f"{Path(error.filename).name}:{error.lineno}"
         text = " ".join(str(error).split()) or "no message"
-        raise LoadingError(f"importing {self.target} raised {type(error).__name__} at {where}: {text[:300]}") from error
+        hint = in_package(Path(self.target)) if "attempted relative import" in text else ""
+        said = f"importing {self.target} raised {type(error).__name__} at {where}: {text[:300]}{hint}"
+        raise LoadingError(said) from error

@@ -131,6 +131,7 @@ def start(session: pytest.Session, others: Sequence[ForkedWorker], begin: Callab
             other.pipe.close()  # or it would not notice that this process is gone
         begin()
         serve(there, session)
+        os._exit(0)  # a thread that the implementation started would keep the process
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()

@@ -6,6 +6,7 @@ Every front door comes through here: the command line, nox, and ``sdpo_conforman
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,9 @@ from sdpo_conformance.specs import DEFAULT
 
 LOADING_SECONDS = 300.0
 """How long importing an implementation may take before the run gives up."""
+
+ENDING_SECONDS = 2.0
+"""How long the process may go on once its results are there: a thread that the implementation started never ends."""
 
 Progress = Callable[[int, int], None]
 
@@ -175,9 +179,12 @@ def run_pytest(command: Sequence[str], folder: Path, progress: Progress | None) 
             ending_on_signals(),
             started(command, log, environment) as process,
         ):
-            while process.poll() is None:
+            ended = math.inf
+            while process.poll() is None and time.monotonic() < ended:
                 time.sleep(0.05)
-                if not seen.look() and time.monotonic() - since > LOADING_SECONDS:
+                if (folder / RESULTS).exists():
+                    ended = min(ended, time.monotonic() + ENDING_SECONDS)
+                elif not seen.look() and time.monotonic() - since > LOADING_SECONDS:
                     raise RunError(f"importing the implementation took more than {LOADING_SECONDS:.0f} s")
             seen.look()
         text = log_path.read_text(encoding="utf-8", errors="replace")
