@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -74,6 +76,16 @@ def test_crashes_and_hangs_cost_one_requirement_each(judge: Any) -> None:
     hung = next(r["failure"] for r in report.failures if r["requirement"] == "KL-4")
     assert "alpha=0" in hung["words"]
     assert (report.folder / hung["reproduction"]).exists()
+    crashed = next(r["failure"] for r in report.failures if r["requirement"] == "RED-3")
+    program = [sys.executable, str(report.folder / crashed["reproduction"])]
+    assert subprocess.run(program, capture_output=True, timeout=120, check=False).returncode == 1
+
+
+def test_an_input_that_ends_the_process_at_once_is_shown(judge: Any) -> None:
+    report = judge("import os\ndef compute_sdpo_loss(i):\n    os._exit(0)\n", only=["IS-1"])
+    found = report.failures[0]["failure"]
+    assert found["words"].startswith("B=")
+    assert (report.folder / found["reproduction"]).exists()
 
 
 @pytest.mark.parametrize(

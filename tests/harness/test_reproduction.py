@@ -115,3 +115,16 @@ def could_not_run(program: Path, words: str, *options: str) -> None:
 @pytest.mark.parametrize("program", [*sorted(PROGRAMS.glob("[!_]*.py")), ON_RANKS], ids=lambda path: path.stem)
 def test_without_torch_it_could_not_run(program: Path) -> None:
     could_not_run(program, "No module named", "-S", "-I")
+
+
+def test_a_process_that_ends_is_told_from_a_call_that_returns(tmp_path: Path) -> None:
+    target, spec = tmp_path / "mine.py", find_spec("claas")
+    case = spec.parts.ordinary("float32", Capability.LOSS)
+    error = ImplementationError("ended the process")
+    error.probe, error.case = "ends", case
+    found = failure_of(tmp_path, str(target), "cpu", spec, spec.requirements()["IS-1"], Capability.LOSS, error)
+    program = tmp_path / found["reproduction"]
+    target.write_text("import os\ndef compute_sdpo_loss(i):\n    os._exit(0)\n")
+    assert run_program(program).returncode == 1
+    target.write_text("from sdpo_implementations.reference.loss import compute_sdpo_loss\n")
+    assert run_program(program).returncode == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from sdpo_conformance.cases.case import Case
 from sdpo_conformance.judging.call import ImplementationError, evaluate
 from sdpo_conformance.judging.implementation import Implementation
 from sdpo_conformance.protocol import Capability
@@ -13,9 +16,15 @@ LOSS_ENTRIES = (Capability.LOSS, Capability.FUSED, Capability.DIVERGENCE)
 
 
 def dtypes_for(
-    implementation: Implementation, spec: Spec, entry: Capability, device: str, asked: tuple[str, ...]
+    implementation: Implementation,
+    spec: Spec,
+    entry: Capability,
+    device: str,
+    asked: tuple[str, ...],
+    keep: Callable[[Case], None],
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The dtypes to judge ``entry`` in, and those it refused with the reason it gave.
+    """The dtypes to judge ``entry`` in, and those it refused with the reason it gave. ``keep`` is told each case before
+    the entry is called on it, for the call may end the process.
 
     Where neither the user nor ``SDPO_CLAIMS`` names dtypes, a clear refusal (ValueError, TypeError or
     NotImplementedError that speaks of the dtype) of a half-precision dtype means that it is not offered.
@@ -29,8 +38,10 @@ def dtypes_for(
     if entry in LOSS_ENTRIES:
         function = getattr(implementation.object, entry.value)
         for name in spec.dtypes:
+            case = spec.parts.ordinary(name, entry)
+            keep(case)
             try:
-                evaluate(function, entry, spec.parts.ordinary(name, entry), device)
+                evaluate(function, entry, case, device)
             except ImplementationError as error:
                 if is_refusal(error, name):
                     refused[name] = error.summary

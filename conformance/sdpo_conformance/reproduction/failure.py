@@ -48,7 +48,7 @@ def failure_of(
             "expected": "a result",
             "got": error.summary,
             "detail": error.details,
-            "probe": "raises",
+            "probe": error.probe,
             "secondary": False,
             "where": error.where,
         }

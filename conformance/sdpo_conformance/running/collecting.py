@@ -96,6 +96,7 @@ def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> R
     error = ImplementationError(
         cause_of_death(log, entry, running.exists(), run.options.call_timeout), "\n".join(log.splitlines()[:12])
     )
+    error.probe = "ends"
     case = running.with_suffix(".safetensors")
     if case.exists():
         with suppress(SafetensorError):  # killed while it was written

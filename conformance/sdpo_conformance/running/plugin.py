@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import pytest
@@ -27,6 +28,7 @@ from sdpo_conformance.running.forked import Everything, judge_in_forks, may_fork
 from sdpo_conformance.running.options import RunError, RunOptions, declare, expected_failures
 
 if TYPE_CHECKING:
+    from sdpo_conformance.cases.case import Case
     from sdpo_conformance.judging.implementation import Implementation
     from sdpo_conformance.specs.spec import Spec
 
@@ -111,11 +113,16 @@ class Session:
         WATCHDOG.seconds, WATCHDOG.log = self.options.call_timeout, self.crash_log
         torch.set_num_threads(1)
 
-    def dtypes_of(self, entry: Capability) -> tuple[tuple[str, ...], dict[str, str]]:
+    def dtypes_of(self, entry: Capability, scratch: Path | None) -> tuple[tuple[str, ...], dict[str, str]]:
+        """What to judge an entry in, and what it refused; ``scratch``: where a case is kept before it is tried."""
         from sdpo_conformance.judging.dtypes import dtypes_for
 
+        def keep(case: Case) -> None:
+            if scratch is not None:
+                case.save(scratch, scratch=True)
+
         if entry not in self.dtypes:
-            found = dtypes_for(self.implementation, self.spec, entry, self.device, self.options.dtypes)
+            found = dtypes_for(self.implementation, self.spec, entry, self.device, self.options.dtypes, keep)
             write_json(self.folder / "dtypes" / f"{entry.value}.json", found)
             self.dtypes[entry] = found
         return self.dtypes[entry]
@@ -296,7 +303,9 @@ def subject(request: pytest.FixtureRequest) -> Any:
     running = session.folder / "running"
     running.mkdir(parents=True, exist_ok=True)
     write_json(running / f"{key}.json", {"pid": os.getpid()})
-    dtypes, _ = session.dtypes_of(entry)
+    # a crash during a check without forks is judged anew, apart
+    scratch = None if session.options.first_cause and not session.forks else running / f"{key}.safetensors"
+    dtypes, _ = session.dtypes_of(entry, scratch)
     return Subject(
         implementation=session.implementation.object,
         entry=entry,
@@ -305,8 +314,7 @@ def subject(request: pytest.FixtureRequest) -> Any:
         seed=session.seed,
         device=session.device,
         dtypes=dtypes,
-        # a crash during a check is judged anew, apart
-        scratch=None if session.options.first_cause and not session.forks else running / f"{key}.safetensors",
+        scratch=scratch,
         spec=session.spec,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 from contextlib import suppress
 from math import inf  # noqa: F401  (a cap may be infinite)
@@ -143,6 +144,21 @@ def probe_values() -> None:
     loss_input = fresh_input()
     result = call(loss_input)
     judge_all(result, backward(loss_input, result))
+
+
+def probe_ends() -> None:
+    """The call, or its backward, ends the process or does not return: it is made in a process of its own."""
+    returned = 77  # a status that says that it came to its end
+    if "here" in sys.argv:
+        loss_input = fresh_input()
+        backward(loss_input, call(loss_input))
+        raise SystemExit(returned)
+    try:
+        called = subprocess.run([sys.executable, __file__, "here"], stdout=subprocess.DEVNULL, timeout=60, check=False)
+        if called.returncode != returned:
+            wrong.append(f"the process ended with status {called.returncode}")
+    except subprocess.TimeoutExpired:
+        wrong.append("the call did not return within 60 s")
 
 
 def probe_raises() -> None:
