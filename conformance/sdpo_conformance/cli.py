@@ -223,7 +223,7 @@ def explain(
         str,
         typer.Argument(
             metavar="NAME",
-            help="a requirement, a family, a defect, an entry or a status",
+            help="a requirement, family, defect, entry, spec, status or level",
             autocompletion=names_to_explain,
         ),
     ],

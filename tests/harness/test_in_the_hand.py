@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import pytest
 
 from sdpo_conformance import RunError
 from sdpo_conformance.report.base_comparison import compared
+from sdpo_conformance.report.explaining import explanations
+from sdpo_conformance.report.listing import listing
 from sdpo_conformance.report.sarif import github_annotations, sarif
 from sdpo_conformance.running.children import started
 from sdpo_conformance.running.options import RunOptions, expected_failures
 from sdpo_conformance.specs import find_spec
-from sdpo_conformance.specs.rule_index import defect_index, rule_index
+from sdpo_conformance.specs.rule_index import rule_index
 
 
 def record(requirement: str, status: str) -> dict[str, object]:
@@ -34,7 +37,7 @@ def test_the_index_says_what_the_import_says() -> None:
 
 
 def test_commands_without_a_run_import_no_torch(tmp_path: Path) -> None:
-    for arguments in (["list", "requirements"], ["list", "defects"], ["explain", "IS-6"], ["--version"]):
+    for arguments in (["list", "requirements"], ["list", "specs"], ["explain", "IS-6"], ["--version"]):
         probe = (
             f"import sys; sys.argv[1:] = {arguments!r}\nfrom sdpo_conformance.cli import app\n"
             "try:\n    app()\nexcept SystemExit as end:\n    assert not end.code\nassert 'torch' not in sys.modules"
@@ -45,13 +48,22 @@ def test_commands_without_a_run_import_no_torch(tmp_path: Path) -> None:
 
 
 def test_every_catalogued_name_is_explained() -> None:
-    from sdpo_conformance.report.explaining import explanations
-
     spec = find_spec("claas")
-    for defect in defect_index(spec):
-        assert explanations(defect.name, spec)
+    catalogued = set(importlib.import_module(f"{spec.package}.defects").catalogue())
+    assert catalogued <= {name.removeprefix("defect:") for name, _ in listing("defects", spec)}
+    for name in catalogued:
+        assert explanations(name, spec)
     with pytest.raises(ValueError, match="did you mean dropped-importance-sampling"):
         explanations("dropped-importance-samplin", spec)
+
+
+@pytest.mark.parametrize("name", ["MUST", "should", "trl", "CLaaS", "not judged", "importance sampling", "trainer"])
+def test_what_else_a_report_prints_is_explained(name: str) -> None:
+    assert explanations(name, find_spec("claas"))
+
+
+def test_a_name_of_another_spec_is_found_there() -> None:
+    assert explanations("dropped-importance-sampling", find_spec("trl"))
 
 
 def test_expected_failures_are_read_with_their_reasons(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""``explain``: a requirement, a family, a catalogued defect, an entry or a status, in full."""
+"""``explain``: a requirement, a family, a catalogued defect, an entry, a spec, a status or a level, in full."""
 
 from __future__ import annotations
 
 import difflib
 import textwrap
+from contextlib import suppress
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -12,10 +13,17 @@ from rich.text import Text
 
 from sdpo_conformance.protocol import ENTRIES
 from sdpo_conformance.specs import specs
-from sdpo_conformance.specs.rule_index import CataloguedDefect, Rule, defect_index, part_source, rule_index
+from sdpo_conformance.specs.rule_index import (
+    CataloguedDefect,
+    Rule,
+    computed_defects,
+    defect_index,
+    part_source,
+    rule_index,
+)
 from sdpo_conformance.specs.spec import Spec
 
-STATUSES = {
+WORDS = {
     "passed": "Every example met the rule.",
     "failed": "An example broke the rule; the report shows the smallest that was found.",
     "expected failure": "It failed, and SDPO_CLAIMS or --xfails says that it does, with the reason.",
@@ -23,7 +31,10 @@ STATUSES = {
     "expectation.",
     "not judged": "It could not be judged here; the reason is beside it.",
     "internal error": "The suite itself failed; nothing is said about the implementation. Please report it.",
+    "MUST": "A rule that decides about conforming; the published code itself meets every one.",
+    "SHOULD": "A rule that is judged and reported, and decides nothing: published code, or plain PyTorch, may miss it.",
 }
+"""Statuses and levels, as reports print them."""
 
 
 def explanations(name: str, spec: Spec) -> list[RenderableType]:
@@ -31,11 +42,17 @@ def explanations(name: str, spec: Spec) -> list[RenderableType]:
     one, with what is near it."""
     try:
         return explained_by(name, spec)
-    except ValueError:
+    except ValueError as unknown:
         for other in specs():
-            if other.name != spec.name and sounds_like(name, other):
-                return explained_by(name, other)
-        raise
+            if other.name != spec.name and (sounds_like(name, other) or is_catalogued(name, other)):
+                with suppress(ValueError):
+                    return explained_by(name, other)
+        raise unknown from None
+
+
+def is_catalogued(name: str, spec: Spec) -> bool:
+    """Whether a defect of ``spec`` bears this name; what is computed is not looked at."""
+    return name.strip().removeprefix("defect:") in {defect.name for defect in defect_index(spec)}
 
 
 def sounds_like(name: str, spec: Spec) -> bool:
@@ -61,32 +78,34 @@ def explained_by(name: str, spec: Spec) -> list[RenderableType]:
     parts = wanted.removeprefix("defect:").split("+")
     if all(part in defects for part in parts):
         return [explained_defect(defects[part], spec) for part in parts]
+    for one in specs():
+        if wanted in (one.name, one.title):
+            return [explained_spec(one)]
     for entry, row in ENTRIES.items():
         if wanted in (entry.value, row.label, row.column):
             head = Text(f"{entry.value} ({row.label})", style="bold")
             call = table_of([("called", f"{entry.value}{row.signature}")])
             return [Group(head, Padding(call, (0, 0, 0, 2)))]
-    if wanted.lower() in STATUSES:
-        return [Group(Text(wanted.lower(), style="bold"), Padding(Text(STATUSES[wanted.lower()]), (0, 0, 0, 2)))]
-    if wanted.removeprefix("defect:") in late(spec):
-        return [late(spec)[wanted.removeprefix("defect:")]]
+    for word in (wanted.lower(), wanted.upper()):
+        if word in WORDS:
+            return [Group(Text(word, style="bold"), Padding(Text(WORDS[word]), (0, 0, 0, 2)))]
+    defects |= {defect.name: defect for defect in computed_defects(spec)}
+    if all(part in defects for part in parts):
+        return [explained_defect(defects[part], spec) for part in parts]
     known = [rule.id for rule in rule_index(spec)] + list(defects) + [entry.value for entry in ENTRIES]
     near = difflib.get_close_matches(wanted.upper(), known, n=2) or difflib.get_close_matches(wanted, known, n=3)
-    hint = f"; did you mean {' or '.join(near)}" if near else ""
-    raise ValueError(
-        f"nothing is called {name!r}{hint}. Requirements and defects: sdpo-conformance list requirements | defects"
-    )
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"nothing is called {name!r} in {spec.label}{hint}; sdpo-conformance list requirements | defects")
 
 
-def late(spec: Spec) -> dict[str, Text]:
-    """Defects whose words are computed: by importing the catalogue, and with it torch."""
-    import importlib
-
-    module = importlib.import_module(f"{spec.package}.defects")
-    return {
-        name: Text.assemble((name, "bold"), f"\n  wrong    {one.sentence}", f"\n  fix      {one.fix}")
-        for name, one in module.catalogue().items()
-    }
+def explained_spec(spec: Spec) -> RenderableType:
+    """Name and version, whose code it was read from, its entries, how to judge by it."""
+    lines = [
+        ("source", spec.source),
+        ("entries", ", ".join(spec.entries)),
+        ("judge", f"sdpo-conformance check IMPL --spec {spec.name}"),
+    ]
+    return Group(Text(f"{spec.name} ({spec.label})", style="bold"), Padding(table_of(lines), (0, 0, 0, 2)))
 
 
 def explained_rule(rule: Rule, spec: Spec, alone: bool) -> RenderableType:

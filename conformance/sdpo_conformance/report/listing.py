@@ -1,4 +1,4 @@
-"""``list``: what there is to name, one a line, without importing torch."""
+"""``list``: what there is to name, one a line. Torch is imported for computed defects alone, once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec as find_module
 from pathlib import Path
 
 from sdpo_conformance.specs import specs
-from sdpo_conformance.specs.rule_index import defect_index, rule_index
+from sdpo_conformance.specs.rule_index import computed_defects, defect_index, rule_index
 from sdpo_conformance.specs.spec import Spec
 
 KINDS = ("requirements", "defects", "implementations", "specs")
@@ -19,7 +19,7 @@ def listing(kind: str, spec: Spec) -> Iterator[tuple[str, str]]:
         for rule in rule_index(spec):
             yield rule.id, f"{rule.statement}{' (SHOULD)' if rule.level == 'SHOULD' else ''}"
     elif kind == "defects":
-        for defect in defect_index(spec):
+        for defect in (*defect_index(spec), *computed_defects(spec)):
             yield (
                 f"defect:{defect.name}",
                 f"{defect.sentence} ({defect.violates[0] if defect.violates else 'a dialect'})",

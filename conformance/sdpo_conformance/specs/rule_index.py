@@ -121,6 +121,23 @@ def _defects(package: str) -> tuple[CataloguedDefect, ...]:
     return kept(f"defects.{package}", CataloguedDefect, lambda: read_defects(package))
 
 
+def computed_defects(spec: Spec) -> tuple[CataloguedDefect, ...]:
+    """The rest of the catalogue: names and words that are computed. Importing it takes seconds, once for as long as no
+    source changes."""
+    return _computed(spec.name)
+
+
+@lru_cache
+def _computed(name: str) -> tuple[CataloguedDefect, ...]:
+    spec = find_spec(name)
+    read = {one.name for one in defect_index(spec)}
+
+    def rest() -> tuple[CataloguedDefect, ...]:
+        return tuple(one for one in _imported_defects(spec.package) if one.name not in read)
+
+    return kept(f"computed.{spec.package}", CataloguedDefect, rest)
+
+
 def read_defects(package: str) -> tuple[CataloguedDefect, ...]:
     """The catalogue of a spec's package, read from its source."""
     found = tuple(defect for path in modules(f"{package}.defects", "*.py") for defect in defects_of(path))
@@ -130,7 +147,7 @@ def read_defects(package: str) -> tuple[CataloguedDefect, ...]:
 def _imported_defects(package: str) -> Iterator[CataloguedDefect]:
     """The catalogue of a spec whose entries are made by functions: it has to be imported."""
     module = importlib.import_module(f"{package}.defects")
-    for one in (*module.catalogue().values(), *module.DIALECTS, *getattr(module, "TEACHERS", ())):
+    for one in (*module.catalogue().values(), *getattr(module, "DIALECTS", ()), *getattr(module, "TEACHERS", ())):
         yield CataloguedDefect(one.name, one.sentence, one.violates, one.fix, one.usable_for, "defects", {})
 
 
