@@ -200,7 +200,9 @@ def summary(
 
 @app.command("list")
 def list_command(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="requirements, defects, implementations or specs")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="requirements, defects, implementations or specs", show_default=False)
+    ] = "",
     spec: SpecName = DEFAULT,
 ) -> None:
     """List what there is to name: requirements, defects, implementations or specs."""
@@ -210,6 +212,8 @@ def list_command(
     from sdpo_conformance.specs import find_spec
 
     with one_line_errors():
+        if not kind:
+            raise RunError(f"list what? one of {', '.join(KINDS)}")
         if kind not in KINDS:
             raise RunError(f"nothing to list under {kind!r}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}")
         found = list(listing(kind, find_spec(spec)))

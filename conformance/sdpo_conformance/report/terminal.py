@@ -78,6 +78,10 @@ EVERYWHERE = 3
 """So many requirements that end in the same error are one finding."""
 
 
+UNKNOWN_INPUT = ("AttributeError", "TypeError", "KeyError")
+"""Errors of who expects another input."""
+
+
 def block(label: str, lines: Sequence[Text], width: int, style: str = "bold") -> Table:
     """A label, and behind it lines that are wrapped under themselves."""
     table = Table.grid()
@@ -109,10 +113,14 @@ def everywhere_text(groups: Sequence[Sequence[Mapping[str, Any]]], results: Mapp
     where = failure.get("where") or results.get("places", {}).get(record["entry"], "")
     if where:
         lines.append(Text(f"at {where}"))
-    if fields := fields_of(record["entry"], find_spec(results["spec"]["name"])):
-        lines.append(Text(f"{record['entry']} gets {fields}", style="dim"))
+    lines.append(Text(gets(record["entry"], results), style="dim"))
     lines.append(Text(f"the same in {len(groups)} requirements: {ids}", style="dim"))
     return block("raises", lines, 8, "bold red")
+
+
+def gets(entry: str, results: Mapping[str, Any]) -> str:
+    """What an entry is called with, in a line."""
+    return f"{entry} gets {fields_of(entry, find_spec(results['spec']['name']))}"
 
 
 def fields_of(entry: str, spec: Spec) -> str:
@@ -250,6 +258,8 @@ def failure_text(group: Sequence[Mapping[str, Any]], results: Mapping[str, Any] 
     entries = ", ".join(COLUMNS.get(entry["entry"], "") for entry in group if entry["entry"] in COLUMNS)
     if failure.get("kind") == "error":
         lines.append(Text(failure["summary"]))
+        if results is not None and any(f" raised {kind}:" in failure["summary"] for kind in UNKNOWN_INPUT):
+            lines.append(Text(gets(record["entry"], results), style="dim"))
     else:
         lines.append(Text(f"{failure['aspect']}: expected {failure['expected']}, got {failure['got']}"))
         if failure.get("detail"):

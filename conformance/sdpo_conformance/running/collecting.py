@@ -73,9 +73,10 @@ def place(function: Any) -> str:
     """``path/to/loss.py:12``, where the user wrote the function; empty where Python cannot tell."""
     function = inspect.unwrap(function)
     function = getattr(function, "func", function)
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if code is None:
-        code = getattr(getattr(type(function), "forward", None), "__code__", None)
+    kind = function if inspect.isclass(function) else type(function)
+    methods = (getattr(kind, name, None) for name in ("forward", "__call__", "__init__"))
+    candidates = (getattr(function, "__func__", function), *methods)
+    code = next((found for one in candidates if (found := getattr(one, "__code__", None)) is not None), None)
     if code is None:
         return ""
     path = Path(code.co_filename)
