@@ -1,4 +1,5 @@
-"""Put the tables of published/ into index.md and own-rules.md, between their markers.
+"""Draw the pages and badges of published/ anew from its matrix.json, and put its tables into index.md and own-rules.md,
+between their markers.
 
 sdpo-conformance matrix A B C --out docs/results/published
 sdpo-conformance matrix A B --spec trl --out docs/results/published/trl
@@ -7,11 +8,14 @@ python docs/pages/publish.py
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 from sdpo_conformance.matrix.cells import Row, rows_of, tally
 from sdpo_conformance.matrix.columns import Column
 from sdpo_conformance.matrix.gather import read_columns
+from sdpo_conformance.matrix.matrix_files import write_matrix
 
 HERE = Path(__file__).parents[1] / "results"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -66,14 +70,25 @@ def rewrite(page: Path, lines: list[str]) -> None:
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
+def redrawn(folder: Path) -> list[Column]:
+    """The columns of a stored matrix, its page and badges written as they are drawn today."""
+    content = json.loads((folder / "matrix.json").read_text(encoding="utf-8"))
+    columns = read_columns(folder / "matrix.json")
+    badges = (folder / "badges").is_dir()
+    write_matrix(folder, content, columns, rows_of(columns))
+    if not badges:
+        shutil.rmtree(folder / "badges")
+    return columns
+
+
 def main() -> None:
-    """Rewrite index.md and own-rules.md."""
+    """Rewrite the pages, index.md and own-rules.md."""
     published = HERE / "published"
-    columns = read_columns(published / "matrix.json")
+    columns = redrawn(published)
     rewrite(HERE / "index.md", [*machines(columns), "", *table(columns)])
     sections: list[str] = []
     for name in SPECS:
-        columns = read_columns(published / name / "matrix.json")
+        columns = redrawn(published / name)
         sections += [f"## {name}", "", *machines(columns), "", *table(columns), ""]
     rewrite(HERE / "own-rules.md", sections[:-1])
 

@@ -49,6 +49,15 @@ def test_what_is_not_offered_not_selected_or_not_there(make_column: Make, make_a
     assert cell_of(make_absent(standing=Standing.COULD_NOT_RUN), "IS-2").status is CellStatus.COULD_NOT_RUN
 
 
+def test_a_requirement_that_the_run_did_not_know_is_not_called_not_offered(
+    make_results: Callable[..., dict[str, Any]],
+) -> None:
+    results = make_results()
+    results["records"] = [one for one in results["records"] if one["requirement"] != "IS-2"]
+    cell = cell_of(Column("a", Standing.JUDGED, "cpu", results=results), "IS-2")
+    assert (cell.status, cell.reason) == (CellStatus.NOT_JUDGED, "the requirement is newer than this run")
+
+
 def test_rows_follow_the_spec_and_the_selection(make_column: Make, make_absent: Make) -> None:
     assert [row.id for row in rows_of([make_column()])] == list(find_spec("claas").requirements())
     assert {row.family for row in rows_of([make_column(only=["IS"])])} == {"IS"}

@@ -16,6 +16,7 @@ from sdpo_conformance.matrix.columns import LARGEST_INPUT, Column, Standing
 from sdpo_conformance.matrix.document import document, exit_status
 from sdpo_conformance.matrix.gather import gather, read_columns
 from sdpo_conformance.matrix.matrix_files import badge_names, write_matrix
+from sdpo_conformance.matrix.page import head
 from sdpo_conformance.matrix.provenance import version_of
 from sdpo_conformance.running.options import RunError
 
@@ -71,6 +72,23 @@ def test_badge(make_column: Make, statuses: dict[str, str], color: str, words: s
     found = badge(make_column(statuses=statuses))
     assert (found["schemaVersion"], found["label"], found["color"]) == (1, "CLaaS 1.0 SDPO", color)
     assert words in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"entries": ("compute_response_logprobs",)}, "response log-probs alone"),
+        ({"only": ["IS"]}, "only IS"),
+    ],
+)
+def test_a_part_wears_no_green(make_column: Make, more: dict[str, Any], words: str) -> None:
+    part = make_column(**more)
+    assert part.scope == words
+    assert badge(part)["color"] == "yellowgreen"
+    found = head(part, rows_of([part]))
+    assert found["tone"] == "claimed"
+    assert words in found["verdict"]
+    assert "conforming" not in found["verdict"]
 
 
 def test_badge_of_what_was_not_judged(make_absent: Make) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from sdpo_conformance import run
+from sdpo_conformance.matrix.single import single_page
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -247,6 +250,44 @@ CONTRAST = """() => {
   }
   return [...poor];
 }"""
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run of a loss that drops the ratio, with hostile text in its name."""
+    folder = tmp_path_factory.mktemp("single")
+    report = run("defect:dropped-importance-sampling", profile="quick", only=["IS-2"], jobs=1, out=folder / "run")
+    hostile = {**report.results, "implementation": "<script>alert(1)</script>"}
+    hostile["diagnosis"] = {**hostile["diagnosis"], "lines": ["<img src=x onerror=alert(1)>"]}
+    page = folder / "page.html"
+    page.write_text(single_page(hostile, report.folder), encoding="utf-8")
+    return page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_one_run_says_its_verdict_and_shows_the_tensors(
+    browser: Any, single: Path, width: int, scheme: Any
+) -> None:
+    shown = Opened(browser, single, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = shown.page
+    assert page.evaluate(CONTRAST) == []
+    expect(page.get_by_role("region", name="Verdict")).to_contain_text("NOT CONFORMING to CLaaS 1.0: ")
+    expect(page.get_by_role("region", name="Verdict")).to_contain_text("<img src=x onerror=alert(1)>")
+    rows = page.get_by_role("region", name="Tensors").locator("details[open] tbody tr")
+    wrong = rows.filter(has_text="✗").locator("th").all_inner_texts()
+    assert "distill_loss" in wrong
+    assert "kl_reg" not in wrong
+    ratio = rows.filter(has_text="importance ratio r").locator("td").nth(1)
+    assert 0 < float(ratio.inner_text()) <= 5
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    overlapping = page.evaluate(
+        "[...document.querySelectorAll('.tensors details[open] tr')].filter(row => [...row.cells].some("
+        "cell => cell.scrollWidth > cell.clientWidth + 1)).length"
+    )
+    assert overlapping == 0
+    assert shown.trouble == []
+    shown.context.close()
 
 
 @pytest.mark.parametrize("width", [320, 390, 800])

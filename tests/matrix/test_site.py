@@ -42,6 +42,7 @@ def test_a_broken_link_fails_the_build(tmp_path: Path, link: str) -> None:
     source = tmp_path / "docs"
     source.mkdir()
     shutil.copy(DOCS / "conf.py", source)
+    shutil.copytree(DOCS / "_static", source / "_static")
     (source / "results" / "published").mkdir(parents=True)
     shutil.copy(DOCS / "spec.md", source)
     (source / "index.md").write_text(f"# Start\n\n{link}\n\n```{{toctree}}\nspec\n```\n")

@@ -23,8 +23,8 @@ def badge(column: Column) -> dict[str, Any]:
         message, color = f"{met}/{judged} MUST", "red"
     elif not verdict["conforming"]:
         message, color = f"{met}/{judged} MUST, rest claimed", "yellow"
-    elif column.results is not None and column.results["run"]["only"]:
-        message, color = f"{met}/{judged} MUST of {' '.join(column.results['run']['only'])} only", "yellowgreen"
+    elif column.scope:
+        message, color = f"{column.scope}, {met}/{judged} MUST", "yellowgreen"
     else:
         message, color = f"conforming, {met}/{judged} MUST", "brightgreen"
     return {"schemaVersion": 1, "label": f"{spec_of([column]).label} SDPO", "message": message, "color": color}

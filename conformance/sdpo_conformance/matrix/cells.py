@@ -118,6 +118,9 @@ def cell_of(column: Column, id: str) -> Cell:
         return Cell(next(status for status in CellStatus if status in statuses), records)
     if not selects(column.results["run"]["only"], id):
         return Cell(CellStatus.NOT_JUDGED, reason="this run was limited with --only to other requirements")
+    known = spec_of([column]).requirements().get(id)
+    if known is not None and {entry.value for entry in known.capabilities} & set(column.results["offered"]):
+        return Cell(CellStatus.NOT_JUDGED, reason="the requirement is newer than this run")
     return Cell(CellStatus.NOT_OFFERED, reason="it offers no entry that this requirement is tested through")
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.judging.records import Status
+from sdpo_conformance.protocol import Capability
+from sdpo_conformance.report.results import scope_of
 
 LARGEST_INPUT = 64 * 1024
 """Bytes of a reproduction's input that is taken into the document; a larger one stays in the run's folder."""
@@ -53,6 +55,13 @@ class Column:
     def verdict(self) -> Mapping[str, Any] | None:
         """The verdict of the run, or None where there was none."""
         return None if self.results is None else self.results["verdict"]
+
+    @property
+    def scope(self) -> str:
+        """What alone was judged: "only IS", "response log-probs alone"; empty for all of a loss or a trainer."""
+        if self.results is None:
+            return ""
+        return scope_of([Capability(name) for name in self.results["offered"]], self.results["run"])
 
     @property
     def internal_errors(self) -> list[str]:

@@ -15,9 +15,14 @@ def document(columns: Sequence[Column], created: datetime | None = None) -> dict
     when = created or datetime.now(UTC)
     return {
         "format": FORMAT,
-        "created": when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "created": time_stamp(when),
         "implementations": [column.as_json() for column in columns],
     }
+
+
+def time_stamp(when: datetime) -> str:
+    """``2026-11-27T21:19:32Z``."""
+    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def exit_status(columns: Sequence[Column]) -> int:

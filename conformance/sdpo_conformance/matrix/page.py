@@ -14,11 +14,14 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdpo_conformance.matrix.cells import Cell, CellStatus, Row, cell_of, spec_of, tally
 from sdpo_conformance.matrix.columns import Column
 from sdpo_conformance.protocol import ENTRIES, Capability
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MARKS = {
     CellStatus.PASSED: "✓",
@@ -36,18 +39,24 @@ MARKS = {
 SHOWN_IN_FAILURE = ("summary", "aspect", "expected", "got", "detail", "words", "kind", "secondary", "reproduction")
 
 
-def page(columns: Sequence[Column], rows: Sequence[Row], created: str) -> str:
-    """The whole page; ``created`` is the document's time stamp."""
+def templates() -> Environment:
+    """The templates of this folder, everything escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("sdpo_conformance.matrix", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    families = spec_of(columns).families
+
+
+def page(columns: Sequence[Column], rows: Sequence[Row], created: str, above: str = "", below: str = "") -> str:
+    """The whole page; ``created`` is the document's time stamp, ``above`` and ``below`` are markup around the table."""
+    environment = templates()
+    spec = spec_of(columns)
+    families = spec.families
     files = resources.files("sdpo_conformance.matrix")
     script, style = ((files / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment.filters["breakable"] = breakable
@@ -73,6 +82,9 @@ def page(columns: Sequence[Column], rows: Sequence[Row], created: str) -> str:
         counts={status: count for status, count in counts.items() if count},
         created=created,
         requirements=len(rows),
+        spec=spec.label,
+        above=above,
+        below=below,
         data=embedded(view(columns, rows, cells)),
         script=script,
         style=style,
@@ -97,8 +109,8 @@ def head(column: Column, rows: Sequence[Row]) -> dict[str, Any]:
     verdict, words = column.results["verdict"], f"{met}/{judged} MUST"
     if column.internal_errors:
         tone, status, words = "odd", CellStatus.INTERNAL_ERROR, f"suite error · {words}"
-    elif verdict["conforming"] and verdict["passed"] and column.results["run"]["only"]:
-        tone, status, words = "claimed", CellStatus.PASSED, f"{' '.join(column.results['run']['only'])} only · {words}"
+    elif verdict["conforming"] and verdict["passed"] and column.scope:
+        tone, status, words = "claimed", CellStatus.PASSED, f"{column.scope} · {words}"
     elif verdict["conforming"] and verdict["passed"]:
         tone, status, words = "good", CellStatus.PASSED, f"conforming · {words}"
     elif verdict["passed"]:

@@ -1,17 +1,20 @@
-"""``run --html``: the matrix page of one implementation, and for each failing input its tensors beside the oracle's."""
+"""``run --html``: the matrix page of one implementation, with its verdict, and for each failing input its tensors
+beside the oracle's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.matrix.cells import rows_of
 from sdpo_conformance.matrix.columns import Column
-from sdpo_conformance.matrix.page import page
+from sdpo_conformance.matrix.document import time_stamp
+from sdpo_conformance.matrix.page import page, templates
 from sdpo_conformance.matrix.provenance import version_of
+from sdpo_conformance.protocol import Capability
 
 MOST_SHOWN = 12
 """Failing inputs that are written out."""
@@ -20,43 +23,51 @@ MOST_VALUES = 16
 """Values of one tensor that are written out."""
 
 
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor at the worst token: what was given or came back, and the truth, empty where there is none. ``wrong``:
+    they differ by more than the bound."""
+
+    name: str
+    got: str
+    truth: str = ""
+    wrong: bool = False
+
+
 def single_page(results: Mapping[str, Any], folder: Path) -> str:
     """The page of one run, whole; ``folder`` holds what was observed."""
     column = Column.judged(results, folder, version_of(results["implementation"]))
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    text = page([column], rows_of([column], results["run"]["only"]), created)
-    tables = "".join(tensors_of(results, folder))
-    section = f"<section class='tensors'><h2>Tensors of the failing tokens</h2>{tables}</section>" if tables else ""
-    return (
-        text.replace("</main>", f"{section}</main>", 1)
-        if "</main>" in text
-        else text.replace("</body>", f"{section}</body>", 1)
+    judged = {record["requirement"] for record in results["records"]}
+    rows = [row for row in rows_of([column], results["run"]["only"]) if row.id in judged]
+    parts = templates().get_template("single.html.jinja").module
+    return page(
+        [column],
+        rows,
+        time_stamp(datetime.now(UTC)),
+        above=parts.above(results),  # type: ignore[attr-defined]
+        below=parts.below(list(tensors_of(results, folder))),  # type: ignore[attr-defined]
     )
 
 
-def tensors_of(results: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    """A table for each failing input: what went in, each intermediate of the oracle, and what came back beside it."""
-    shown = 0
-    for record in results["records"]:
-        name = record["failure"].get("observed")
-        if record["status"] != "failed" or not name or not (folder / name).is_file() or shown == MOST_SHOWN:
-            continue
-        shown += 1
-        title = f"{record['requirement']} through {record['entry']}"
-        rows = "".join(
-            f"<tr><th>{escape(head)}</th><td>{escape(got)}</td><td>{escape(truth)}</td></tr>"
-            for head, got, truth in beside(results, folder / name)
-        )
-        yield (
-            f"<h3>{escape(title)}</h3><p>{escape(record['failure'].get('words', ''))}</p><div style='overflow-x:auto'>"
-            f"<table><thead><tr><th>tensor</th><th>given or returned</th><th>oracle, float64</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table></div>"
-        )
+def tensors_of(results: Mapping[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+    """A table for each failing input: what went in, each intermediate of the oracle, and what came back beside it. The
+    failures that name a rule come first, so that none of them is left out for one that follows."""
+    failed = [record for record in results["records"] if record["status"] == "failed"]
+    failed.sort(key=lambda record: bool(record["failure"].get("secondary")))
+    observed = [
+        record for record in failed if (name := record["failure"].get("observed")) and (folder / name).is_file()
+    ]
+    for record in observed[:MOST_SHOWN]:
+        yield {
+            "requirement": record["requirement"],
+            "entry": record["entry"],
+            "words": record["failure"].get("words", ""),
+            "rows": list(beside(results, record["entry"], folder / record["failure"]["observed"])),
+        }
 
 
-def beside(results: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str, str]]:
-    """(name, given or returned, truth): the inputs at the worst token, the oracle's intermediates there, the results
-    and gradients."""
+def beside(results: Mapping[str, Any], entry: str, path: Path) -> Iterator[TensorRow]:
+    """The inputs at the worst token, the oracle's intermediates there, the results and gradients."""
     import torch
     from safetensors.torch import load_file
 
@@ -66,25 +77,31 @@ def beside(results: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str, s
     case = parts.load(path)
     got = {name.removeprefix("got."): value for name, value in load_file(path).items() if name.startswith("got.")}
     truth = parts.intermediates(case)
-    gradient = next((value for name, value in got.items() if name.startswith("gradient.") and value.dim() == 3), None)
-    token = (0, 0)
-    true = truth.returned.get("gradient.student_logits")
-    if gradient is not None and true is not None and gradient.shape == true.shape and gradient.numel():
-        wrong = torch.nan_to_num(gradient - true, nan=torch.inf).abs().amax(-1)
-        token = tuple(int(index) for index in torch.unravel_index(wrong.argmax(), wrong.shape))  # type: ignore[assignment]
-    yield "token", f"row {token[0]}, position {token[1]}", ""
+    bounds = parts.expectations(case, Capability(entry))
+    expected = {**bounds.results, **{f"gradient.{name}": one for name, one in bounds.gradients.items()}}
     shape = tuple(case.tensors()["response_ids"].shape)
-    for name, tensor in case.tensors().items():
-        local = tensor[token] if tuple(tensor.shape[:2]) == shape and tensor[..., :1].numel() else tensor
-        yield name, values(local), ""
-    for head, tensor in truth.per_token.items():
-        if tensor.numel():
-            yield head, "not returned", values(tensor[token])
+
+    def each_token(tensor: Any) -> bool:
+        return tensor.dim() >= 2 and tuple(tensor.shape[:2]) == shape and tensor[..., :1].numel() > 0
+
+    token = (0, 0)
     for name, value in got.items():
-        expected = truth.returned.get(name)
-        here = tuple(value.shape[:2]) == shape and value.dim() >= 2
-        told = values(expected[token] if here else expected) if isinstance(expected, torch.Tensor) else ""
-        yield name, values(value[token] if here else value), told
+        if each_token(value) and name in expected and expected[name].value.shape == value.shape:
+            excess = expected[name].excess(value).reshape(*shape, -1).amax(-1)
+            token = tuple(int(index) for index in torch.unravel_index(excess.argmax(), excess.shape))  # type: ignore[assignment]
+            break
+    yield TensorRow("token", f"row {token[0]}, position {token[1]}")
+    for name, tensor in case.tensors().items():
+        yield TensorRow(name, values(tensor[token] if each_token(tensor) else tensor))
+    for name, tensor in truth.per_token.items():
+        if tensor.numel():
+            yield TensorRow(name, "", values(tensor[token]))
+    for name, value in got.items():
+        true = expected[name].value if name in expected else truth.returned.get(name)
+        told = "" if true is None else values(true[token] if each_token(true) else true)
+        same_shape = name in expected and expected[name].value.shape == value.shape
+        wrong = same_shape and bool((expected[name].excess(value) > 1).any())
+        yield TensorRow(name, values(value[token] if each_token(value) else value), told, wrong)
 
 
 def values(tensor: Any) -> str:

@@ -93,7 +93,7 @@ def verdict(
     conforming = len(met) == len(must) and bool(must) and not internal
     passed = not broken and not surprising and bool(must) and not internal
 
-    scope = scope_of(implementation, run or {})
+    scope = scope_of(implementation.offered, run or {})
     if not must:
         text = f"NOTHING JUDGED: {why_nothing(records)}"
     elif len(met) == len(must) and scope:
@@ -125,15 +125,15 @@ def verdict(
     }
 
 
-def scope_of(implementation: Implementation, run: Mapping[str, Any]) -> str:
+def scope_of(offered: Sequence[Capability], run: Mapping[str, Any]) -> str:
     """What alone was judged; empty for all rules of an implementation with a loss or a trainer."""
     if run.get("only"):
         return f"only {', '.join(run['only'])}"
     if run.get("first_cause") or run.get("profile") == "check":
         return "the check, not the whole suite,"
     whole = {Capability.LOSS, Capability.FUSED, Capability.DISTILL}
-    if not whole & set(implementation.offered):
-        return f"{' and '.join(ENTRIES[entry].label for entry in implementation.offered)} alone"
+    if not whole & set(offered):
+        return f"{' and '.join(ENTRIES[entry].label for entry in offered)} alone"
     return ""
 
 
