@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sdpo_implementations.triton_fused.runtime import ceil_div, processors
 
 if TYPE_CHECKING:
-    from sdpo_implementations.triton_fused.kernels.vocabulary_product import Exponentials, Take, TileStatistics
+    from sdpo_implementations.triton_fused.kernels.vocabulary_product import Exponentials, Logits, Take, TileStatistics
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 COLUMN_BITS = gl.constexpr(10)
@@ -38,7 +38,7 @@ POSITION_MASK = gl.constexpr(2**16 - 1)
 MORE = gl.constexpr(2**26)
 ROWS, COLUMNS, INNER, GROUP = 128, 256, 64, 8
 STAGES, STAGES_BESIDE_BUFFER = 4, 3
-GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 @gluon.jit
@@ -102,22 +102,54 @@ def _load_stages(
 
 
 @gluon.jit
-def _take(logits, link, taken, wide_rows, n_entries, columns):
-    """The logit of the tile that each row's link names, to its place in ``taken``; that place relative to it."""
-    # No link: column 1023, which no tile has.
-    here = columns[None, :] == (link & COLUMN_MASK)[:, None]
+def _halves(x):
+    """Left and right half of the columns; nothing moves between threads."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, x.shape[1] // 2, 16])
+    left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
+    return (
+        gl.convert_layout(left, layout, assert_trivial=True),
+        gl.convert_layout(right, layout, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def _take(logits, link, taken, wide_rows, n_entries):
+    """The logit of the tile that each row's link names, to its place in ``taken``; that place relative to it.
+
+    The column's upper bits choose between halves, down to eight columns: a third of the work of comparing all 256.
+    """
+    row_layout: gl.constexpr = link.type.layout
+    part = logits
+    for level in gl.static_range(5):
+        left, right = _halves(part)
+        own = gl.convert_layout(link, gl.SliceLayout(1, left.type.layout), assert_trivial=True)
+        is_right = own & (logits.shape[1] >> (level + 1))
+        part = gl.where((is_right != 0)[:, None], right, left)
+    last: gl.constexpr = part.type.layout
+    columns = gl.arange(0, part.shape[1], gl.SliceLayout(0, last))
+    own = gl.convert_layout(link, gl.SliceLayout(1, last), assert_trivial=True) & (part.shape[1] - 1)
+    chosen = gl.sum(gl.where(columns[None, :] == own[:, None], part, 0.0), 1)
     place = wide_rows * n_entries + ((link >> COLUMN_BITS) & POSITION_MASK)
-    gl.store(taken + place, gl.sum(gl.where(here, logits, 0.0), 1), mask=link >= 0)
+    gl.store(taken + place, gl.convert_layout(chosen, row_layout, assert_trivial=True), mask=link >= 0)
     return place
 
 
 @gluon.jit
+def _store_part(part, buffer, row0, column0, staging):
+    """Some columns of a tile into the buffer, by way of ``staging``, whose last but one store must have been read."""
+    tma.store_wait(pendings=1)
+    staging.store(part)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(buffer, [row0, column0], staging)
+
+
+@gluon.jit
 def _multiply(
-    half: gl.constexpr, counted, tile_max, tile_sum, reference, buffer, first_of_tile, following, taken,
+    half: gl.constexpr, counted, tile_max, tile_sum, subtile_max, reference, buffer, first_of_tile, following, taken,
     a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
     n_rows, n_columns, width, n_entries, most_above,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, TAKES: gl.constexpr, STORES: gl.constexpr,
+    MASKED: gl.constexpr, TAKES: gl.constexpr, STORED: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups: products and epilogue of its half of the rows."""
     HALF: gl.constexpr = ROWS // 2
@@ -143,7 +175,7 @@ def _multiply(
                 first_link = first_of_tile + column_tile.to(gl.int64) * n_rows + rows
                 first = gl.load(first_link, mask=present, other=-1)
                 second = gl.load(first_link + column_tiles * n_rows, mask=present, other=-1)
-            if STORES:
+            if STORED == "exponentials":
                 common = gl.load(reference + rows, mask=present, other=0.0)
             acc = warpgroup_mma_init(gl.zeros((HALF, COLUMNS), gl.float32, acc_layout))
             for k in range(steps):
@@ -162,13 +194,25 @@ def _multiply(
                 logits = gl.where((local < n_columns - column0)[None, :], logits, float("-inf"))
             if TAKES:
                 wide_rows = rows.to(gl.int64)
-                _take(logits, first, taken, wide_rows, n_entries, local)
+                _take(logits, first, taken, wide_rows, n_entries)
                 link = second
                 while gl.max(link, 0) >= 0:
-                    place = _take(logits, link, taken, wide_rows, n_entries, local)
+                    place = _take(logits, link, taken, wide_rows, n_entries)
                     link = gl.load(following + place, mask=(link >= 0) & ((link & MORE) != 0), other=-1)
-            maximum = gl.max(logits, 1)
-            if STORES:
+            if STORED == "logits":
+                left, right = _halves(logits)
+                first_of_row = subtile_max + (rows.to(gl.int64) * column_tiles + column_tile) * 4
+                parts = _halves(left) + _halves(right)
+                maximum = gl.full((HALF,), float("-inf"), gl.float32, row_layout)
+                for part in gl.static_range(4):
+                    own = staging.index(2 * half + part % 2)
+                    _store_part(parts[part], buffer, row0, column0 + part * (COLUMNS // 4), own)
+                    most = gl.convert_layout(gl.max(parts[part], 1), row_layout, assert_trivial=True)
+                    gl.store(first_of_row + part, most, mask=present)
+                    maximum = gl.maximum(maximum, most)
+            else:
+                maximum = gl.max(logits, 1)
+            if STORED == "exponentials":
                 maximum = gl.where(maximum - common <= most_above, common, maximum)
             # Subtract, then scale: a logit of 1e4 keeps its low bits.
             finite = gl.where(maximum == float("-inf"), 0.0, maximum)
@@ -176,43 +220,47 @@ def _multiply(
             statistic = column_tile.to(gl.int64) * n_rows + rows
             gl.store(tile_max + statistic, maximum, mask=present)
             gl.store(tile_sum + statistic, gl.sum(exponentials, 1), mask=present)
-            if STORES:
+            if STORED == "exponentials":
                 own = staging.index(half)
                 tma.store_wait(pendings=0)
                 own.store((-exponentials).to(buffer.dtype))
                 fence_async_shared()
                 tma.async_copy_shared_to_global(buffer, [row0, column0], own)
-    if STORES:
+    if STORED != "nothing":
         tma.store_wait(pendings=0)
 
 
 @gluon.jit(
     do_not_specialize=["n_rows", "n_columns"],
     do_not_specialize_on_alignment=[
-        "counted", "tile_max", "tile_sum", "reference", "first_of_tile", "following", "taken",
+        "counted", "tile_max", "tile_sum", "subtile_max", "reference", "first_of_tile", "following", "taken",
     ],
 )  # fmt: skip
 def hopper_product_kernel(
     # operands: descriptors of (N, H) and (V, H); counted (N,)
     hidden, head, counted,
-    # statistics (tiles, N) each; reference (N,), descriptor of the buffer (N, whole tiles)
-    tile_max, tile_sum, reference, buffer,
+    # statistics (tiles, N) each, subtile_max (N, whole tiles / SUBTILE); reference (N,), descriptor of the buffer (N,
+    # whole tiles)
+    tile_max, tile_sum, subtile_max, reference, buffer,
     # taken logits: first_of_tile (2, tiles, N), following and taken (N, E)
     first_of_tile, following, taken,
     # sizes and limits
     n_rows, n_columns, width, n_entries, most_above,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, TAKES: gl.constexpr, STORES: gl.constexpr, num_warps: gl.constexpr,
+    MASKED: gl.constexpr, TAKES: gl.constexpr, STORED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """PyTorch, tile by tile: ``z = hidden.float() @ head.float().T; tile_max = z.amax(1); tile_sum = (z -
-    tile_max).exp().sum(1); taken = z.gather(1, ids)``; STORES: ``buffer = -(z - reference).exp()``."""
+    tile_max).exp().sum(1); taken = z.gather(1, ids)``; STORED "exponentials": ``buffer = -(z - reference).exp()``,
+    "logits": ``buffer = z; subtile_max = z.view(N, -1, SUBTILE).amax(-1)``."""
     row_tiles = (n_rows + ROWS - 1) // ROWS
     column_tiles = (n_columns + COLUMNS - 1) // COLUMNS
     a_stages = gl.allocate_shared_memory(hidden.dtype, [2 * STAGES, ROWS // 2, INNER], hidden.layout)
     b_stages = gl.allocate_shared_memory(head.dtype, [STAGES, COLUMNS, INNER], head.layout)
     staging = a_stages
-    if STORES:
+    if STORED == "exponentials":
         staging = gl.allocate_shared_memory(buffer.dtype, [2, ROWS // 2, COLUMNS], buffer.layout)
+    if STORED == "logits":
+        staging = gl.allocate_shared_memory(buffer.dtype, [4, ROWS // 2, COLUMNS // 4], buffer.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -221,16 +269,16 @@ def hopper_product_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, counted, tile_max, tile_sum, reference, buffer, first_of_tile, following, taken,
+                0, counted, tile_max, tile_sum, subtile_max, reference, buffer, first_of_tile, following, taken,
                 a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
                 n_rows, n_columns, width, n_entries, most_above,
-                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORES,
+                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORED,
             )),
             (_multiply, (
-                1, counted, tile_max, tile_sum, reference, buffer, first_of_tile, following, taken,
+                1, counted, tile_max, tile_sum, subtile_max, reference, buffer, first_of_tile, following, taken,
                 a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
                 n_rows, n_columns, width, n_entries, most_above,
-                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORES,
+                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORED,
             )),
             (_load_stages, (
                 hidden, head, counted, a_stages, b_stages, ready, free, row_tiles, column_tiles, n_rows, width,
@@ -254,23 +302,28 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 def hopper_product(
     hidden: Tensor, head: Tensor, counted: Tensor | None, statistics: TileStatistics,
-    exponentials: Exponentials | None, take: Take | None,
+    exponentials: Exponentials | None = None, take: Take | None = None, logits: Logits | None = None,
 ) -> None:  # fmt: skip
     """Fill ``statistics`` of hidden (N, H) @ head (V, H).T, tiles of COLUMNS columns, and what else is asked for."""
     n_rows, width = hidden.shape
     half = ROWS // 2
     unused = statistics.maxima
     a, b = _descriptor(hidden, (half, INNER)), _descriptor(head, (COLUMNS, INNER))
+    stored, buffer = "nothing", a
+    if exponentials is not None:
+        stored, buffer = "exponentials", _descriptor(exponentials.buffer, (half, COLUMNS))
+    if logits is not None:
+        stored, buffer = "logits", _descriptor(logits.buffer, (half, COLUMNS // 4))
     n_tiles = ceil_div(n_rows, ROWS) * ceil_div(head.shape[0], COLUMNS)
     hopper_product_kernel[(min(n_tiles, processors(hidden.device)),)](
         a, b, unused if counted is None else counted,
-        statistics.maxima, statistics.sums, unused if exponentials is None else exponentials.reference,
-        a if exponentials is None else _descriptor(exponentials.buffer, (half, COLUMNS)),
+        statistics.maxima, statistics.sums, unused if logits is None else logits.subtile_max,
+        unused if exponentials is None else exponentials.reference, buffer,
         unused if take is None else take.ids.first, unused if take is None else take.ids.following,
         unused if take is None else take.logits,
         n_rows, head.shape[0], width, 0 if take is None else take.logits.shape[1],
         0.0 if exponentials is None else exponentials.most_above,
         ROWS=ROWS, COLUMNS=COLUMNS, INNER=INNER, GROUP=GROUP,
-        STAGES=STAGES if exponentials is None else STAGES_BESIDE_BUFFER,
-        MASKED=counted is not None, TAKES=take is not None, STORES=exponentials is not None, num_warps=4,
+        STAGES=STAGES if stored == "nothing" else STAGES_BESIDE_BUFFER,
+        MASKED=counted is not None, TAKES=take is not None, STORED=stored, num_warps=4,
     )  # fmt: skip

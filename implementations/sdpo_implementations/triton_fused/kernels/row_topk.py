@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdpo_implementations.triton_fused.kernels.selection import select_largest
-
-MOST_SELECTED = 512
-"""Beyond this the candidates of a row, SUBTILE times k, no longer fit the registers of one program."""
+from sdpo_implementations.triton_fused.kernels.selection import MOST_SELECTED, select_largest
 
 
 def row_topk(logits: Tensor, stretch_max: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.expected_row import rows_per_buffer
 from sdpo_implementations.triton_fused.kernels.logsumexp import combine
-from sdpo_implementations.triton_fused.kernels.selection import select_largest
+from sdpo_implementations.triton_fused.kernels.selection import MOST_SELECTED, select_largest
 from sdpo_implementations.triton_fused.kernels.vocabulary_product import (
     SUBTILE,
+    Logits,
     buffer_columns,
     tile_logits,
     tiling,
@@ -34,10 +35,10 @@ def hidden_topk(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for start in range(0, n_rows, block):
         rows = slice(start, min(start + block, n_rows))
         logits, parts = buffer[: rows.stop - start], maxima[: rows.stop - start]
-        combine(tile_logits(hidden[rows], head, tiles, logits, parts), None, row_max[rows], log_sum[rows])
-        if k <= stretches:
+        statistics = tile_logits(hidden[rows], head, tiles, Logits(logits, parts))
+        combine(statistics, None, row_max[rows], log_sum[rows])
+        if k <= min(stretches, MOST_SELECTED):
             select_largest(logits, parts, k, values[rows], indices[rows])
         else:
             values[rows], indices[rows] = logits[:, :vocabulary].topk(k, dim=-1)
-    values, order = values.sort(dim=-1, descending=True)
-    return (values - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1), indices.gather(-1, order)
+    return (values - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1), indices

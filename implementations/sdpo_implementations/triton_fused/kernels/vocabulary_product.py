@@ -385,20 +385,36 @@ class Exponentials:
     buffer: Tensor
 
 
+@dataclass(frozen=True)
+class Logits:
+    """What to store on the way: the float32 logits into ``buffer`` (N, whole tiles), -inf beyond V, and the maximum of
+    each SUBTILE columns into ``subtile_max`` (N, whole tiles / SUBTILE)."""
+
+    buffer: Tensor
+    subtile_max: Tensor
+
+
+def _overlapping_product_of(hidden: Tensor, head: Tensor, tiles: Tiling) -> Any:
+    """The module ``hopper_product`` where it takes these operands, else None."""
+    overlapped = overlapping_product(hidden.device)
+    taken = (
+        overlapped is not None
+        and hidden.dtype != torch.float32
+        and (tiles.rows, tiles.columns) == (overlapped.ROWS, overlapped.COLUMNS)
+        and describable(hidden)
+        and describable(head)
+    )
+    return overlapped if taken else None
+
+
 def tile_statistics(
     hidden: Tensor, head: Tensor, tiles: Tiling, counted: Tensor | None,
     exponentials: Exponentials | None = None, take: Take | None = None,
 ) -> TileStatistics:  # fmt: skip
     """Statistics of hidden (N, H) @ head (V, H).T; row tiles without a counted token are left unwritten."""
     statistics = _empty_statistics(hidden, head.shape[0], tiles)
-    overlapped = overlapping_product(hidden.device)
-    if (
-        overlapped is not None
-        and hidden.dtype != torch.float32
-        and (tiles.rows, tiles.columns) == (overlapped.ROWS, overlapped.COLUMNS)
-        and describable(hidden)
-        and describable(head)
-    ):
+    overlapped = _overlapping_product_of(hidden, head, tiles)
+    if overlapped is not None:
         overlapped.hopper_product(hidden, head, counted, statistics, exponentials, take)
     elif exponentials is None:
         _launch(
@@ -414,14 +430,17 @@ def tile_statistics(
     return statistics
 
 
-def tile_logits(hidden: Tensor, head: Tensor, tiles: Tiling, buffer: Tensor, subtile_max: Tensor) -> TileStatistics:
-    """The same, the logits into ``buffer`` (N, whole tiles) float32, -inf beyond V, and the maximum of each
-    SUBTILE columns into ``subtile_max``."""
+def tile_logits(hidden: Tensor, head: Tensor, tiles: Tiling, logits: Logits) -> TileStatistics:
+    """The same of every row, and the logits."""
     statistics = _empty_statistics(hidden, head.shape[0], tiles)
-    _launch(
-        "logits", hidden, head, tiles, (0, head.shape[0]), None,
-        tile_max=statistics.maxima, tile_sum=statistics.sums, buffer=buffer, subtile_max=subtile_max,
-    )  # fmt: skip
+    overlapped = _overlapping_product_of(hidden, head, tiles)
+    if overlapped is not None:
+        overlapped.hopper_product(hidden, head, None, statistics, logits=logits)
+    else:
+        _launch(
+            "logits", hidden, head, tiles, (0, head.shape[0]), None, tile_max=statistics.maxima,
+            tile_sum=statistics.sums, buffer=logits.buffer, subtile_max=logits.subtile_max,
+        )  # fmt: skip
     return statistics
 
 
