@@ -37,7 +37,10 @@ COLUMN_MASK = gl.constexpr(2**10 - 1)
 POSITION_MASK = gl.constexpr(2**16 - 1)
 MORE = gl.constexpr(2**26)
 ROWS, COLUMNS, INNER, GROUP = 128, 256, 64, 8
-STAGES, STAGES_BESIDE_BUFFER = 4, 3
+STAGES = 4
+PARTS_OF_EXPONENTIALS, PARTS_OF_LOGITS = 4, 8
+"""Parts of 8 KiB, two of each group in flight: they leave room for the four stages."""
+
 GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
@@ -113,8 +116,24 @@ def _halves(x):
 
 
 @gluon.jit
-def _take(logits, link, taken, wide_rows, n_entries):
-    """The logit of the tile that each row's link names, to its place in ``taken``; that place relative to it.
+def _parts(x, COUNT: gl.constexpr):
+    """The columns in COUNT parts."""
+    if COUNT == 1:
+        return (x,)
+    else:
+        left, right = _halves(x)
+        return _parts(left, COUNT // 2) + _parts(right, COUNT // 2)
+
+
+@gluon.jit
+def _place_of(link, wide_rows, n_entries):
+    """Where among (N, E) a link's entry stands."""
+    return wide_rows * n_entries + ((link >> COLUMN_BITS) & POSITION_MASK)
+
+
+@gluon.jit
+def _take(logits, link, place):
+    """The logit of the tile that each row's link names, to its ``place``.
 
     The column's upper bits choose between halves, down to eight columns: a third of the work of comparing all 256.
     """
@@ -129,9 +148,7 @@ def _take(logits, link, taken, wide_rows, n_entries):
     columns = gl.arange(0, part.shape[1], gl.SliceLayout(0, last))
     own = gl.convert_layout(link, gl.SliceLayout(1, last), assert_trivial=True) & (part.shape[1] - 1)
     chosen = gl.sum(gl.where(columns[None, :] == own[:, None], part, 0.0), 1)
-    place = wide_rows * n_entries + ((link >> COLUMN_BITS) & POSITION_MASK)
-    gl.store(taken + place, gl.convert_layout(chosen, row_layout, assert_trivial=True), mask=link >= 0)
-    return place
+    gl.store(place, gl.convert_layout(chosen, row_layout, assert_trivial=True), mask=link >= 0)
 
 
 @gluon.jit
@@ -149,7 +166,7 @@ def _multiply(
     a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
     n_rows, n_columns, width, n_entries, most_above,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, TAKES: gl.constexpr, STORED: gl.constexpr,
+    MASKED: gl.constexpr, TAKES: gl.constexpr, STORED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups: products and epilogue of its half of the rows."""
     HALF: gl.constexpr = ROWS // 2
@@ -194,20 +211,22 @@ def _multiply(
                 logits = gl.where((local < n_columns - column0)[None, :], logits, float("-inf"))
             if TAKES:
                 wide_rows = rows.to(gl.int64)
-                _take(logits, first, taken, wide_rows, n_entries)
-                link = second
+                link, next_link = first, second
                 while gl.max(link, 0) >= 0:
-                    place = _take(logits, link, taken, wide_rows, n_entries)
-                    link = gl.load(following + place, mask=(link >= 0) & ((link & MORE) != 0), other=-1)
+                    _take(logits, link, taken + _place_of(link, wide_rows, n_entries))
+                    link = next_link
+                    place = following + _place_of(link, wide_rows, n_entries)
+                    next_link = gl.load(place, mask=(link >= 0) & ((link & MORE) != 0), other=-1)
             if STORED == "logits":
-                left, right = _halves(logits)
                 first_of_row = subtile_max + (rows.to(gl.int64) * column_tiles + column_tile) * 4
-                parts = _halves(left) + _halves(right)
+                parts = _parts(logits, PARTS)
                 maximum = gl.full((HALF,), float("-inf"), gl.float32, row_layout)
-                for part in gl.static_range(4):
+                for part in gl.static_range(PARTS):
                     own = staging.index(2 * half + part % 2)
-                    _store_part(parts[part], buffer, row0, column0 + part * (COLUMNS // 4), own)
-                    most = gl.convert_layout(gl.max(parts[part], 1), row_layout, assert_trivial=True)
+                    _store_part(parts[part], buffer, row0, column0 + part * (COLUMNS // PARTS), own)
+                for part in gl.static_range(PARTS // 2):
+                    most = gl.max(gl.maximum(parts[2 * part], parts[2 * part + 1]), 1)
+                    most = gl.convert_layout(most, row_layout, assert_trivial=True)
                     gl.store(first_of_row + part, most, mask=present)
                     maximum = gl.maximum(maximum, most)
             else:
@@ -221,11 +240,10 @@ def _multiply(
             gl.store(tile_max + statistic, maximum, mask=present)
             gl.store(tile_sum + statistic, gl.sum(exponentials, 1), mask=present)
             if STORED == "exponentials":
-                own = staging.index(half)
-                tma.store_wait(pendings=0)
-                own.store((-exponentials).to(buffer.dtype))
-                fence_async_shared()
-                tma.async_copy_shared_to_global(buffer, [row0, column0], own)
+                parts = _parts((-exponentials).to(buffer.dtype), PARTS)
+                for part in gl.static_range(PARTS):
+                    own = staging.index(2 * half + part % 2)
+                    _store_part(parts[part], buffer, row0, column0 + part * (COLUMNS // PARTS), own)
     if STORED != "nothing":
         tma.store_wait(pendings=0)
 
@@ -247,7 +265,8 @@ def hopper_product_kernel(
     # sizes and limits
     n_rows, n_columns, width, n_entries, most_above,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, TAKES: gl.constexpr, STORED: gl.constexpr, num_warps: gl.constexpr,
+    MASKED: gl.constexpr, TAKES: gl.constexpr, STORED: gl.constexpr, PARTS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """PyTorch, tile by tile: ``z = hidden.float() @ head.float().T; tile_max = z.amax(1); tile_sum = (z -
     tile_max).exp().sum(1); taken = z.gather(1, ids)``; STORED "exponentials": ``buffer = -(z - reference).exp()``,
@@ -257,10 +276,8 @@ def hopper_product_kernel(
     a_stages = gl.allocate_shared_memory(hidden.dtype, [2 * STAGES, ROWS // 2, INNER], hidden.layout)
     b_stages = gl.allocate_shared_memory(head.dtype, [STAGES, COLUMNS, INNER], head.layout)
     staging = a_stages
-    if STORED == "exponentials":
-        staging = gl.allocate_shared_memory(buffer.dtype, [2, ROWS // 2, COLUMNS], buffer.layout)
-    if STORED == "logits":
-        staging = gl.allocate_shared_memory(buffer.dtype, [4, ROWS // 2, COLUMNS // 4], buffer.layout)
+    if STORED != "nothing":
+        staging = gl.allocate_shared_memory(buffer.dtype, [4, ROWS // 2, COLUMNS // PARTS], buffer.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -272,13 +289,13 @@ def hopper_product_kernel(
                 0, counted, tile_max, tile_sum, subtile_max, reference, buffer, first_of_tile, following, taken,
                 a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
                 n_rows, n_columns, width, n_entries, most_above,
-                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORED,
+                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORED, PARTS,
             )),
             (_multiply, (
                 1, counted, tile_max, tile_sum, subtile_max, reference, buffer, first_of_tile, following, taken,
                 a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
                 n_rows, n_columns, width, n_entries, most_above,
-                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORED,
+                ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORED, PARTS,
             )),
             (_load_stages, (
                 hidden, head, counted, a_stages, b_stages, ready, free, row_tiles, column_tiles, n_rows, width,
@@ -309,11 +326,13 @@ def hopper_product(
     half = ROWS // 2
     unused = statistics.maxima
     a, b = _descriptor(hidden, (half, INNER)), _descriptor(head, (COLUMNS, INNER))
-    stored, buffer = "nothing", a
+    stored, parts, buffer = "nothing", 1, a
     if exponentials is not None:
-        stored, buffer = "exponentials", _descriptor(exponentials.buffer, (half, COLUMNS))
+        stored, parts = "exponentials", PARTS_OF_EXPONENTIALS
+        buffer = _descriptor(exponentials.buffer, (half, COLUMNS // parts))
     if logits is not None:
-        stored, buffer = "logits", _descriptor(logits.buffer, (half, COLUMNS // 4))
+        stored, parts = "logits", PARTS_OF_LOGITS
+        buffer = _descriptor(logits.buffer, (half, COLUMNS // parts))
     n_tiles = ceil_div(n_rows, ROWS) * ceil_div(head.shape[0], COLUMNS)
     hopper_product_kernel[(min(n_tiles, processors(hidden.device)),)](
         a, b, unused if counted is None else counted,
@@ -324,6 +343,5 @@ def hopper_product(
         n_rows, head.shape[0], width, 0 if take is None else take.logits.shape[1],
         0.0 if exponentials is None else exponentials.most_above,
         ROWS=ROWS, COLUMNS=COLUMNS, INNER=INNER, GROUP=GROUP,
-        STAGES=STAGES if stored == "nothing" else STAGES_BESIDE_BUFFER,
-        MASKED=counted is not None, TAKES=take is not None, STORED=stored, num_warps=4,
+        STAGES=STAGES, MASKED=counted is not None, TAKES=take is not None, STORED=stored, PARTS=parts, num_warps=4,
     )  # fmt: skip
