@@ -41,6 +41,29 @@ def test_bitwise_repeatable(device: torch.device, alpha: float, kl_reg_weight: f
     assert torch.equal(gradients(batch), gradients(batch))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kl_reg_weight", [0.0, 0.1])
+def test_a_captured_graph_replays_loss_and_gradient(device: torch.device, kl_reg_weight: float) -> None:
+    batch, other = (make_batch((2, 20), 300, 32, 6, seed=s).to(device) for s in (1, 2))
+    batch, other = (of.with_training(kl_reg_weight=kl_reg_weight) for of in (batch, other))
+    expected = gradients(other)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        gradients(batch)
+        batch.student_hidden = batch.student_hidden.detach().requires_grad_()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=side):
+            triton_fused.compute_fused_sdpo_loss(batch)["loss"].backward()
+    with torch.no_grad():
+        for name in ("student_hidden", "lm_head_weight", "teacher_logprobs", "teacher_indices", "base_logprobs",
+                     "old_student_logprobs", "response_mask", "response_ids"):  # fmt: skip
+            getattr(batch, name).copy_(getattr(other, name))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(batch.student_hidden.grad, expected)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_dense_term_is_not_made(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, mode: type

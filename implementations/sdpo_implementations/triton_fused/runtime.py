@@ -120,6 +120,11 @@ def describable(tensor: torch.Tensor) -> bool:
     )
 
 
+def some_rows(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    """``tensor[rows]``, for which a view of all rows would cost the host as much as an allocation."""
+    return tensor if rows.start == 0 and rows.stop == tensor.shape[0] else tensor[rows]
+
+
 def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     """What kernels write values of ``dtype`` as.
 

@@ -21,7 +21,7 @@ from sdpo_implementations.triton_fused.kernels.vocabulary_product import (
     tile_statistics,
     tiling,
 )
-from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, storage_dtype
+from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, some_rows, storage_dtype
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -136,14 +136,15 @@ def expected_rows(
     table = head.to(dtype)
     for start in range(0, n_rows, block):
         rows = slice(start, min(start + block, n_rows))
-        part = buffer[: rows.stop - rows.start]
+        part = some_rows(buffer, slice(0, rows.stop - start))
         take = None if wanted is None else wanted.of(rows, vocabulary, tiles.columns)
-        exponentials = Exponentials(reference[rows], most_above, part)
-        statistics = tile_statistics(hidden[rows], head, tiles, counted[rows], exponentials, take)
-        combine(statistics, counted[rows], row_max[rows], log_sum[rows])
+        counts, shift, top, rest = (some_rows(x, rows) for x in (counted, reference, row_max, log_sum))
+        exponentials = Exponentials(shift, most_above, part)
+        statistics = tile_statistics(some_rows(hidden, rows), head, tiles, counts, exponentials, take)
+        combine(statistics, counts, top, rest)
         _normalise(
-            part, statistics, tiles.columns, counted[rows], row_max[rows], log_sum[rows],
-            response_ids[rows], chosen_logits[rows], reference[rows], scale[rows], most_above,
+            part, statistics, tiles.columns, counts, top, rest, some_rows(response_ids, rows),
+            some_rows(chosen_logits, rows), shift, some_rows(scale, rows), most_above,
         )  # fmt: skip
-        torch.mm(part[:, :vocabulary], table, out=expected[rows])
+        torch.mm(part[:, :vocabulary], table, out=some_rows(expected, rows))
     return ExpectedRows(expected, scale), row_max, log_sum

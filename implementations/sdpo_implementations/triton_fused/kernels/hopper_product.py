@@ -4,7 +4,7 @@ What ``vocabulary_product`` does in Triton, in Gluon: one warp loads ahead throu
 groups of four warps take half of a tile's rows each. Each group waits for and hands back stages on its own, so
 that while one takes its exponentials the other has the tensor cores, and loading never stops between tiles.
 
-Import where there is a Hopper GPU: Gluon is compiled, never interpreted.
+Import where there is a Hopper GPU: Gluon is compiled, never interpreted. ImportError before Triton 3.6.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,6 +31,13 @@ from sdpo_implementations.triton_fused.runtime import ceil_div, processors
 
 if TYPE_CHECKING:
     from sdpo_implementations.triton_fused.kernels.vocabulary_product import Exponentials, Logits, Take, TileStatistics
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    raise ImportError(f"Gluon's warp_specialize took other arguments in Triton {triton.__version__}: 3.6 is needed")
+
+# Bulk tensor copies by the names of Triton 3.8 and later, else by those of 3.6.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 COLUMN_BITS = gl.constexpr(10)
@@ -96,11 +104,9 @@ def _load_stages(
                 mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
                 bar = ready.index(stage)
                 mbarrier.expect(bar, hidden.block_type.nbytes * 2 + head.block_type.nbytes)
-                tma.async_copy_global_to_shared(hidden, [row_tile * ROWS, k], bar, a_stages.index(2 * stage))
-                tma.async_copy_global_to_shared(
-                    hidden, [row_tile * ROWS + ROWS // 2, k], bar, a_stages.index(2 * stage + 1)
-                )
-                tma.async_copy_global_to_shared(head, [column_tile * COLUMNS, k], bar, b_stages.index(stage))
+                load_tile(hidden, [row_tile * ROWS, k], bar, a_stages.index(2 * stage))
+                load_tile(hidden, [row_tile * ROWS + ROWS // 2, k], bar, a_stages.index(2 * stage + 1))
+                load_tile(head, [column_tile * COLUMNS, k], bar, b_stages.index(stage))
                 step += 1
 
 
@@ -157,7 +163,7 @@ def _store_part(part, buffer, row0, column0, staging):
     tma.store_wait(pendings=1)
     staging.store(part)
     fence_async_shared()
-    tma.async_copy_shared_to_global(buffer, [row0, column0], staging)
+    store_tile(buffer, [row0, column0], staging)
 
 
 @gluon.jit
@@ -325,8 +331,9 @@ def hopper_product(
     n_rows, width = hidden.shape
     half = ROWS // 2
     unused = statistics.maxima
+    buffer: TensorDescriptor | None
     a, b = _descriptor(hidden, (half, INNER)), _descriptor(head, (COLUMNS, INNER))
-    stored, parts, buffer = "nothing", 1, a
+    stored, parts, buffer = "nothing", 1, None
     if exponentials is not None:
         stored, parts = "exponentials", PARTS_OF_EXPONENTIALS
         buffer = _descriptor(exponentials.buffer, (half, COLUMNS // parts))

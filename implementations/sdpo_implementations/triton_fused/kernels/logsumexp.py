@@ -16,7 +16,7 @@ from sdpo_implementations.triton_fused.kernels.vocabulary_product import (
     tile_statistics,
     tiling,
 )
-from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div
+from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, some_rows
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -76,8 +76,11 @@ def hidden_logsumexp(
     tiles = tiling(min(n_rows, ROW_BLOCK), head.shape[0], width, hidden.dtype, hidden.device)
     for start in range(0, n_rows, ROW_BLOCK):
         rows = slice(start, min(start + ROW_BLOCK, n_rows))
-        part = None if counted is None else counted[rows]
+        part = None if counted is None else some_rows(counted, rows)
         take = None if wanted is None else wanted.of(rows, head.shape[0], tiles.columns)
         # No name for the statistics: the next block's take their place.
-        combine(tile_statistics(hidden[rows], head, tiles, part, take=take), part, row_max[rows], log_sum[rows])
+        combine(
+            tile_statistics(some_rows(hidden, rows), head, tiles, part, take=take), part,
+            some_rows(row_max, rows), some_rows(log_sum, rows),
+        )  # fmt: skip
     return row_max, log_sum

@@ -125,7 +125,7 @@ def selection_kernel(
         # Many elements as large as the k-th largest maximum: the k-th largest of them, what lies above, then equals.
         threshold = tl.zeros((ROWS, 1), tl.uint32)
         bit = tl.full((1, 1), 0x80000000, tl.uint32)
-        for _ in range(0, 32):
+        for _ in range(32):
             least = threshold | bit
             count = tl.zeros((ROWS, 1), tl.int32)
             for start in range(0, k, CHUNK):

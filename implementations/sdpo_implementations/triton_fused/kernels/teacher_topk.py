@@ -15,6 +15,7 @@ from sdpo_implementations.triton_fused.kernels.vocabulary_product import (
     tile_logits,
     tiling,
 )
+from sdpo_implementations.triton_fused.runtime import some_rows
 
 
 def hidden_topk(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -34,11 +35,12 @@ def hidden_topk(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
     indices = torch.empty((n_rows, k), dtype=torch.int64, device=device)
     for start in range(0, n_rows, block):
         rows = slice(start, min(start + block, n_rows))
-        logits, parts = buffer[: rows.stop - start], maxima[: rows.stop - start]
-        statistics = tile_logits(hidden[rows], head, tiles, Logits(logits, parts))
-        combine(statistics, None, row_max[rows], log_sum[rows])
+        held = slice(0, rows.stop - start)
+        logits, parts = some_rows(buffer, held), some_rows(maxima, held)
+        statistics = tile_logits(some_rows(hidden, rows), head, tiles, Logits(logits, parts))
+        combine(statistics, None, some_rows(row_max, rows), some_rows(log_sum, rows))
         if k <= min(stretches, MOST_SELECTED):
-            select_largest(logits, parts, k, values[rows], indices[rows])
+            select_largest(logits, parts, k, some_rows(values, rows), some_rows(indices, rows))
         else:
             values[rows], indices[rows] = logits[:, :vocabulary].topk(k, dim=-1)
     return (values - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1), indices

@@ -37,6 +37,7 @@ from sdpo_implementations.triton_fused.runtime import (
     has_tensor_memory_accelerator,
     next_power_of_2,
     processors,
+    some_rows,
 )
 
 import triton  # isort: skip
@@ -307,9 +308,9 @@ class Wanted:
 
     def of(self, rows: slice, vocabulary: int, columns: int) -> Take:
         """Those of some rows, for tiles of ``columns``."""
-        ids = None if self.response_ids is None else self.response_ids[rows]
-        logits = self.logits[rows]
-        return Take(ids_of_tiles(self.support[rows], ids, logits, vocabulary, columns), logits)
+        ids = None if self.response_ids is None else some_rows(self.response_ids, rows)
+        logits = some_rows(self.logits, rows)
+        return Take(ids_of_tiles(some_rows(self.support, rows), ids, logits, vocabulary, columns), logits)
 
 
 def buffer_columns(vocabulary: int, tiles: Tiling) -> int:
