@@ -28,6 +28,17 @@ class Outputs:
     base: Path | None = None
     annotate: bool = False
 
+    def check_writable(self) -> None:
+        """Raise RunError for a file that could not be written, before anything is judged for it."""
+        for name in ("json", "junit", "sarif", "html"):
+            path: Path | None = getattr(self, name)
+            if path is None:
+                continue
+            existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            if path.is_dir() or not os.access(existing, os.W_OK) or (existing != path and not existing.is_dir()):
+                why = "it is a folder" if path.is_dir() else f"{existing} cannot be written to"
+                raise RunError(f"--{name} {path}: {why}")
+
 
 def judge_and_report(
     implementation: str,
@@ -40,6 +51,7 @@ def judge_and_report(
 ) -> int:
     """The exit status. Raises RunError or ValueError, in one line, where the run cannot happen."""
     base = read_results(outputs.base) if outputs.base is not None else None
+    outputs.check_writable()
     if last_failed:
         options = replace(options, only=ids_that_failed(implementation, options))
     if mesh or under_torchrun():
@@ -86,13 +98,13 @@ def ids_that_failed(implementation: str, options: RunOptions) -> tuple[str, ...]
 
 
 def reported(report: Report, outputs: Outputs, base: dict[str, Any] | None) -> int:
-    """Print the report and write the files."""
+    """Print the report, and write the files: what was judged is told even where a file cannot be written."""
     from sdpo_conformance.report.console import show
     from sdpo_conformance.report.sarif import github_annotations
     from sdpo_conformance.report.terminal import print_report
 
-    write_outputs(report, outputs)
     show(lambda console: print_report(report.results, report.folder, console))
+    write_outputs(report, outputs)
     if base is not None:
         changes = compared(base, report.results)
         for line in changes or ["nothing changed"]:
@@ -144,8 +156,8 @@ def on_mesh(implementation: str, options: RunOptions, outputs: Outputs, mesh: st
     try:
         with progress_on_terminal() as progress:
             report = run_on_mesh(implementation, mesh, options, progress)
-        write_outputs(report, outputs)
         show(lambda console: print_sharded_report(report.results, report.folder, console))
+        write_outputs(report, outputs)
         status = report.exit_status
     finally:
         if under_torchrun():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_conformance import RunError
+from sdpo_conformance.judge_command import Outputs
 from sdpo_conformance.report.base_comparison import compared
 from sdpo_conformance.report.explaining import explanations
 from sdpo_conformance.report.listing import listing
@@ -84,6 +85,24 @@ def test_expected_failures_are_read_with_their_reasons(tmp_path: Path) -> None:
 def test_a_typo_in_only_is_noticed_at_once() -> None:
     with pytest.raises(RunError, match="no requirement or family 'IS-20'"):
         RunOptions(only=("IS-20",))
+
+
+def test_a_family_may_be_asked_for_by_its_words_and_is_told_its_id() -> None:
+    with pytest.raises(RunError, match=r"did you mean IS \(importance sampling\)\?"):
+        RunOptions(only=("importance-sampling",))
+
+
+def test_a_mesh_that_is_none_is_noticed_at_once() -> None:
+    with pytest.raises(RunError, match="tp needs a number of ranks"):
+        RunOptions(mesh="tp=x")
+
+
+def test_a_file_that_cannot_be_written_is_noticed_before_judging(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    Outputs(json=tmp_path / "new" / "folder" / "r.json", html=tmp_path / "file").check_writable()
+    for path in (tmp_path, tmp_path / "file" / "r.xml"):
+        with pytest.raises(RunError, match="--junit "):
+            Outputs(junit=path).check_writable()
 
 
 def test_what_changed_since_a_base() -> None:

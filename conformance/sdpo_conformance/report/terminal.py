@@ -115,7 +115,7 @@ def everywhere_text(groups: Sequence[Sequence[Mapping[str, Any]]], results: Mapp
         lines.append(Text(f"at {where}"))
     lines.append(Text(gets(record["entry"], results), style="dim"))
     lines.append(Text(f"the same in {len(groups)} requirements: {ids}", style="dim"))
-    return block("raises", lines, 8, "bold red")
+    return block("always", lines, 8, "bold red")
 
 
 def gets(entry: str, results: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from sdpo_conformance.judging.profiles import PROFILES, Profile
 from sdpo_conformance.protocol import DTYPE_NAMES
 from sdpo_conformance.running.folder import default_folder
+from sdpo_conformance.sharded.mesh import MeshShape
 from sdpo_conformance.specs import DEFAULT, find_spec
 from sdpo_conformance.specs.spec import Spec
 
@@ -57,6 +58,11 @@ class RunOptions:
         for name in () if self.mesh else self.only:
             wanted = name.strip().upper()
             family = wanted if wanted in families else wanted.rsplit("-", 1)[0]
+            by_words = {words.upper(): id for id, words in families.items()}
+            if (near := difflib.get_close_matches(wanted.replace("-", " "), by_words, n=1)) and family not in families:
+                raise RunError(
+                    f"no requirement or family {name!r}; did you mean {by_words[near[0]]} ({near[0].lower()})?"
+                )
             self._one_of("requirement or family", family, families, shown=name)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise RunError(f"no device {self.device!r}; devices: cpu, cuda, cuda:N")
@@ -64,7 +70,12 @@ class RunOptions:
             raise RunError(f"--jobs must be 0 (one per core) or more, got {self.jobs}")
         if not self.call_timeout > 0:
             raise RunError(f"--call-timeout must be positive, got {self.call_timeout:g}")
-        if not self.mesh:
+        if self.mesh:
+            try:
+                MeshShape.parse(self.mesh)
+            except ValueError as error:
+                raise RunError(str(error)) from None
+        else:
             self._ids_exist()
         if self.xfails is not None:
             try:
