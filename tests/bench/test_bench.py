@@ -327,6 +327,32 @@ def test_plots_are_written_where_there_is_a_curve(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_plots_show_spread_and_no_line_lies_under_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    noisy = {"limit_ratio_q1": 1.5, "limit_ratio_q3": 2.5}
+    rows = [row_document("a", n) for n in (8, 16, 32)] + [row_document("b", n, **noisy) for n in (8, 16, 32)]
+    plots.write_plots(document(*rows), ["a", "b"], tmp_path)
+    axes = figures[0].axes[0]
+    (one, _, (bars,)), (other, _, _) = (container.lines for container in axes.containers)
+    assert list(one.get_ydata()) == list(other.get_ydata())
+    assert not set(one.get_xdata()) & set(other.get_xdata())
+    assert one.get_marker() != other.get_marker()
+    assert all(segment[:, 1].tolist() == pytest.approx([1.98, 2.02]) for segment in bars.get_segments())
+    written = [text.get_text() for text in axes.texts]
+    assert any("b  2×" in text and "noisy, up to ± 25%" in text for text in written)
+    assert not any("noisy" in text for text in written if text.startswith("a "))
+    assert all(text.get_text() for text in axes.get_yticklabels())
+    for figure in figures:
+        figure.clf()
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 7.0), (12.0, 4e4), (1e-3, 1e9), (4.0, 30.0)])
+def test_a_logarithmic_axis_has_ticks_to_read(low: float, high: float) -> None:
+    assert 3 <= len(plots.ticks(low, high)) <= 14
+
+
 @pytest.mark.parametrize("heights", [[0.05] * 6, [0.05, 0.1, 0.05, 0.1, 0.1, 0.05]])
 def test_labels_do_not_overlap(heights: list[float]) -> None:
     centres = plots.spread_out([0.1, 0.1, 0.11, 0.5, 0.97, 0.99], heights)
