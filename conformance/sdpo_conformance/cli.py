@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -268,7 +269,14 @@ class one_line_errors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RunError | ValueError | OSError) and not isinstance(error, BrokenPipeError):
-            raise fail(error) from None
+            raise fail(words_of(error)) from None
+
+
+def words_of(error: BaseException) -> str:
+    """An error in one line; one of the system without its number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def nearest(name: str, known: Any) -> str:
@@ -279,8 +287,20 @@ def nearest(name: str, known: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def streams_that_take_anything() -> None:
+    """A sign that the terminal's encoding lacks is printed as a question mark, and what is written to a closed stream
+    goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Entry point of ``sdpo-conformance``. A signal ends what was started and exits with 128 and its number."""
+    streams_that_take_anything()
     try:
         with ending_on_signals():
             app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,40 @@ def test_help_imports_no_torch(tmp_path: Path) -> None:
     probe = "import sys; from sdpo_conformance.cli import app; assert 'torch' not in sys.modules, 'torch imported'"
     done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_modules_of_the_users_folder_hide_no_standard_ones(tmp_path: Path) -> None:
+    for name in ("types", "random", "json", "copy"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong one')\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("from sdpo_implementations.reference import compute_sdpo_loss\n")
+    for target in ("mine", "mine/__init__.py"):
+        arguments = ["check", target, "--only=IS-1"]
+        probe = f"import sys; sys.argv[1:] = {arguments!r}; from sdpo_conformance.cli import main; main()"
+        done = subprocess.run([sys.executable, "-P", "-c", probe], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "loss 1/1 MUST" in done.stdout
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}])
+def test_a_terminal_without_unicode_gets_the_report(tmp_path: Path, environment: dict[str, str]) -> None:
+    arguments = ["-m", "sdpo_conformance", "check", "reference", "--only=IS-1"]
+    plain = {**os.environ, "PYTHONCOERCECLOCALE": "0", **environment}
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=plain, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"SDPO conformance ? CLaaS 1.0 spec" in done.stdout
+
+
+def test_a_closed_stream_is_no_failure(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m sdpo_conformance list specs >&- 2>&-"
+    assert subprocess.run(["sh", "-c", line], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_what_cannot_be_written_is_named_as_the_user_named_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = command("init", "file/mine.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sdpo-conformance: file/mine.py: cannot write: ")
+    done = command("check", "reference", "--out=file/results", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "cannot make file/results for the results: " in done.stderr

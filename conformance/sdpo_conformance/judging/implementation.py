@@ -42,6 +42,7 @@ class Implementation:
 def load_implementation(target: str, spec: Spec) -> Implementation:
     """Import ``target`` and see what it offers; raises LoadingError. ``sys.exit`` at import included."""
     folder = Path.cwd()
+    search_here()
     try:
         found = _find(target, spec)
     finally:
@@ -68,6 +69,13 @@ def load_implementation(target: str, spec: Spec) -> Implementation:
     except ValueError as error:
         raise LoadingError(f"{target}: {error}") from None
     return Implementation(target, found, offered, claims)
+
+
+def search_here() -> None:
+    """Search the current folder first, as ``python -m`` does; but only now, for a types.py that lies there would hide
+    the standard module from Python's own start."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def _find(target: str, spec: Spec) -> Any:

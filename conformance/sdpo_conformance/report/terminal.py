@@ -194,12 +194,12 @@ def label(record: Mapping[str, Any]) -> str:
 
 def notes(results: Mapping[str, Any]) -> Iterator[str]:
     """What limits the verdict, and what is expected to fail, with the reasons."""
-    told: set[tuple[str, str]] = set()
+    told: dict[tuple[str, str], dict[str, None]] = {}
     for record in results["records"]:
-        key = (record["requirement"], record["reason"])
-        if record["status"] in (Status.EXPECTED_FAILURE, Status.UNEXPECTED_PASS, Status.NOT_JUDGED) and key not in told:
-            told.add(key)
-            yield f"{record['requirement']} {record['status']}: {record['reason']}"
+        if record["status"] in (Status.EXPECTED_FAILURE, Status.UNEXPECTED_PASS, Status.NOT_JUDGED):
+            told.setdefault((record["status"], record["reason"]), {})[record["requirement"]] = None
+    for (status, reason), ids in told.items():
+        yield f"{' '.join(ids)} {status}: {reason}"
     for dtype, why in results["run"]["refused_dtypes"].items():
         yield f"{dtype} not judged: {why}"
     slow = [record["requirement"] for record in results["records"] if record["out_of_time"]]

@@ -49,7 +49,10 @@ def staged(folder: Path) -> Iterator[Path]:
     made = [parent for parent in folder.parents if not parent.exists()]
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
+    try:
+        stage.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot make {folder} for the results: {error.strerror}; name a folder with --out") from None
     (stage / MARKER).write_text(MARKED)
     try:
         yield stage

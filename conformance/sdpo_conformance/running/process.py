@@ -246,12 +246,8 @@ def child_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS") and not name.startswith("PYTEST_XDIST_")
     }
-    return {**inherited, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": search_path()}
-
-
-def search_path() -> str:
-    """PYTHONPATH for the run: the current folder, as ``python -m`` would have it, then the user's own."""
-    return os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+    # the current folder is searched once the standard modules are imported: see judging.implementation
+    return {**inherited, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONSAFEPATH": "1"}
 
 
 def reason(folder: Path, status: int, log: str) -> str:

@@ -16,9 +16,9 @@ import os
 import sys
 import tempfile
 import traceback
+from dataclasses import make_dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 try:
@@ -130,13 +130,18 @@ def status_of(rank: int, rendezvous: str) -> int:
 def call(function: Any, facts: dict[str, Any], fields: dict[str, Any], mesh: Any, rank: int) -> tuple[Any, Any]:
     """(the results by name, what is differentiated)."""
     place = {"mesh": mesh, "vocab_start": facts["vocab_start"][rank], "vocab_size": facts["vocab_size"]}
-    training = SimpleNamespace(**facts["training"])
+    training = record("Training", facts["training"], frozen=True)
     if facts["entry"] == "compute_divergence":
         names = ("student_hidden", "lm_head_weight", "teacher_logprobs", "teacher_indices")
         found = function(*(fields[name] for name in names), training.alpha, **place)
         return {}, found
-    returned = function(SimpleNamespace(**fields, **place, training=training))
+    returned = function(record("LossInput", {**fields, **place, "training": training}))
     return returned, returned["loss"]
+
+
+def record(name: str, fields: dict[str, Any], frozen: bool = False) -> Any:
+    """A dataclass with these fields, as the suite hands them over: ``dataclasses.replace`` takes it."""
+    return make_dataclass(name, list(fields), frozen=frozen)(**fields)
 
 
 def gradient_into(output: Any, facts: dict[str, Any], arriving: Any) -> Any:

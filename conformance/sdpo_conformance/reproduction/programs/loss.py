@@ -7,9 +7,9 @@ import importlib.util
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import make_dataclass
 from math import inf  # noqa: F401  (a cap may be infinite)
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 try:
@@ -90,12 +90,18 @@ def lay_out(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor
 
 
+def record(name: str, fields: dict[str, Any], frozen: bool = True) -> Any:
+    """A dataclass with these fields, as the suite hands them over: ``dataclasses.replace`` takes it."""
+    return make_dataclass(name, list(fields), frozen=frozen)(**fields)
+
+
 def fresh_input(prefix: str = "") -> Any:
     """The input as an object with the protocol's fields, fresh tensors; ``other.``: the second input."""
     fields = {name: lay_out(stored[prefix + name].clone().to(DEVICE), name).detach() for name in FIELDS}
     for name in DIFFERENTIABLE:
         fields[name].requires_grad_()
-    return SimpleNamespace(training=SimpleNamespace(**TRAINING), **dict.fromkeys(ABSENT), **fields)
+    training = record("Training", TRAINING)
+    return record("LossInput", {"training": training, **dict.fromkeys(ABSENT), **fields}, frozen=False)
 
 
 def call(loss_input: Any) -> Any:
@@ -204,7 +210,7 @@ def step_by(shares: str) -> list[str]:
     for index in range(count):
         fields = {name: getattr(whole, name)[index : index + 1].detach().clone() for name in FIELDS}
         fields["student_logits"].requires_grad_()
-        rows.append(SimpleNamespace(training=whole.training, **dict.fromkeys(ABSENT), **fields))
+        rows.append(record("LossInput", {"training": whole.training, **dict.fromkeys(ABSENT), **fields}, frozen=False))
         results.append(call(rows[-1]))
         loss = results[-1]["loss"]
         gradients.append(torch.autograd.grad(loss, rows[-1].student_logits, incoming(loss)))

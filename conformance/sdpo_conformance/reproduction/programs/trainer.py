@@ -7,9 +7,9 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import make_dataclass, replace
 from math import inf, nan  # noqa: F401 - sampler log-probs below may name them
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 try:
@@ -151,17 +151,22 @@ class Recording:
         return RecordingAdamW
 
 
+Sample = make_dataclass("Sample", SAMPLES[0] if SAMPLES else (), frozen=True)
+Training = make_dataclass("Training", TRAINING, frozen=True)
+
+
 def prepare() -> tuple[Any, list[Any], Any]:
     """Model, samples and training, the trainer's earlier calls made."""
     torch.manual_seed(SEED)
-    model, training = build(), SimpleNamespace(**TRAINING)
-    samples = [SimpleNamespace(**sample) for sample in SAMPLES]
+    model, training = build(), Training(**TRAINING)
+    samples = [Sample(**copy.deepcopy(sample)) for sample in SAMPLES]
     torch.manual_seed(SEED)
     for call in HISTORY:
         on, batch = model, copy.deepcopy(samples)
         if call == "same":
-            for sample in batch:
-                sample.response_logprobs = sample.response_logprobs and [r - 0.5 for r in sample.response_logprobs]
+            recorded = [sample.response_logprobs for sample in batch]
+            shifted = [old and [r - 0.5 for r in old] for old in recorded]
+            batch = [replace(one, response_logprobs=old) for one, old in zip(batch, shifted, strict=True)]
         if call == "another":
             on = copy.deepcopy(model)
             with torch.no_grad():
@@ -223,7 +228,7 @@ def probe_state() -> None:
         for name, before in recording.frozen.items()
         if not torch.equal(now[name].detach().cpu(), before)
     )
-    if samples != [SimpleNamespace(**sample) for sample in SAMPLES]:
+    if samples != [Sample(**sample) for sample in SAMPLES]:
         wrong.append("the samples changed")
     if model.get_model_status().enabled is not True:
         wrong.append("the adapter is left disabled")
