@@ -190,12 +190,14 @@ def summary(
     """Print a stored report again. Exit status: that of the run."""
     from sdpo_conformance.report.base_comparison import read_results
     from sdpo_conformance.report.console import show
+    from sdpo_conformance.report.mesh_report import print_sharded_report
     from sdpo_conformance.report.terminal import print_report
     from sdpo_conformance.running.process import Report
 
     with one_line_errors():
         report = Report(read_results(results), results if results.is_dir() else results.parent)
-        show(lambda console: print_report(report.results, report.folder, console))
+        printed = print_sharded_report if "mesh" in report.results["run"] else print_report
+        show(lambda console: printed(report.results, report.folder, console))
     raise typer.Exit(report.exit_status)
 
 

@@ -169,15 +169,14 @@ def on_mesh(implementation: str, options: RunOptions, outputs: Outputs, mesh: st
 
 def print_interrupted(signalled: Interrupted) -> None:
     """What was judged before a signal ended the run."""
-    records: list[dict[str, Any]] = getattr(signalled, "records", [])
-    planned = getattr(signalled, "planned", 0)
-    print(f"interrupted by {signalled}", end="")
+    records, planned = signalled.records, signalled.planned
     if not planned:
-        print(" before anything was judged")
+        print(f"interrupted by {signalled}. No verdict, and earlier results stay.")
         return
     failed = [record for record in records if record["status"] == "failed"]
     passed = sum(record["status"] == "passed" for record in records)
-    print(f": {len(records)} of {planned} judged so far, {passed} passed, {len(failed)} failed. No verdict.")
+    judged = f"{len(records)} of {planned} judged so far, {passed} passed, {len(failed)} failed"
+    print(f"interrupted by {signalled}: {judged}. No verdict.")
     for record in failed:
         found = record["failure"]
         print(f"{record['requirement']:<7} {found.get('summary', '')}")

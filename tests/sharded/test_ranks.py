@@ -91,3 +91,11 @@ def test_where_ranks_stand() -> None:
     mesh = MeshShape.parse("tp=2,dp=2")
     assert str(mesh) == "dp=2,tp=2"
     assert [(mesh.coordinate(r, "dp"), mesh.coordinate(r, "tp")) for r in range(4)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_who_raises_on_the_ranks_is_shown_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def compute_sdpo_loss(i):\n    i.mesh\n    raise RuntimeError('no')\n")
+    report = run_on_mesh("mine.py", "tp=2", RunOptions(mesh="tp=2", profile="quick", only=("VP-1",)))
+    assert report.results["places"] == {"compute_sdpo_loss": "mine.py:1"}
+    assert report.failures[0]["failure"]["where"] == "mine.py:3"

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from sdpo_conformance.cases.case import Case, divergence_incoming
+from sdpo_conformance.judging.places import innermost_of_user
 from sdpo_conformance.judging.settings import settings_restored
 from sdpo_conformance.protocol import Capability
 
@@ -127,17 +125,6 @@ def settings_kept(doing: str) -> Iterator[None]:
         yield
     if changed:
         raise ImplementationError(f"{doing} changed torch's settings: {', '.join(changed)} after the call")
-
-
-def innermost_of_user(trace: TracebackType | None) -> str:
-    """``path/to/loss.py:12``: the innermost frame outside this package and the installed ones, or nothing."""
-    package = str(Path(__file__).parents[1])
-    for frame in reversed(traceback.extract_tb(trace)):
-        installed = "site-packages" in frame.filename or frame.filename.startswith(("<", sys.base_prefix))
-        if not installed and not frame.filename.startswith(package):
-            path = Path(frame.filename)
-            return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{frame.lineno}"
-    return ""
 
 
 @dataclass(frozen=True)

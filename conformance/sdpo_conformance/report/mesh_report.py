@@ -37,14 +37,14 @@ def print_sharded_report(results: Mapping[str, Any], folder: Path, console: Cons
     own = [group for group in groups if not group[0]["failure"].get("secondary")]
     sweeps = find_spec(results["spec"]["name"]).sweeps
     first = [group for group in own if group[0]["requirement"] not in sweeps] or own or groups
-    for group in first[:SHOWN_FAILURES]:
-        console.print(failure_text(group), highlight=False)
+    for number, group in enumerate(first[:SHOWN_FAILURES]):
+        console.print(failure_text(group, None if number else results), highlight=False)
     rest = [group[0]["requirement"] for group in groups if group not in first[:SHOWN_FAILURES]]
     if rest:
         console.print(f"        because of what is reported above: {', '.join(rest)}", highlight=False)
     program = next((g[0]["failure"]["reproduction"] for g in first if g[0]["failure"].get("reproduction")), None)
     if program:
-        console.print(Text.assemble(("reproduce  ", "bold"), f"python {folder / program}"))
+        console.print(Text.assemble(("reproduce  ", "bold"), f"python {folder / program}"), soft_wrap=True)
     text = results["verdict"]["text"]
     style = "bold green" if results["verdict"]["passed"] else "bold red"
     console.print(Text.assemble(("verdict    ", "bold"), (text, style)))

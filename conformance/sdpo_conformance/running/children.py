@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 PATIENCE_SECONDS = 0.7
 """Between asking a group to end and ending it: a command is gone within two seconds of its signal."""
@@ -31,6 +31,12 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(number).name)
         self.number = number
         self.exit_status = 128 + number
+        self.records: list[dict[str, Any]] = []
+        self.planned = 0
+
+    def judged_so_far(self, records: list[dict[str, Any]], planned: int) -> None:
+        """What there is to tell of the run that is ended."""
+        self.records, self.planned = records, planned
 
 
 @contextmanager

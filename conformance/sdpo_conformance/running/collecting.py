@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import platform
 import time
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.files import write_json
 from sdpo_conformance.judging.call import ImplementationError
+from sdpo_conformance.judging.places import place
 from sdpo_conformance.judging.records import Record, Status, read_records, record_key, write_record
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.report.results import results_of
@@ -67,22 +67,6 @@ def collect(run: Any) -> None:
 def entries_of(plan: list[dict[str, str]]) -> list[Capability]:
     """The entries of a plan, each once."""
     return [Capability(name) for name in dict.fromkeys(one["entry"] for one in plan)]
-
-
-def place(function: Any) -> str:
-    """``path/to/loss.py:12``, where the user wrote the function; empty where Python cannot tell."""
-    function = inspect.unwrap(function)
-    function = getattr(function, "func", function)
-    kind = function if inspect.isclass(function) else type(function)
-    methods = (getattr(kind, name, None) for name in ("forward", "__call__", "__init__"))
-    candidates = (getattr(function, "__func__", function), *methods)
-    code = next((found for one in candidates if (found := getattr(one, "__code__", None)) is not None), None)
-    if code is None:
-        return ""
-    path = Path(code.co_filename)
-    with suppress(ValueError):
-        path = path.relative_to(Path.cwd())
-    return f"{path}:{code.co_firstlineno}"
 
 
 def lost_record(run: Any, requirement_id: str, entry: Capability, key: str) -> Record:

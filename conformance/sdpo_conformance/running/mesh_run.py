@@ -19,6 +19,7 @@ from sdpo_conformance.judging.records import Record, Status, record_key, write_r
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.report.results import FORMAT, verdict
 from sdpo_conformance.report.watcher import Watcher
+from sdpo_conformance.running.children import Interrupted
 from sdpo_conformance.running.collecting import device_name, versions
 from sdpo_conformance.running.folder import RESULTS, default_folder, start_afresh
 from sdpo_conformance.running.options import RunError, RunOptions
@@ -131,7 +132,11 @@ def judge(
         if entry not in kept:
             kept[entry] = dtypes_on_ranks(on_ranks, subject, asked)
         subject.dtypes = kept[entry][0]
-        record = judged(on_ranks, pool, subject, rule, folder, records)
+        try:
+            record = judged(on_ranks, pool, subject, rule, folder, records)
+        except Interrupted as signalled:
+            signalled.judged_so_far([asdict(one) for one in records], len(work))
+            raise
         write_record(folder, record)
         records.append(record)
         if isinstance(progress, Watcher):
@@ -210,6 +215,7 @@ def failure_on_ranks(
         found = {
             "kind": "error", "summary": error.summary, "aspect": subject.entry.value, "expected": "a result",
             "got": error.summary, "detail": error.details, "probe": "raises", "secondary": False, "words": "",
+            "where": error.where,
         }  # fmt: skip
     case = error.case
     if case is not None:
@@ -246,6 +252,7 @@ def document(
         "implementation": target,
         "spec": {"name": spec.name, "version": spec.version, "title": spec.title},
         "offered": list(ready.offered),
+        "places": dict(ready.places),
         "claims": asdict(ready.claims),
         "run": dict(run),
         "records": described,

@@ -191,7 +191,7 @@ def run_pytest(command: Sequence[str], folder: Path, progress: Progress | None) 
         (folder / "pytest.log").write_text(text, encoding="utf-8")
     except Interrupted as signalled:
         seen.look()
-        signalled.__dict__["records"], signalled.__dict__["planned"] = seen.records, seen.planned
+        signalled.judged_so_far(seen.records, seen.planned)
         raise
     finally:
         log_path.unlink(missing_ok=True)

@@ -159,7 +159,7 @@ class Pool:
         inside = f" in {fault.collective}" if fault.collective else ""
         verb = "called sys.exit" if fault.kind == "sys.exit" else f"raised {fault.kind}"
         raise ImplementationError(
-            f"{requests[0].entry} {verb} {where}{inside}: {fault.text}", fault.stack, fault.device_lost
+            f"{requests[0].entry} {verb} {where}{inside}: {fault.text}", fault.stack, fault.device_lost, fault.where
         )
 
     def _replies(self, seconds: float) -> list[Any]:
@@ -214,6 +214,7 @@ class Pool:
             raise ImplementationError(
                 f"raised {fault.kind} on rank {rank} alone: {fault.text}; meanwhile {where}",
                 f"{fault.stack}\n{details}",
+                where=fault.where,
             )
         self.hung = True
         gave_up = "".join(f"; rank {r} gave up waiting in {f.collective or 'a collective'}" for r, f in faults.items())

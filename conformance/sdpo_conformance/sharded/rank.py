@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from sdpo_conformance.judging.implementation import LoadingError, load_implementation
+from sdpo_conformance.judging.places import innermost_of_user, place
 from sdpo_conformance.protocol import (
     METRIC_KEYS,
     Capability,
@@ -86,22 +87,24 @@ class Answer:
 
 @dataclass(frozen=True)
 class Fault:
-    """The implementation raised. ``collective`` where it stood, or empty."""
+    """The implementation raised. ``collective`` where it stood, or empty; ``where``: the user's file and line."""
 
     kind: str
     text: str
     stack: str
     collective: str
     device_lost: bool = False
+    where: str = ""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What the rank found when it loaded the implementation, or why it could not."""
+    """What the rank found when it loaded the implementation, or why it could not. ``places``: entry to file:line."""
 
     offered: tuple[str, ...] = ()
     claims: Claims = field(default_factory=Claims)
     error: str = ""
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 def main(connection: Connection, setting: Setting, rank: int) -> None:
@@ -162,7 +165,8 @@ def serve(connection: Connection, setting: Setting, rank: int) -> None:
         send(connection, Ready(error=str(error)))
         return
     offered = tuple(entry.value for entry in implementation.offered if takes_mesh(implementation.object, entry))
-    send(connection, Ready(offered, implementation.claims))
+    places = {name: place(getattr(implementation.object, name)) for name in offered}
+    send(connection, Ready(offered, implementation.claims, places=places))
     while True:
         request: Request = pickle.loads(connection.recv_bytes())
         found = load_implementation(request.target, spec) if request.target else implementation
@@ -211,7 +215,7 @@ def answered(implementation: Any, claims: Claims, mesh: Any, device: torch.devic
         stack = "".join(traceback.format_list(frames[-4:]))
         collective = next((f.name for f in frames if is_collective(f.filename, f.name)), "")
         lost = "CUDA error" in text or kind == "AcceleratorError"
-        return Fault(kind, text[:400], stack, collective, lost)
+        return Fault(kind, text[:400], stack, collective, lost, innermost_of_user(error.__traceback__))
 
 
 def is_collective(filename: str, name: str) -> bool:
