@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from sdpo_conformance.protocol import SDPOLossInput
 from sdpo_conformance.specs.claas.defects import step_loop_variants as right
@@ -328,6 +329,20 @@ class Sound:
 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return right.distill(TrainerParts(report=as_tensors), model, samples, training, optimizer_cls)
+
+    @staticmethod
+    def prompt_cache(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
+        """The prompt's keys and values first, with gradients, and the response after them."""
+
+        def cached(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+            split = ids.shape[1] - response.shape[1] - 1
+            cache = DynamicCache()
+            if split:
+                cache = run.model(input_ids=ids[:, :split], past_key_values=cache, use_cache=True).past_key_values
+            found: Tensor = run.model(input_ids=ids[:, split:], past_key_values=cache, use_cache=True).logits[:, :-1]
+            return found
+
+        return right.distill(TrainerParts(forward=cached), model, samples, training, optimizer_cls)
 
     @staticmethod
     def master_weights(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:

@@ -200,6 +200,8 @@ def notes(results: Mapping[str, Any]) -> Iterator[str]:
             told.setdefault((record["status"], record["reason"]), {})[record["requirement"]] = None
     for (status, reason), ids in told.items():
         yield f"{' '.join(ids)} {status}: {reason}"
+    limits = [record["reason"] for record in results["records"] if record["status"] in (Status.PASSED, Status.FAILED)]
+    yield from dict.fromkeys(filter(None, limits))
     for dtype, why in results["run"]["refused_dtypes"].items():
         yield f"{dtype} not judged: {why}"
     slow = [record["requirement"] for record in results["records"] if record["out_of_time"]]

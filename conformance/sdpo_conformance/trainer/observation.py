@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -211,8 +212,48 @@ def run(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observa
 
 
 def run_or_refusal(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation | Refusal:
-    """The run, or what the trainer raised where the scenario may be refused."""
+    """The run, or what the trainer raised where the scenario may be refused.
+
+    Under gradient checkpointing transformers drops a KV cache that a model in training mode is handed, and computes as
+    if the prompt were not there. A trainer that uses one is run without checkpointing, as its user has to.
+    """
     model = build(scenario.model, device)
+    with dropped_caches(model) as dropped:
+        try:
+            found = run_on(model, distill, scenario)
+        except ImplementationError:
+            if not dropped:
+                raise
+    if not dropped:
+        return found
+    without = replace(scenario, model=replace(scenario.model, checkpointing=False))
+    return run_on(build(without.model, device), distill, without)
+
+
+@contextmanager
+def dropped_caches(model: Any) -> Iterator[list[str]]:
+    """Fills the list with the classes of modules with checkpointed layers that are asked for keys and values, or handed
+    some, in training mode."""
+    dropped: list[str] = []
+
+    def watch_cache(module: Any, _: Any, kwargs: Mapping[str, Any]) -> None:
+        if module.training and (kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is True):
+            dropped.append(type(module).__name__)
+
+    handles = [
+        module.register_forward_pre_hook(watch_cache, with_kwargs=True)
+        for module in model.modules()
+        if any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+    ]
+    try:
+        yield dropped
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_on(model: Any, distill: Callable[..., Any], scenario: Scenario) -> Observation | Refusal:
+    """One run on this model, built for the scenario."""
     samples = samples_of(scenario)
     handed = deepcopy(list(samples))
     refused: Refusal | None = None

@@ -67,6 +67,12 @@ def scenarios(subject: Subject, wider: bool = False) -> Iterator[list[Scenario]]
         yield [reseeded(within_claims(scenario, subject.claims), seed) for scenario in chosen]
 
 
+CACHE_DROPPED = (
+    "hands a KV cache to a model in training mode, which transformers drops under gradient checkpointing: "
+    "judged without checkpointing"
+)
+
+
 def observations(
     subject: Subject, wider: bool = False
 ) -> Iterator[tuple[tuple[Observation, ...], ImplementationError | None]]:
@@ -74,6 +80,7 @@ def observations(
     may be refused is left out where it was, and the note says so."""
     require_packages()
     refused: list[str] = []
+    notes: list[str] = []
     for together in scenarios(subject, wider):
         runs: list[Observation] = []
         error: ImplementationError | None = None
@@ -86,11 +93,15 @@ def observations(
                 break
             if isinstance(observed, Observation):
                 runs.append(observed)
+                if observed.scenario.model != scenario.model:
+                    notes = [CACHE_DROPPED]
             elif scenario.model.unusual_head:
                 refused.append(scenario.model.unusual_head)
         yield tuple(runs), error
-    if refused and not subject.tally.note:
-        subject.tally.note = f"refuses heads with {', '.join(dict.fromkeys(refused))}: not judged on such models"
+    if refused:
+        notes.append(f"refuses heads with {', '.join(dict.fromkeys(refused))}: not judged on such models")
+    if notes and not subject.tally.note:
+        subject.tally.note = "; ".join(notes)
 
 
 def judge_runs(subject: Subject, requirement_id: str) -> None:
