@@ -86,7 +86,7 @@ def ids_that_failed(implementation: str, options: RunOptions) -> tuple[str, ...]
     folder = options.folder(implementation)
     plain = folder.with_name(folder.name.removesuffix(".check"))
     candidates = {one / "results.json" for one in (folder, plain, plain.with_name(f"{plain.name}.check"))}
-    stored = [path for path in candidates if path.is_file()]
+    stored = [path for path in candidates if path.is_file() and judged_in(path, implementation)]
     if not stored:
         raise RunError(
             f"--last-failed: no earlier run of {implementation} lies in {folder.parent}; run it once without"
@@ -95,6 +95,15 @@ def ids_that_failed(implementation: str, options: RunOptions) -> tuple[str, ...]
     if not found:
         raise RunError(f"--last-failed: nothing failed in the last run of {implementation}; run it without")
     return found
+
+
+def judged_in(results: Path, implementation: str) -> bool:
+    """Whether a stored run is one of this implementation: loss.py of two folders leaves its results in one place."""
+    stored = str(read_results(results)["implementation"])
+    if stored == implementation:
+        return True
+    one, other = (name.partition(":") for name in (stored, implementation))
+    return one[2] == other[2] and Path(one[0]).is_file() and Path(one[0]).resolve() == Path(other[0]).resolve()
 
 
 def reported(report: Report, outputs: Outputs, base: dict[str, Any] | None) -> int:

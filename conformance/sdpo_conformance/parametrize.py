@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from sdpo_conformance.running.options import RunOptions
+from sdpo_conformance.running.options import RunError, RunOptions
 from sdpo_conformance.running.process import Report, run_with
 from sdpo_conformance.specs import DEFAULT
 from sdpo_conformance.specs.rule_index import rule_index
@@ -64,7 +64,10 @@ class RequirementTest:
         """Judge it: fails with expected, got and the reproduction; an expected failure is an xfail."""
         import pytest
 
-        records = self.shared.records(self.id)
+        try:
+            records = self.shared.records(self.id)
+        except RunError as error:
+            pytest.fail(f"the run could not happen: {error}", pytrace=False)
         if not records:
             pytest.skip(f"{self.id}: the implementation offers no entry that it is tested through")
         for record in records:

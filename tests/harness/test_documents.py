@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from docs.pages import check_page
 from docs.pages.spec_page import updated
 
 from sdpo_conformance.specs import find_spec
@@ -38,6 +39,12 @@ def test_every_requirement_says_why_and_whence() -> None:
 def test_the_spec_page_is_current() -> None:
     page = (ROOT / "docs" / "spec.md").read_text()
     assert updated(page) == page, "run python -m docs.pages.spec_page docs/spec.md"
+
+
+@pytest.mark.parametrize("title", check_page.CHECKS)
+def test_the_transcripts_are_what_a_check_prints(title: str) -> None:
+    printed = check_page.comparable(check_page.transcript(check_page.CHECKS[title]))
+    assert printed in check_page.comparable(check_page.written()), "run python docs/pages/check_page.py"
 
 
 @pytest.mark.parametrize("package", ["protocol", "specs.claas.oracle", "specs.claas.defects"])

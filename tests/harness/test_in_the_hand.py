@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdpo_conformance import RunError
-from sdpo_conformance.judge_command import Outputs
+from sdpo_conformance.judge_command import Outputs, ids_that_failed
 from sdpo_conformance.report.base_comparison import compared
 from sdpo_conformance.report.explaining import explanations
 from sdpo_conformance.report.listing import listing
@@ -103,6 +103,26 @@ def test_a_file_that_cannot_be_written_is_noticed_before_judging(tmp_path: Path)
     for path in (tmp_path, tmp_path / "file" / "r.xml"):
         with pytest.raises(RunError, match="--junit "):
             Outputs(junit=path).check_writable()
+
+
+def test_what_failed_last_is_that_of_this_implementation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "loss.py").touch()
+    results = {
+        "format": 1,
+        "implementation": "a/loss.py",
+        "verdict": {},
+        "run": {},
+        "records": [record("IS-5", "failed")],
+    }
+    folder = tmp_path / ".sdpo-conformance" / "loss"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    assert ids_that_failed("./a/loss.py", RunOptions()) == ("IS-5",)
+    for other in ("b/loss.py", "a/loss.py:mine", "loss"):
+        with pytest.raises(RunError, match="no earlier run of"):
+            ids_that_failed(other, RunOptions())
 
 
 def test_what_changed_since_a_base() -> None:

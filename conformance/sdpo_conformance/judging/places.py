@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,10 +20,7 @@ def place(function: Any) -> str:
     code = next((found for one in candidates if (found := getattr(one, "__code__", None)) is not None), None)
     if code is None:
         return ""
-    path = Path(code.co_filename)
-    with suppress(ValueError):
-        path = path.relative_to(Path.cwd())
-    return f"{path}:{code.co_firstlineno}"
+    return f"{shown(Path(code.co_filename))}:{code.co_firstlineno}"
 
 
 def innermost_of_user(trace: TracebackType | None) -> str:
@@ -33,6 +29,13 @@ def innermost_of_user(trace: TracebackType | None) -> str:
     for frame in reversed(traceback.extract_tb(trace)):
         installed = "site-packages" in frame.filename or frame.filename.startswith(("<", sys.base_prefix))
         if not installed and not frame.filename.startswith(package):
-            path = Path(frame.filename)
-            return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{frame.lineno}"
+            return f"{shown(Path(frame.filename))}:{frame.lineno}"
     return ""
+
+
+def shown(path: Path) -> str:
+    """As seen from the current folder; a file of this package (a catalogued defect's) as it is imported."""
+    for folder in (Path.cwd(), Path(__file__).parents[2]):
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    return str(path)
