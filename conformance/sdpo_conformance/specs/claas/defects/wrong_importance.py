@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.specs.claas.defects.defect import Defect, around, both, replacing
-from sdpo_conformance.specs.claas.defects.loss_parts import Work, ratio, token_mean, weighted
+from sdpo_conformance.specs.claas.defects.loss_parts import Work, log_ratio, ratio, token_mean, weighted
 from sdpo_conformance.specs.claas.defects.sources import cite
 
 ON_POLICY = "steps_per_batch = 1 with log-probs recorded by the same policy and software: the ratio is 1 there."
@@ -119,6 +119,14 @@ DEFECTS = (
         fix="Detach new - old before exp.",
         change=replacing(log_ratio=lambda w: (w.chosen - w.old).clamp(-20, 20)),
         seen=cite("huggingface/trl#224"),
+        usable_for="Reading the metrics: every value is right, the gradient is not.",
+    ),
+    Defect(
+        name="ratio-undetached-below-alpha-one",
+        sentence="Gradient flows through the ratio where alpha < 1; the reverse-KL surrogate has it detached.",
+        violates=("IS-7",),
+        fix="Detach new - old before exp, whatever the objective.",
+        change=replacing(log_ratio=lambda w: log_ratio(w) if w.reverse else (w.chosen - w.old).clamp(-20, 20)),
         usable_for="Reading the metrics: every value is right, the gradient is not.",
     ),
     Defect(
@@ -313,6 +321,14 @@ DEFECTS = (
         fix="Only the divergence carries the ratio.",
         change=replacing(kl_reg=lambda w: token_mean(w, w.k3 * w.ratio)),
         seen=cite("THUDM/slime#1004", "huggingface/trl#6594", "PrimeIntellect-ai/prime-rl#1391"),
+        usable_for=ON_POLICY,
+    ),
+    Defect(
+        name="ratio-applied-to-anchor-in-loss",
+        sentence="The anchor is multiplied by the importance ratio in the loss, and kl_reg is reported without it.",
+        violates=("IS-8",),
+        fix="Only the divergence carries the ratio.",
+        change=replacing(loss=lambda w: w.distill_loss + w.kl_reg_weight * token_mean(w, w.k3 * w.ratio)),
         usable_for=ON_POLICY,
     ),
     Defect(
