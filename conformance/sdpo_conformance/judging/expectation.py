@@ -8,7 +8,9 @@ HALF_FACTOR units plus EAGER_FACTOR times what plain PyTorch is off by on the sa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,6 +56,30 @@ def epsilon(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
 
 
+class WhenAsked(Mapping[str, Expectation]):
+    """Expectations that are worked out where they are first looked at: many checks look at results alone. What
+    ``make`` holds must not hold the case: it would never be let go."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Expectation]]) -> None:
+        self._make: Callable[[], Mapping[str, Expectation]] | None = make
+
+    @cached_property
+    def _made(self) -> Mapping[str, Expectation]:
+        assert self._make is not None
+        made = self._make()
+        self._make = None
+        return made
+
+    def __getitem__(self, key: str) -> Expectation:
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
 @dataclass(frozen=True)
 class Expectations:
     """What an entry must return on a case. ``clip_fraction`` is an interval, held as centre and half-width:
@@ -61,5 +87,5 @@ class Expectations:
     plain PyTorch itself is not finite in these dtypes, which no MUST may ask for."""
 
     results: dict[str, Expectation]
-    gradients: dict[str, Expectation]
+    gradients: Mapping[str, Expectation]
     attainable: bool

@@ -18,7 +18,9 @@ HALF_FACTOR of that plus twice what plain PyTorch (``oracle.eager``) is off by o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,11 +35,12 @@ from sdpo_conformance.judging.expectation import (
     SMALLEST,
     Expectation,
     Expectations,
+    WhenAsked,
     epsilon,
 )
-from sdpo_conformance.protocol import RATIO_LOG_CLAMP, Capability, FusedSDPOLossInput
+from sdpo_conformance.protocol import RATIO_LOG_CLAMP, Capability, FusedSDPOLossInput, SDPOLossInput
 from sdpo_conformance.specs.claas.loss_case import LossCase
-from sdpo_conformance.specs.claas.oracle.divergence import divergence_gradient
+from sdpo_conformance.specs.claas.oracle.divergence import Divergence, divergence_gradient
 from sdpo_conformance.specs.claas.oracle.eager import eager_loss
 from sdpo_conformance.specs.claas.oracle.loss import LossTruth, indices, upcast
 
@@ -67,19 +70,28 @@ def is_half(eps: float) -> bool:
 @dataclass(frozen=True)
 class TokenErrors:
     """Absolute errors per unit factor. (B, T): ``divergence``, ``ratio`` (relative), ``k3``, ``weight``
-    (relative). (B, T, V): ``divergence_gradient`` (of D alone), ``loss_gradient`` (of the loss)."""
+    (relative). (B, T, V), worked out where they are asked for: ``divergence_gradient`` (of D alone), ``loss_gradient``
+    (of the loss)."""
 
     divergence: Tensor
     ratio: Tensor
     k3: Tensor
     weight: float
-    divergence_gradient: Tensor
-    loss_gradient: Tensor
+    of_divergence: Callable[[], Tensor]
+    of_loss: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def divergence_gradient(self) -> Tensor:
+        return self.of_divergence()
+
+    @cached_property
+    def loss_gradient(self) -> Tensor:
+        return self.of_loss(self.divergence_gradient)
 
 
-def token_errors(case: LossCase) -> TokenErrors:
+def token_errors(truth: LossTruth, loss_input: SDPOLossInput | FusedSDPOLossInput) -> TokenErrors:
     """First-order rounding analysis of the formulas in ``oracle``, per token."""
-    truth, loss_input, training = case.truth, case.loss_input, case.training
+    training = loss_input.training
     counted = upcast(loss_input.response_mask) != 0
     support, y = indices(loss_input.teacher_indices), indices(loss_input.response_ids)
     tau = torch.where(counted.unsqueeze(-1), upcast(loss_input.teacher_logprobs), 0.0)
@@ -110,7 +122,9 @@ def token_errors(case: LossCase) -> TokenErrors:
     logsumexp_error = (softmax * z_error).sum(-1, keepdim=True) + eps_z * size
     l_error = z_error + logsumexp_error + eps_z * (finite_logprobs.abs() + 2)
     chosen_error = l_error.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-    onehot = torch.zeros_like(softmax).scatter_(-1, y.unsqueeze(-1), 1.0)
+
+    def onehot() -> Tensor:
+        return torch.zeros_like(softmax).scatter_(-1, y.unsqueeze(-1), 1.0)
 
     log_ratio = truth.chosen - old
     saturated = (log_ratio.abs() > RATIO_LOG_CLAMP + 1) | (log_ratio > math.log(training.is_clip) + 1)
@@ -118,13 +132,17 @@ def token_errors(case: LossCase) -> TokenErrors:
     ratio_error = torch.where(saturated, 2 * eps_old, moving)
 
     if truth.divergence is not None:
-        d_error, gradient_error = _divergence_errors(case, tau, l_error, softmax, support, eps, eps_tau)
+        d_error, of_divergence = _divergence_errors(
+            truth.divergence, training.alpha, tau, l_error, softmax, support, eps, eps_tau
+        )
     else:
         slope = truth.reverse_kl_slope
         tau_y = truth.chosen - slope
         slope_error = chosen_error + eps_tau * tau_y.abs() + eps * slope.abs()
         d_error = truth.chosen.abs() * slope_error + slope.abs() * chosen_error + eps * truth.per_token.abs()
-        gradient_error = _chosen_gradient_error(slope, slope_error, softmax, onehot, l_error, eps)
+
+        def of_divergence() -> Tensor:
+            return _chosen_gradient_error(slope, slope_error, softmax, onehot(), l_error, eps)
 
     d = (truth.chosen - base).clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)
     outside = (truth.chosen - base).abs() > RATIO_LOG_CLAMP
@@ -136,17 +154,21 @@ def token_errors(case: LossCase) -> TokenErrors:
     k3_slope_error = torch.where(outside & ~near_clamp, 0.0, k3_slope_error)
     k3_slope_error = k3_slope_error + torch.where(near_clamp, torch.expm1(d).abs(), 0.0)
 
-    scale = (truth.ratio * truth.weight).unsqueeze(-1)
-    divergence_part = _gradient_of_divergence(truth, onehot, softmax, support)
-    loss_gradient = scale * (
-        gradient_error + divergence_part * (ratio_error.unsqueeze(-1) + weight_error + 3 * eps_old)
-    )
-    if training.kl_reg_weight:
-        anchor = _chosen_gradient_error(truth.k3_slope, k3_slope_error, softmax, onehot, l_error, eps_base)
-        loss_gradient = loss_gradient + abs(training.kl_reg_weight) * truth.weight.unsqueeze(-1) * (
-            anchor + weight_error * (truth.k3_slope.unsqueeze(-1) * (onehot - softmax)).abs()
+    def of_loss(gradient_error: Tensor) -> Tensor:
+        hot = onehot()
+        scale = (truth.ratio * truth.weight).unsqueeze(-1)
+        divergence_part = _gradient_of_divergence(truth, hot, softmax, support)
+        loss_gradient = scale * (
+            gradient_error + divergence_part * (ratio_error.unsqueeze(-1) + weight_error + 3 * eps_old)
         )
-    return TokenErrors(d_error, ratio_error, k3_error, weight_error, gradient_error, loss_gradient)
+        if training.kl_reg_weight:
+            anchor = _chosen_gradient_error(truth.k3_slope, k3_slope_error, softmax, hot, l_error, eps_base)
+            loss_gradient = loss_gradient + abs(training.kl_reg_weight) * truth.weight.unsqueeze(-1) * (
+                anchor + weight_error * (truth.k3_slope.unsqueeze(-1) * (hot - softmax)).abs()
+            )
+        return loss_gradient
+
+    return TokenErrors(d_error, ratio_error, k3_error, weight_error, of_divergence, of_loss)
 
 
 def _gradient_of_divergence(truth: LossTruth, onehot: Tensor, softmax: Tensor, support: Tensor) -> Tensor:
@@ -174,11 +196,16 @@ def _chosen_gradient_error(
 
 
 def _divergence_errors(
-    case: LossCase, tau: Tensor, l_error: Tensor, softmax: Tensor, support: Tensor, eps: float, eps_tau: float
-) -> tuple[Tensor, Tensor]:
-    """Errors of D (B, T) and of dD/dz (B, T, V) for alpha < 1."""
-    divergence, alpha = case.truth.divergence, case.training.alpha
-    assert divergence is not None
+    divergence: Divergence,
+    alpha: float,
+    tau: Tensor,
+    l_error: Tensor,
+    softmax: Tensor,
+    support: Tensor,
+    eps: float,
+    eps_tau: float,
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Errors of D (B, T) and, where it is asked for, of dD/dz (B, T, V) for alpha < 1."""
     p, q = divergence.log_p.exp(), divergence.log_q.exp()
     log_p = torch.where(p > 0, divergence.log_p, 0.0)
     log_q = torch.where(q > 0, divergence.log_q, 0.0)
@@ -199,16 +226,19 @@ def _divergence_errors(
     of_alpha = (p * teacher_log).sum(-1).abs() + (q * student_log).sum(-1).abs()
     d_error = (2 * eps * terms + moved + curved).sum(-1) + eps * (alpha * 1.0 if alpha < 0.5 else 1.0) * of_alpha
 
-    slope_error = (1 - alpha) * (eps * (log_q.abs() + log_m.abs() + 2) + teacher_share * (q_error + p_error)) + eps * (
-        alpha if alpha < 0.5 else 1.0
-    ) * student_log.abs()
-    slope = divergence.slope.abs()
-    push, push_error = q * slope, q * (slope_error + slope * (q_error + eps))
-    on_floor = divergence.on_floor.unsqueeze(-1)
-    all_push, all_push_error = push.sum(-1, keepdim=True), push_error.sum(-1, keepdim=True)
-    at_support = push_error + torch.where(on_floor, 0.0, q * (all_push_error + all_push * (q_error + eps)))
-    everywhere = softmax * (all_push_error + torch.where(on_floor, all_push * (l_error + eps), eps * all_push))
-    return d_error, everywhere.scatter_add(-1, support, at_support)
+    def of_gradient() -> Tensor:
+        slope_error = (1 - alpha) * (
+            eps * (log_q.abs() + log_m.abs() + 2) + teacher_share * (q_error + p_error)
+        ) + eps * (alpha if alpha < 0.5 else 1.0) * student_log.abs()
+        slope = divergence.slope.abs()
+        push, push_error = q * slope, q * (slope_error + slope * (q_error + eps))
+        on_floor = divergence.on_floor.unsqueeze(-1)
+        all_push, all_push_error = push.sum(-1, keepdim=True), push_error.sum(-1, keepdim=True)
+        at_support = push_error + torch.where(on_floor, 0.0, q * (all_push_error + all_push * (q_error + eps)))
+        everywhere = softmax * (all_push_error + torch.where(on_floor, all_push * (l_error + eps), eps * all_push))
+        return everywhere.scatter_add(-1, support, at_support)
+
+    return d_error, of_gradient
 
 
 _KNOWN: WeakKeyDictionary[LossCase, dict[Capability, Expectations]] = WeakKeyDictionary()
@@ -223,8 +253,8 @@ def expectations(case: LossCase, entry: Capability) -> Expectations:
 
 
 def _expectations(case: LossCase, entry: Capability) -> Expectations:
-    truth, training = case.truth, case.training
-    errors = token_errors(case)
+    truth, training, loss_input, trainable_head = case.truth, case.training, case.loss_input, case.trainable_head
+    errors = token_errors(truth, loss_input)
     half = any(t.dtype in (torch.bfloat16, torch.float16) for t in case.tensors().values())
     divergence_only = entry is Capability.DIVERGENCE
     eager, attainable = None, True
@@ -249,14 +279,17 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
         per_token = expect(truth.per_token, errors.divergence, eager.per_token if eager else None)
         incoming = divergence_incoming(case).unsqueeze(-1)
         logits_gradient = incoming * _signed_divergence_gradient(truth, indices(case.loss_input.teacher_indices))
-        gradients = _input_gradients(
-            case,
-            logits_gradient,
-            incoming.abs() * errors.divergence_gradient,
-            eager.per_token_gradients if eager else None,
-            factor,
-            eps,
-            smallest * max(1.0, float(incoming.abs().max()) if incoming.numel() else 0.0),
+        gradients = WhenAsked(
+            lambda: _input_gradients(
+                loss_input,
+                trainable_head,
+                logits_gradient,
+                incoming.abs() * errors.divergence_gradient,
+                eager.per_token_gradients if eager else None,
+                factor,
+                eps,
+                smallest * max(1.0, float(incoming.abs().max()) if incoming.numel() else 0.0),
+            )
         )
         attainable = attainable and (
             eager is None
@@ -265,7 +298,7 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
                 and all(bool(torch.isfinite(g).all()) for g in eager.per_token_gradients.values())
             )
         )
-        return Expectations({"divergence": per_token}, gradients, attainable and fits(case, gradients))
+        return Expectations({"divergence": per_token}, gradients, attainable and fits(case, logits_gradient, gradients))
 
     weight = truth.weight
     ratio_relative = errors.ratio + errors.weight + 2 * eps
@@ -283,22 +316,32 @@ def _expectations(case: LossCase, entry: Capability) -> Expectations:
         ),
         "clip_fraction": _clip_fraction(case, errors),
     }
-    gradients = _input_gradients(
-        case,
-        truth.grad_logits * case.incoming,
-        errors.loss_gradient * abs(case.incoming),
-        eager.gradients if eager else None,
-        factor,
-        eps,
-        smallest * max(1.0, abs(case.incoming)),
+    arriving, logits_gradient = abs(case.incoming), truth.grad_logits * case.incoming
+    gradients = WhenAsked(
+        lambda: _input_gradients(
+            loss_input,
+            trainable_head,
+            logits_gradient,
+            errors.loss_gradient * arriving,
+            eager.gradients if eager else None,
+            factor,
+            eps,
+            smallest * max(1.0, arriving),
+        )
     )
     finite = eager is None or eager.finite
-    return Expectations(results, gradients, attainable and finite and fits(case, gradients))
+    return Expectations(results, gradients, attainable and finite and fits(case, logits_gradient, gradients))
 
 
-def fits(case: LossCase, gradients: dict[str, Expectation]) -> bool:
-    """Whether every true gradient can be stored in the dtype of its input."""
+def fits(case: LossCase, logits_gradient: Tensor, gradients: Mapping[str, Expectation]) -> bool:
+    """Whether every true gradient can be stored in the dtype of its input; most often their sum of absolute terms can,
+    and the gradients need not be looked at."""
     tensors = case.tensors()
+    factors = [tensors[key] for key in ("student_hidden", "lm_head_weight") if key in tensors and tensors[key].numel()]
+    largest = max([1.0, *(float(one.abs().max()) for one in factors)])
+    least = min(torch.finfo(tensors[key].dtype).max for key in case.differentiable)
+    if float(logits_gradient.abs().sum()) * largest <= LARGEST_SHARE * least:
+        return True
     return all(
         expectation.value.numel() == 0
         or float(expectation.value.abs().max()) <= LARGEST_SHARE * torch.finfo(tensors[key].dtype).max
@@ -326,7 +369,8 @@ def _clip_fraction(case: LossCase, errors: TokenErrors) -> Expectation:
 
 
 def _input_gradients(
-    case: LossCase,
+    loss_input: SDPOLossInput | FusedSDPOLossInput,
+    trainable_head: bool,
     logits_gradient: Tensor,
     logits_error: Tensor,
     eager: dict[str, Tensor] | None,
@@ -335,7 +379,6 @@ def _input_gradients(
     smallest: float,
 ) -> dict[str, Expectation]:
     """Carry the gradient of the logits, and its error, to the fields the implementation owes a gradient."""
-    loss_input = case.loss_input
     if isinstance(loss_input, FusedSDPOLossInput):
         hidden, head = upcast(loss_input.student_hidden), upcast(loss_input.lm_head_weight)
         hidden = torch.where(torch.isfinite(hidden), hidden, 0.0)
@@ -343,7 +386,7 @@ def _input_gradients(
         summing = math.sqrt(terms) / 4 if terms > MANY_TERMS and factor == FLOAT_FACTOR else 1.0
         spread = logits_error + summing * eps * logits_gradient.abs() + smallest
         pairs = {"student_hidden": (logits_gradient @ head, spread @ head.abs())}
-        if case.trainable_head:
+        if trainable_head:
             pairs["lm_head_weight"] = (
                 torch.einsum("btv,bth->vh", logits_gradient, hidden),
                 torch.einsum("btv,bth->vh", spread, hidden.abs()),
