@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sdpo_conformance.inputs.choices import Source
+
+LARGE = 2**11
+"""Normal numbers from which on they are kept: drawing one takes as long as copying ten."""
+
+MOST_KEPT = 2**24
+"""Numbers that are kept at all, 128 MiB of them."""
+
+
+class KeptNormals:
+    """The latest large draws. Requirements visit the same sizes, and many of them with the same seed: seven of ten
+    normal numbers of a run had been drawn before."""
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[tuple[bytes, tuple[int, ...]], tuple[Tensor, Tensor]] = OrderedDict()
+        self.size = 0
+
+    def draw(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+        """What ``torch.randn`` returns for a generator in this state, which it leaves as ``randn`` does."""
+        key = (generator.get_state().numpy().tobytes(), shape)
+        if key in self.known:
+            self.known.move_to_end(key)
+            values, after = self.known[key]
+            generator.set_state(after)
+            return values.clone()
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        self.known[key] = values.clone(), generator.get_state()
+        self.size += values.numel()
+        while self.size > MOST_KEPT:
+            self.size -= self.known.popitem(last=False)[1][0].numel()
+        return values
+
+
+KEPT = KeptNormals()
 
 
 class Numbers:
@@ -17,6 +52,8 @@ class Numbers:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
+        if math.prod(shape) >= LARGE:
+            return KEPT.draw(self.generator, shape)
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
