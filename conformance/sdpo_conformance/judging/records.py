@@ -7,7 +7,7 @@ crash, and ``last_case`` says on which input.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -49,6 +49,12 @@ class Record:
     @property
     def key(self) -> str:
         return record_key(self.requirement, self.entry)
+
+
+def names_a_rule(record: Record, sweeps: Collection[str]) -> bool:
+    """Whether a failure says which rule is broken: not one that follows from another, nor one found by a sweep."""
+    bad = record.status in (Status.FAILED, Status.INTERNAL_ERROR) and record.level is Level.MUST
+    return bad and not record.failure.get("secondary") and record.requirement not in sweeps
 
 
 def record_key(requirement: str, entry: str) -> str:

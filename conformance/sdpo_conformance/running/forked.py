@@ -10,9 +10,9 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -20,11 +20,6 @@ from typing import Any, Protocol
 
 import pytest
 from _pytest.runner import runtestprotocol
-
-
-def may_fork(device: str) -> bool:
-    """Whether this process can be forked: a CPU run, Linux, no second thread that might hold a lock."""
-    return device == "cpu" and sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
 
 
 class Agenda(Protocol):
@@ -69,7 +64,8 @@ class ForkedWorker:
         """Send the next item of the batch, if there is one."""
         self.at = self.batch.popleft() if self.batch else None
         if self.at is not None:
-            self.pipe.send(self.at.session.items.index(self.at))
+            with suppress(BrokenPipeError, ConnectionResetError):  # that it is dead shows where its answer is read
+                self.pipe.send(self.at.session.items.index(self.at))
 
 
 def judge_in_forks(session: pytest.Session, agenda: Agenda, workers: int, begin: Callable[[], None]) -> None:
@@ -88,7 +84,6 @@ def judge_in_forks(session: pytest.Session, agenda: Agenda, workers: int, begin:
                 assert item is not None
                 try:
                     reports = [from_data(session.config, data) for data in worker.pipe.recv()]
-                    worker.begin_next()
                 except (EOFError, ConnectionResetError, BrokenPipeError):
                     running.remove(worker)
                     worker.process.join()
@@ -97,6 +92,8 @@ def judge_in_forks(session: pytest.Session, agenda: Agenda, workers: int, begin:
                         agenda.put_back(worker.batch)
                 publish(session, reports)
                 agenda.judged(item)
+                if worker in running:
+                    worker.begin_next()
         for worker in running:
             worker.pipe.send(None)
             worker.process.join()

@@ -12,7 +12,7 @@ import importlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +21,24 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 
 from sdpo_conformance.files import write_json, write_text
-from sdpo_conformance.judging.records import Record, Status, forget_record, read_record, record_key, write_record
+from sdpo_conformance.judging.forking import SHARING, may_fork
+from sdpo_conformance.judging.records import (
+    Record,
+    Status,
+    forget_record,
+    names_a_rule,
+    read_record,
+    record_key,
+    write_record,
+)
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.running.folder import ERROR, start_afresh
-from sdpo_conformance.running.forked import Everything, judge_in_forks, may_fork
+from sdpo_conformance.running.forked import Everything, judge_in_forks
 from sdpo_conformance.running.options import RunError, RunOptions, declare, expected_failures
 
 if TYPE_CHECKING:
     from sdpo_conformance.cases.case import Case
     from sdpo_conformance.judging.implementation import Implementation
-    from sdpo_conformance.specs.spec import Spec
 
 SESSION = pytest.StashKey["Session"]()
 
@@ -158,7 +166,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if session.worker or not getattr(config.option, "numprocesses", None):
         session.arm()
     elif may_fork(session.device):
-        session.forks = config.option.numprocesses
+        session.forks = SHARING.processes = config.option.numprocesses
         config.option.dist = "no"
     elif session.options.first_cause:
         config.option.dist = "no"  # the implementation has started threads: one process, as the order counts
@@ -169,15 +177,29 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     run = session.config.stash[SESSION]
     if not run.forks or session.config.option.collectonly:
         return None
-    preload(run.implementation.offered)
-    # the rules about a trainer look at the same runs of it, which a process remembers
-    trainers = [item for item in session.items if entry_of_item(item) is Capability.DISTILL]
+    preload()
     if run.options.first_cause:
-        judge_in_forks(session, FirstCause(run, session.items), 1 if trainers else run.forks, run.arm)
+        judge_in_forks(session, FirstCause(run, session.items), run.forks, run.arm)
         return True
-    rest = [[item] for item in session.items if item not in trainers]
-    judge_in_forks(session, Everything([*([trainers] if trainers else []), *rest]), run.forks, run.arm)
+    batches = [[item] for item in session.items if not of_trainer(item)]
+    if trainers := [item for item in session.items if of_trainer(item)]:
+        batches.insert(0, trainers)
+    judge_in_forks(session, Judged(batches), run.forks, run.arm)
     return True
+
+
+def of_trainer(item: pytest.Item) -> bool:
+    """Whether a rule is about a trainer. These look at the same runs of it, which a process remembers: they are one
+    batch."""
+    return entry_of_item(item) is Capability.DISTILL
+
+
+class Judged(Everything):
+    """Every batch of a run, in order."""
+
+    def put_back(self, batch: deque[pytest.Item]) -> None:
+        preload_models(batch)
+        super().put_back(batch)
 
 
 class FirstCause:
@@ -187,6 +209,7 @@ class FirstCause:
         self.run = run
         self.left = deque(items)
         self.taken: list[pytest.Item] = []
+        self.begun: deque[pytest.Item] = deque()
         self.failed = False
         self.following = False
 
@@ -195,19 +218,28 @@ class FirstCause:
             self.ask_further()
         if self.failed or not self.left:
             return None
-        self.taken.append(self.left.popleft())
-        return deque([self.taken[-1]])
+        batch = deque([self.left.popleft()])
+        if of_trainer(batch[0]):
+            batch.extend(item for item in self.left if of_trainer(item))
+            self.left = deque(item for item in self.left if not of_trainer(item))
+            self.begun = batch
+        self.taken += batch
+        return batch
 
     def put_back(self, batch: deque[pytest.Item]) -> None:
-        """A batch is one item, of which nothing is left."""
+        self.taken = [item for item in self.taken if item not in batch]
+        self.left.extendleft(reversed(batch))
+        batch.clear()
 
     def judged(self, item: pytest.Item) -> None:
         self.failed = self.failed or self.ends(item)
+        if self.failed and self.begun:
+            self.put_back(self.begun)
 
     def ends(self, item: pytest.Item) -> bool:
         """Whether the item is a failure that names a rule; a crash is one."""
         record = self.record_of(item)
-        return record is None or names_a_rule(record, self.run.spec)
+        return record is None or names_a_rule(record, self.run.spec.sweeps)
 
     def record_of(self, item: pytest.Item) -> Record | None:
         return read_record(self.run.folder, record_key_of(item))
@@ -229,11 +261,16 @@ class FirstCause:
         self.taken, self.failed = [], not self.left
 
 
-def preload(offered: Sequence[Capability]) -> None:
+def preload() -> None:
     """Import what every worker would import later."""
     # torch's first gradient of a given incoming one needs it
     importlib.import_module("torch.fx.experimental.symbolic_shapes")
-    if Capability.DISTILL in offered:
+
+
+def preload_models(left: Iterable[pytest.Item]) -> None:
+    """Import what models need, where rules about a trainer are left of a batch whose worker died. The first worker
+    imports it for itself, beside the others; each that takes its place would again."""
+    if any(of_trainer(item) for item in left):
         for name in ("transformers", "peft"):
             with suppress(ImportError):
                 importlib.import_module(name)
@@ -366,7 +403,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         failure=failure,
     )
     write_record(session.folder, record)
-    if session.options.first_cause and not session.forks and names_a_rule(record, session.spec):
+    if session.options.first_cause and not session.forks and names_a_rule(record, session.spec.sweeps):
         follow(pyfuncitem, record, session)
     for suffix in (".json", ".safetensors"):
         (session.folder / "running" / f"{record.key}{suffix}").unlink(missing_ok=True)
@@ -406,12 +443,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     asked = item.config.stash[SESSION].asked
     if asked is not None and record_key_of(item) not in asked:
         pytest.skip("another rule names the cause")
-
-
-def names_a_rule(record: Record, spec: Spec) -> bool:
-    """Whether a failure says which rule is broken: not one that follows from another, nor one found by a sweep."""
-    bad = record.status in (Status.FAILED, Status.INTERNAL_ERROR) and record.level == "MUST"
-    return bad and not record.failure.get("secondary") and record.requirement not in spec.sweeps
 
 
 @pytest.hookimpl(trylast=True)

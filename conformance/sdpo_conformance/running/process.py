@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.files import write_json
+from sdpo_conformance.judging.records import names_a_rule, read_record, record_in, record_key
 from sdpo_conformance.report.watcher import Watcher
 from sdpo_conformance.running.children import Interrupted, ending_on_signals, started
 from sdpo_conformance.running.folder import DIAGNOSING, ERROR, RESULTS, staged
@@ -28,6 +29,10 @@ LOADING_SECONDS = 300.0
 
 ENDING_SECONDS = 2.0
 """How long the process may go on once its results are there: a thread that the implementation started never ends."""
+
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""For glibc: a fifth of a run's CPU time went to the kernel, which had to hand out and zero the pages of every larger
+tensor anew."""
 
 Progress = Callable[[int, int], None]
 
@@ -125,7 +130,8 @@ def run_with(implementation: str, options: RunOptions, progress: Progress | None
     try:
         with staged(folder) as stage:
             command = pytest_command(implementation, replace(options, out=stage))
-            status, log = run_pytest(command, stage, progress)
+            sweeps = options.found_spec.sweeps if options.first_cause else None
+            status, log = run_pytest(command, stage, progress, sweeps)
             if options.first_cause and not (stage / RESULTS).exists() and not (stage / ERROR).exists():
                 apart = replace(options, out=stage, first_cause=False, jobs=1)
                 status, log = run_pytest(pytest_command(implementation, apart), stage, progress)
@@ -166,12 +172,14 @@ def pytest_command(implementation: str, options: RunOptions) -> list[str]:
     ]
 
 
-def run_pytest(command: Sequence[str], folder: Path, progress: Progress | None) -> tuple[int, str]:
+def run_pytest(
+    command: Sequence[str], folder: Path, progress: Progress | None, sweeps: Collection[str] | None = None
+) -> tuple[int, str]:
     """Run it, telling ``progress`` how far it is; returns the exit status and the log's text. On a signal raises
-    ``Interrupted`` with what was judged so far as its ``records``."""
-    environment = {"OMP_NUM_THREADS": "1", **child_environment()}
+    ``Interrupted`` with what was judged so far as its ``records``. ``sweeps``: of a check, see ``Seen``."""
+    environment = {"OMP_NUM_THREADS": "1", **KEEP_FREED_MEMORY, **child_environment()}
     since = time.monotonic()
-    seen = Seen(folder, progress)
+    seen = Seen(folder, progress, sweeps)
     log_path = folder.parent / f"{folder.name}.log"
     try:
         with (
@@ -191,7 +199,7 @@ def run_pytest(command: Sequence[str], folder: Path, progress: Progress | None) 
         (folder / "pytest.log").write_text(text, encoding="utf-8")
     except Interrupted as signalled:
         seen.look()
-        signalled.judged_so_far(seen.records, seen.planned)
+        signalled.judged_so_far(list(seen.records.values()), len(seen.plan))
         raise
     finally:
         log_path.unlink(missing_ok=True)
@@ -199,13 +207,17 @@ def run_pytest(command: Sequence[str], folder: Path, progress: Progress | None) 
 
 
 class Seen:
-    """What a run has left in its folder so far, told to a progress as it appears."""
+    """What a run has left in its folder so far, told to a progress as it appears.
 
-    def __init__(self, folder: Path, progress: Progress | None) -> None:
-        self.folder, self.progress = folder, progress
-        self.names: set[str] = set()
-        self.records: list[dict[str, Any]] = []
-        self.planned = 0
+    ``sweeps``: of a check, the rules that name no cause. Its workers may judge what is forgotten once a failure before
+    it ends the check: until it is over, records are told in the plan's order, up to such a failure.
+    """
+
+    def __init__(self, folder: Path, progress: Progress | None, sweeps: Collection[str] | None = None) -> None:
+        self.folder, self.progress, self.sweeps = folder, progress, sweeps
+        self.records: dict[str, dict[str, Any]] = {}
+        self.failed = False
+        self.plan: list[str] = []
         self.told = ""
 
     def look(self) -> bool:
@@ -213,21 +225,34 @@ class Seen:
         plan = self.folder / "plan.json"
         if not plan.exists():
             return False
-        self.planned = self.planned or len(read_plan(plan))
-        for path in sorted((self.folder / "records").glob("[!.]*.json")):
-            if path.name not in self.names:
-                self.names.add(path.name)
-                self.records.append(json.loads(path.read_text(encoding="utf-8")))
+        self.plan = self.plan or [record_key(**one) for one in read_plan(plan)]
+        over = (self.folder / DIAGNOSING).exists() or (self.folder / RESULTS).exists()
+        for key in self.written() if self.sweeps is None or over else self.settled():
+            if key not in self.records:
+                self.records[key] = asdict(record_in(self.folder / "records" / f"{key}.json"))
                 if isinstance(self.progress, Watcher):
-                    self.progress.verdict(self.records[-1])
+                    self.progress.verdict(self.records[key])
         if self.progress is not None:
-            self.progress(len(self.records), self.planned)
+            self.progress(len(self.records), len(self.plan))
         diagnosing = (self.folder / DIAGNOSING).exists() and not (self.folder / RESULTS).exists()
         phase = "diagnosing" if diagnosing or self.told == "diagnosing" else "judging"
         if isinstance(self.progress, Watcher) and phase != self.told:
             self.told = phase
             self.progress.phase(phase)
         return True
+
+    def written(self) -> list[str]:
+        """The keys of all records."""
+        return [path.stem for path in sorted((self.folder / "records").glob("[!.]*.json"))]
+
+    def settled(self) -> Iterator[str]:
+        """The keys of those that no failure of an earlier rule can make forgotten."""
+        for key in self.plan[len(self.records) :]:  # those told are its beginning
+            record = None if self.failed else read_record(self.folder, key)
+            if record is None or self.sweeps is None:
+                return
+            yield key
+            self.failed = names_a_rule(record, self.sweeps)
 
 
 def read_plan(path: Path) -> list[Any]:

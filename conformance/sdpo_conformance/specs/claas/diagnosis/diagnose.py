@@ -103,11 +103,17 @@ def explanation(
     # what explains everything explains the numbers: only where nothing does is every check replayed with every defect
     numeric = [index for index in looked_at if observed[index].numeric]
     for first in (numeric, looked_at):
+        tried = tuple(first)
+
+        def fits_one(defect: Defect, tried: Sequence[int] = tried) -> bool:
+            return any(predictor.fit(defect, observed[index]).matched for index in tried)
+
+        predictor.foresee(known, observed, fits_one)
         singles = ranked(
             [
                 candidate
                 for defect in known
-                if any(predictor.fit(defect, observed[index]).matched for index in first)
+                if fits_one(defect)
                 if (candidate := judged((defect,), defect, observed, predictor)).explained
                 if not contradicted(candidate, held)
             ],
@@ -204,25 +210,37 @@ def pairings(
         likely = suspects(known, observed)
         work.extend((first, likely) for first in likely)
     tried: set[frozenset[str]] = set()
+    untried: list[tuple[Defect, list[Defect]]] = []
     for first, seconds in work:
-        alone = {index for index, one in enumerate(observed) if predictor.fit(first, one).matched}
-        open_ones = [index for index in representative(observed) if index not in alone]
-        open_ones = open_ones or [index for index in range(len(observed)) if index not in alone]
+        untried.append((first, []))
         for second in seconds:
             names = frozenset({first.name, second.name})
-            if len(names) < 2 or names in tried:
-                continue
-            if len(tried) == MOST_PAIRS:
-                return
-            tried.add(names)
-            try:
-                whole = combine(first, second)
-            except ValueError:
-                continue
-            if any(predictor.fit(whole, observed[index]).matched for index in open_ones[:2]):
-                candidate = judged((first, second), whole, observed, predictor)
-                if len(candidate.explained) > len(alone):
-                    yield candidate
+            if len(names) == 2 and names not in tried and len(tried) < MOST_PAIRS:
+                tried.add(names)
+                untried[-1][1].append(second)
+    predictor.foresee(untried, observed, lambda one: list(paired(*one, observed, predictor)))
+    for first, seconds in untried:
+        yield from paired(first, seconds, observed, predictor)
+
+
+def paired(
+    first: Defect, seconds: Sequence[Defect], observed: Sequence[Observed], predictor: Predictor
+) -> Iterable[Candidate]:
+    """The pairs of a defect with others that explain more than it does alone."""
+    if not seconds:
+        return
+    alone = {index for index, one in enumerate(observed) if predictor.fit(first, one).matched}
+    open_ones = [index for index in representative(observed) if index not in alone]
+    open_ones = open_ones or [index for index in range(len(observed)) if index not in alone]
+    for second in seconds:
+        try:
+            whole = combine(first, second)
+        except ValueError:
+            continue
+        if any(predictor.fit(whole, observed[index]).matched for index in open_ones[:2]):
+            candidate = judged((first, second), whole, observed, predictor)
+            if len(candidate.explained) > len(alone):
+                yield candidate
 
 
 def suspects(known: Sequence[Defect], observed: Sequence[Observed]) -> list[Defect]:

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 GRADIENT = "gradient."
 
+FitKey = tuple[str, float | None, bool]
+"""A defect's name and number, and whether it was predicted in the input's own dtypes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Observed:
     """``values`` by result key, and ``gradient.<field>`` for gradients, float64; empty where the call raised or
     the check looked at something else. ``probe``: the kind of check; ``got``: its finding in words;
-    ``secondary``: the rule that failed plays no part in it; ``fits``: what is known of defects on it, by the defect's
-    name and number and whether it was predicted in the input's own dtypes."""
+    ``secondary``: the rule that failed plays no part in it; ``fits``: what is known of defects on it."""
 
     requirement: str
     entry: Capability
@@ -38,7 +40,7 @@ class Observed:
     aspect: str = ""
     got: str = ""
     secondary: bool = False
-    fits: dict[tuple[str, float | None, bool], Fit] = field(default_factory=dict, repr=False)
+    fits: dict[FitKey, Fit] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, path: Path, requirement: str, entry: Capability, failure: Mapping[str, object]) -> Observed:

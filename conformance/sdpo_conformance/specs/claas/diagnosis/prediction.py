@@ -8,15 +8,19 @@ own dtypes, which a defect may need to show.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from sdpo_conformance.judging.call import ImplementationError, evaluate
+from sdpo_conformance.judging.forking import shared_out
 from sdpo_conformance.judging.likeness import coarsest, largest, likeness, roundoff, share
 from sdpo_conformance.specs.claas.defects.defect import Defect
-from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
+from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, FitKey, Observed, expectation_of, values_of
+
+Asked = TypeVar("Asked")
 
 MOST_ERROR = 0.05
 """Relative deviation beyond which a prediction is no evidence, however wide the bound."""
@@ -158,6 +162,23 @@ class Predictor:
 
                 observed.fits[key] = replayed(defect, observed)
         return observed.fits[key]
+
+    def foresee(self, asked: Sequence[Asked], observed: Sequence[Observed], ask: Callable[[Asked], object]) -> None:
+        """Remember the fits that ``ask`` wants of the predictor for each that is ``asked``; found by several
+        processes."""
+        known = [set(one.fits) for one in observed]
+
+        def found(part: Sequence[Asked]) -> list[dict[FitKey, Fit]]:
+            for one in part:
+                ask(one)
+            return [
+                {key: one.fits[key] for key in one.fits.keys() - before}
+                for one, before in zip(observed, known, strict=True)
+            ]
+
+        for fits in shared_out(found, asked):
+            for one, new in zip(observed, fits, strict=True):
+                one.fits.update(new)
 
 
 __all__ = ["NO_FIT", "Fit", "Predictor", "best_fit"]
