@@ -241,6 +241,19 @@ def test_total_against_a_weight_that_nobody_states(write_run: WriteRun) -> None:
     assert finding.data["weight"] == pytest.approx(0.1, rel=1e-4)
 
 
+def test_a_mean_ratio_above_the_cap(write_run: WriteRun) -> None:
+    def with_ratios(*ratios: float) -> Path:
+        return trained(write_run, altered(mean_is_ratio=ratios), training={"is_clip": 2.0})
+
+    assert "ratio-above-cap" not in findings(with_ratios(2.000004, 1.0, 1.0, 1.0))
+    finding = findings(with_ratios(2.4, 1.0, 1.0, 1.0))["ratio-above-cap"]
+    assert finding.evidence == ("step 1: mean_is_ratio 2.4, is_clip 2",)
+    (with_ratios(2.4, 1.0, 1.0, 1.0) / "training.json").rename(write_run() / "config.json")
+    assert "ratio-above-cap" in findings(write_run())
+    (write_run() / "config.json").write_text('{"model_type": "qwen3", "alpha": 2}')
+    assert "ratio-above-cap" not in findings(write_run())
+
+
 def test_kl_negative(write_run: WriteRun) -> None:
     def with_kl(kl: tuple[float, ...]) -> list[dict[str, Any]]:
         return altered(kl_reg=kl, total_loss=[r["distill_loss"] + 0.1 * k for r, k in zip(SOUND, kl, strict=True)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -11,10 +11,13 @@ from sdpo_conformance.audit.adapter import WEIGHTS_FILE
 from sdpo_conformance.audit.checkpoints import find_checkpoints, holds_weights, is_checkpoint
 from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.metrics.log_places import METRICS_NAMES, event_folder, mlflow_folder, unnamed_log
+from sdpo_conformance.audit.run_files import parse_json, read_text
 
 BEFORE_NAMES = ("before", "adapter_before", "lora_before", "adapter_in", "lora_in", "initial", "input")
 AFTER_NAMES = ("after", "adapter_after", "lora_after", "adapter_out", "lora_out", "final", "output")
 REQUEST_NAMES = ("distill_request.json", "request.json", "training.json", "training_config.json", "run.json")
+OF_THIS_ALGORITHM = frozenset({"is_clip", "steps_per_batch"})
+"""Settings that a model's config does not have."""
 PROMPT_NAMES = ("prompts.jsonl", "prompts.json", "prompts.txt")
 #: Folders below RUN that are looked into, and how deep: verl writes checkpoints/project/experiment/global_step_N.
 _DEEPEST = 3
@@ -70,7 +73,7 @@ def discover(
             after = checkpoints[-1]
             before = before or checkpoints[0]
         after = after or (run if holds_weights(run) else None) or (checkpoints[-1] if checkpoints else None)
-        request = request or _first(run, REQUEST_NAMES, ignored)
+        request = request or _first(run, REQUEST_NAMES, ignored) or _settings_in_config(run)
         prompts = prompts or _first(run, PROMPT_NAMES, ignored)
     if metrics is None and after is None:
         place = shown(run) if run is not None else "no RUN given"
@@ -139,6 +142,17 @@ def _first(run: Path, names: Sequence[str], ignored: list[str]) -> Path | None:
     found = [run / name for name in names if (run / name).exists() or (run / name).is_symlink()]
     ignored.extend(path.name for path in found[1:])
     return found[0] if found else None
+
+
+def _settings_in_config(run: Path) -> Path | None:
+    """RUN's config.json where it holds a training's settings: most files of this name are a model's."""
+    path = run / "config.json"
+    try:
+        document = parse_json(read_text(path), shown(path)) if path.is_file() else None
+    except AuditError:
+        return None
+    own = isinstance(document, Mapping) and not OF_THIS_ALGORITHM.isdisjoint(document)
+    return path if own else None
 
 
 def _adapter(run: Path, names: Sequence[str], ignored: list[str]) -> Path | None:

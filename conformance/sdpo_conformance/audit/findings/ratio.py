@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
-from sdpo_conformance.audit.metrics import Batch, RunMetrics
+from sdpo_conformance.audit.findings.resolution import resolution
+from sdpo_conformance.audit.metrics import Batch, RunMetrics, labelled_steps
 
 #: float32 arithmetic on recomputed log-probs stays far below; half-precision log-probs can reach the second.
 ROUNDING = 1e-5
@@ -110,6 +111,27 @@ def clip_saturated(evidence: Evidence) -> Verdicts:
     )
 
 
+def ratio_above_cap(evidence: Evidence) -> Verdicts:
+    """mean_is_ratio above is_clip, which a mean of capped ratios cannot be."""
+    metrics, cap = evidence.metrics, evidence.request.training.is_clip
+    if metrics is None or cap is None:
+        return
+    ratios = [(label, step.values.get("mean_is_ratio", math.nan)) for label, step in labelled_steps(metrics)]
+    finest = resolution([ratio for _, ratio in ratios])
+    above = [(label, ratio) for label, ratio in ratios if cap * (1 + ROUNDING) + finest < ratio < math.inf]
+    if not above:
+        return
+    yield Finding(
+        id="ratio-above-cap",
+        severity=Severity.ERROR if metrics.native else Severity.WARNING,
+        statement=f"mean_is_ratio lies above is_clip at {len(above)} step(s): a mean of capped ratios cannot",
+        evidence=tuple(f"{label}: mean_is_ratio {ratio:.4g}, is_clip {cap:g}" for label, ratio in above[:5]),
+        cause="the ratio is not capped, or at another cap than the settings', or the metric is taken before the cap",
+        next_step="cap each token's ratio at is_clip, and report the mean of what multiplies the divergence",
+        data={"largest": max(ratio for _, ratio in above)},
+    )
+
+
 def ratio_cap(evidence: Evidence) -> float | None:
     """is_clip: from the settings, or from a step whose every token is at the cap."""
     if evidence.request.training.is_clip is not None:
@@ -143,5 +165,6 @@ def _at(ratio: float | None) -> str:
 CHECKS = (
     Check("ratio-dropped", "the ratio is exactly 1 though the sampler's log-probs differ", ratio_dropped),
     Check("ratio-not-reported", "no mean_is_ratio in a run of several steps per batch", ratio_not_reported),
+    Check("ratio-above-cap", "mean_is_ratio above is_clip", ratio_above_cap),
     Check("clip-saturated", "many tokens sit at the ratio's cap", clip_saturated),
 )

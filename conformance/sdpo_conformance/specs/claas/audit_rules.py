@@ -7,6 +7,7 @@ AUDIT_RULES: Mapping[str, tuple[str, ...]] = {
     "behaviour-not-refreshed": ("STEP-2", "STEP-3"),
     "ratio-dropped": ("IS-2", "STEP-1"),
     "ratio-not-reported": ("IS-10",),
+    "ratio-above-cap": ("IS-5", "IS-10"),
     "clip-saturated": ("LP-2", "STEP-1", "STEP-4"),
     "dead-run": ("NUM-3", "NUM-4", "NUM-5"),
     "metrics-nonfinite": ("NUM-3", "NUM-4", "NUM-5"),
