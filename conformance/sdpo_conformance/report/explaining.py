@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from contextlib import suppress
 
@@ -172,7 +173,9 @@ def side_by_side(defect: CataloguedDefect, spec: Spec) -> list[RenderableType]:
     return [table]
 
 
+DOCSTRING = re.compile(r'^[ ]*""".*?"""[ ]*\n?', re.MULTILINE | re.DOTALL)
+
+
 def without_docstring(source: str) -> str:
-    """The source as it stands, dedented, less a one-line docstring."""
-    lines = textwrap.dedent(source).strip("\n").splitlines()
-    return "\n".join(line for line in lines if not line.strip().startswith('"""'))
+    """The source as it stands, dedented, less its docstrings."""
+    return DOCSTRING.sub("", textwrap.dedent(source)).strip("\n")

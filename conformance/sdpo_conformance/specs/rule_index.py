@@ -182,7 +182,7 @@ def defects_of(path: Path) -> Iterator[CataloguedDefect]:
         return
     tree, lines = ast.parse(text), text.splitlines(keepends=True)
     names = constants(tree)
-    functions = {one.name: segment(lines, one) for one in tree.body if isinstance(one, ast.FunctionDef)}
+    functions = {**imported_functions(path, tree), **functions_of(tree, lines)}
     for call in ast.walk(tree):
         if not isinstance(call, ast.Call):
             continue
@@ -193,37 +193,77 @@ def defects_of(path: Path) -> Iterator[CataloguedDefect]:
             continue
         try:
             name, sentence, violates, fix = (value_of(given[key], names) for key in positions[:4])
-            usable = value_of(given["usable_for"], names) if "usable_for" in given else ""
         except NotWrittenOut:
             continue
+        usable: Any = ""
+        with suppress(NotWrittenOut):  # a helper has something else in that place
+            usable = value_of(given["usable_for"], names) if "usable_for" in given else ""
         if isinstance(name, str) and isinstance(violates, tuple):
-            changes = changes_of(given["change"], lines, functions) if "change" in given else {}
-            usable_for = usable if isinstance(usable, str) else ""  # a helper has something else in that place
+            change = given.get("change")
+            if isinstance(change, ast.Constant):  # the words of a number: its parts come after them
+                change = call
+            changes = changes_of(change, lines, functions) if change is not None else {}
+            usable_for = usable if isinstance(usable, str) else ""
             yield CataloguedDefect(name, sentence, violates, fix, usable_for, path.stem, changes)
+
+
+def functions_of(tree: ast.Module, lines: list[str]) -> dict[str, str]:
+    """The source of a module's functions by name."""
+    return {one.name: segment(lines, one) for one in tree.body if isinstance(one, ast.FunctionDef)}
+
+
+def imported_functions(path: Path, tree: ast.Module) -> dict[str, str]:
+    """The source of functions that a module takes from its neighbours, under the names that it calls them by."""
+    found: dict[str, str] = {}
+    for one in tree.body:
+        if not isinstance(one, ast.ImportFrom) or one.module is None:
+            continue
+        for alias in one.names:
+            called = alias.asname or alias.name
+            found |= {f"{called}.{name}": text for name, text in neighbour(path.parent / f"{alias.name}.py").items()}
+            of_module = neighbour(path.parent / f"{one.module.rpartition('.')[2]}.py")
+            if alias.name in of_module:
+                found[called] = of_module[alias.name]
+    return found
+
+
+@lru_cache
+def neighbour(path: Path) -> Mapping[str, str]:
+    """The functions of a module, none where there is no such file."""
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    return functions_of(ast.parse(text), text.splitlines(keepends=True))
 
 
 def changes_of(node: ast.expr, lines: list[str], functions: Mapping[str, str]) -> dict[str, str]:
     """``replacing(part=...)``, ``trainer(part=...)`` and ``around("part", ...)`` as part -> source, functions written
-    out; another change under no part."""
+    out, and what makes one behind its call; another change under no part."""
     found: dict[str, str] = {}
     for call in ast.walk(node):
         if not isinstance(call, ast.Call):
             continue
         kind = ast.unparse(call.func)
         pairs: list[tuple[str, ast.expr]] = []
-        if kind in ("replacing", "trainer"):
+        if kind in ("replacing", "trainer", "TrainerParts"):
             pairs = [(word.arg, word.value) for word in call.keywords if word.arg]
         elif kind == "around" and len(call.args) == 2 and isinstance(call.args[0], ast.Constant):
             pairs = [(str(call.args[0].value), call.args[1])]
         for part, value in pairs:
             source = segment(lines, value)
-            found[part] = functions.get(source, source)
+            made_by = [functions[f] for f in called_in(value) if f in functions]
+            found[part] = functions.get(source) or "\n\n".join([source, *made_by[:1]])
     if not found:  # made by a helper: what it is given, or the call itself
         helpers = {id(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
         names = [one.id for one in ast.walk(node) if isinstance(one, ast.Name) and id(one) not in helpers]
         given = [functions[name] for name in names if name in functions]
         found[""] = "\n".join(dict.fromkeys(given)) or segment(lines, node)
     return found
+
+
+def called_in(node: ast.expr) -> list[str]:
+    """What an expression calls, from the outside in."""
+    return [ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)]
 
 
 def segment(lines: list[str], node: ast.expr | ast.FunctionDef) -> str:
@@ -244,7 +284,7 @@ def part_source(spec: Spec, part: str) -> str:
 
 @lru_cache
 def _part(package: str, part: str) -> str:
-    for path in modules(f"{package}.defects", "*parts.py"):
+    for path in [*modules(f"{package}.defects", "*parts.py"), *modules(f"{package}.defects", "*_variants.py")]:
         text = path.read_text(encoding="utf-8")
         for one in ast.parse(text).body:
             if isinstance(one, ast.FunctionDef) and one.name == part:
