@@ -64,10 +64,10 @@ class ModelSpec:
     gemma2 caps its logits, cohere scales them, the head of phi has a bias. ``head``: "frozen", with "lora" of its
     own, or a trainable copy "saved" with the adapter (``modules_to_save``). ``dora``: the adapter learns magnitudes
     too. ``lora_alpha`` scales what the adapter adds. ``embedding``: "frozen", with "lora" of its own, or with a few
-    trainable rows, "tokens". ``fresh``: B is next to 0, as every adapter begins. ``beside``: the model holds another
-    adapter, which is not active. ``checkpointing``: gradient checkpointing is on when the model comes, as upstream has
-    it. ``bos``, ``eos`` (one or several, as Llama 3 has them), ``pad``: special tokens in the configs of the model and
-    of its generation.
+    trainable rows, "tokens". ``fresh``: B is next to 0, as every adapter begins. ``beside``: the model holds
+    another adapter, which is not active. ``adapter``: the active one's name. ``checkpointing``: gradient
+    checkpointing is on when the model comes, as upstream has it. ``bos``, ``eos`` (one or several, as Llama 3 has
+    them), ``pad``: special tokens in the configs of the model and of its generation.
 
     peft keeps the adapter of a half-precision base in float32.
     """
@@ -86,6 +86,7 @@ class ModelSpec:
     embedding: Embedding = "frozen"
     fresh: bool = False
     beside: bool = False
+    adapter: str = "default"
     checkpointing: bool = False
     bos: int | None = None
     eos: int | tuple[int, ...] | None = None
@@ -97,6 +98,7 @@ class ModelSpec:
         more += {"lora": ", LoRA on the embedding", "tokens": ", trainable token rows", "frozen": ""}[self.embedding]
         more += ", B next to 0" if self.fresh else ""
         more += ", another adapter beside" if self.beside else ""
+        more += f", the adapter called {self.adapter}" if self.adapter != "default" else ""
         more += ", gradient checkpointing" if self.checkpointing else ""
         more += f", eos {self.eos} and pad {self.pad}" if self.eos is not None else ""
         head = "tied" if self.tied else "untied"
@@ -215,7 +217,7 @@ def pristine(spec: ModelSpec) -> Any:
         base.to(DTYPES[spec.dtype])
         for name, token in (("bos", spec.bos), ("eos", spec.eos), ("pad", spec.pad)):
             setattr(base.generation_config, f"{name}_token_id", list(token) if isinstance(token, tuple) else token)
-        model = peft.get_peft_model(base, peft.LoraConfig(**lora_arguments(spec)))
+        model = peft.get_peft_model(base, peft.LoraConfig(**lora_arguments(spec)), adapter_name=spec.adapter)
         if spec.beside:
             model.add_adapter(BESIDE, peft.LoraConfig(**beside_arguments(spec)))
     generator = torch.Generator().manual_seed(spec.seed)

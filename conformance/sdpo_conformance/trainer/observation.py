@@ -24,8 +24,8 @@ METRICS = ("total_loss", "distill_loss", "kl_reg", "mean_is_ratio", "clip_fracti
 @dataclass(frozen=True, eq=False)
 class Observation:
     """One run. ``metrics``: per step, a number per key that was there. ``steps``: what the recording
-    optimizer saw, empty where the trainer made its own. ``start`` and ``final``: the adapter before and
-    after. ``changed``: what else of the model changed, in words."""
+    optimizer saw, empty where the trainer made its own; ``earlier``: those of calls on this model before this one.
+    ``start`` and ``final``: the adapter before and after. ``changed``: what else of the model changed, in words."""
 
     scenario: Scenario
     metrics: tuple[Mapping[str, float], ...]
@@ -33,6 +33,7 @@ class Observation:
     start: Mapping[str, Tensor]
     final: Mapping[str, Tensor]
     changed: tuple[str, ...]
+    earlier: tuple[RecordedStep, ...] = ()
 
     @property
     def observed(self) -> bool:
@@ -259,6 +260,7 @@ def run_on(model: Any, distill: Callable[..., Any], scenario: Scenario) -> Obser
     refused: Refusal | None = None
     random_states: list[Mapping[str, bytes]] = []
     settings = process_settings()
+    recorder = StepRecorder(model)
 
     def call(on: Any, batch: list[Sample], optimizer_cls: type[torch.optim.Optimizer], seed: int) -> Any:
         nonlocal refused
@@ -277,9 +279,11 @@ def run_on(model: Any, distill: Callable[..., Any], scenario: Scenario) -> Obser
         on, batch = (
             (disturbed(model, scenario.seed), samples) if kind == "another" else (model, sampled_otherwise(samples))
         )
-        call(on, deepcopy(list(batch)), torch.optim.AdamW, scenario.seed + number)
+        optimizer_cls = recorder.optimizer_cls if on is model else torch.optim.AdamW
+        call(on, deepcopy(list(batch)), optimizer_cls, scenario.seed + number)
         restore_settings(settings)  # what it leaves changed is to be seen at the judged call
-    state, recorder = ModelState(model), StepRecorder(model)
+    state = ModelState(model)
+    recorder.begin_call(model)
     try:
         given = list(handed)
         returned = call(model, given, recorder.optimizer_cls, scenario.seed)
@@ -309,6 +313,7 @@ def run_on(model: Any, distill: Callable[..., Any], scenario: Scenario) -> Obser
         start=state.adapter,
         final=final,
         changed=changed,
+        earlier=tuple(recorder.earlier),
     )
 
 

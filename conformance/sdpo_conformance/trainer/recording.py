@@ -28,14 +28,24 @@ class StepRecorder:
     """Names the model's adapter parameters and collects what optimizers of ``optimizer_cls`` do to them.
 
     A trainer may use several optimizers for one step: calls are one step until a parameter comes up again.
+    ``steps``: those of the present call; ``earlier``: those of calls before it.
     """
 
     def __init__(self, model: Any) -> None:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names = {id(parameter): name for name, parameter in parameters.items()}
-        self.start = {name: snapshot(parameter) for name, parameter in parameters.items()}
-        self.keep_alive: list[Tensor] = list(parameters.values())
+        self.names: dict[int, str] = {}
+        self.keep_alive: list[Tensor] = []
         self.steps: list[RecordedStep] = []
+        self.earlier: list[RecordedStep] = []
+        self.begin_call(model)
+
+    def begin_call(self, model: Any) -> None:
+        """From here on steps are those of another call, which begins at the model's weights as they are."""
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names |= {id(parameter): name for name, parameter in parameters.items()}
+        self.start = {name: snapshot(parameter) for name, parameter in parameters.items()}
+        self.keep_alive += parameters.values()
+        self.earlier += self.steps
+        self.steps = []
 
     @property
     def optimizer_cls(self) -> type[torch.optim.AdamW]:

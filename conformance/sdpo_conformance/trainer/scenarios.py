@@ -27,6 +27,9 @@ CAP_MARGIN = 0.1
 LARGEST = -0.01
 """No sampler records a probability of one, where ``certain`` does not ask for it."""
 
+LARGEST_CAP = 1e6
+"""Where ratios are spread around a cap, and there is none, they are spread around this one."""
+
 UNLIKELY = -15.0
 """What a sampler records at most for the token of a response that is the policy's least likely."""
 
@@ -190,7 +193,8 @@ UNRECORDED = Scenario(
     shows="a sampler that recorded the log-probs of one sample, some of them 0 and one -inf, and not those of the "
     "samples before and after it",
     model=ModelSpec("llama", tied=False, seed=16, layers=1),
-    training=TrainingConfig(learning_rate=5e-3, teacher_top_k=20, max_grad_norm=100.0, steps_per_batch=2),
+    # not the rate of the others: one that is constant is told from one that is scaled
+    training=TrainingConfig(learning_rate=4e-3, teacher_top_k=20, max_grad_norm=100.0, steps_per_batch=2),
     lengths=((4, 6, 3), (4, 6, 7), (5, 6, 10)),
     sampler="partial",
     seed=6,
@@ -309,12 +313,12 @@ WIDER: tuple[Scenario, ...] = (
     ),
     Scenario(
         name="lora_head",
-        shows="LoRA on the head; all of the vocabulary as support",
+        shows="LoRA on the head; all of the vocabulary as support; ten samples",
         model=small("qwen3", 28, head="lora"),
         training=TrainingConfig(
             learning_rate=5e-3, kl_reg_weight=2.0, teacher_top_k=43, max_grad_norm=0.1, steps_per_batch=2
         ),
-        lengths=((3, 4, 5), (5, 4, 7)),
+        lengths=((3, 4, 5), (5, 4, 7), *((2, 3, 2), (3, 3, 3)) * 4),
         sampler="mismatched",
         seed=28,
     ),
@@ -329,11 +333,11 @@ WIDER: tuple[Scenario, ...] = (
     ),
     Scenario(
         name="fresh",
-        shows="an adapter as it begins, B next to 0: the student is the base; seven samples, each response shorter "
+        shows="an adapter as it begins, B next to 0: the student is the base; eight samples, each response shorter "
         "than the one before; alpha next to 1",
         model=small("qwen3", 30, fresh=True, lora_alpha=16),
         training=TrainingConfig(learning_rate=5e-3, alpha=0.99, kl_reg_weight=0.5, teacher_top_k=16, steps_per_batch=2),
-        lengths=((2, 4, 7), (4, 6, 6), (3, 5, 5), (5, 3, 4), (1, 2, 3), (3, 4, 2), (2, 3, 1)),
+        lengths=((3, 3, 8), (2, 4, 7), (4, 6, 6), (3, 5, 5), (5, 3, 4), (1, 2, 3), (3, 4, 2), (2, 3, 1)),
         sampler="mismatched",
         seed=30,
     ),
@@ -345,6 +349,36 @@ WIDER: tuple[Scenario, ...] = (
         lengths=(*((3, 5, 4),) * 6, *((4, 6, 3),) * 4, (2, 3, 5)),
         sampler="mismatched",
         seed=33,
+    ),
+    Scenario(
+        name="half_recorded",
+        shows="the log-probs of one sample of three recorded, all of them finite and below 0; teacher_top_k = 0 with a "
+        "vocabulary of more than a hundred",
+        model=small("llama", 34, vocabulary=160),
+        training=TrainingConfig(
+            learning_rate=5e-3, alpha=1.0, kl_reg_weight=0.1, teacher_top_k=0, max_grad_norm=5.0, steps_per_batch=2
+        ),
+        lengths=((3, 5, 4), (4, 4, 6), (2, 6, 5)),
+        sampler="partial",
+        seed=34,
+    ),
+    Scenario(
+        name="odd_settings",
+        shows="what may be refused: no cap, no clipping, a negative teacher_top_k, which means 1, an adapter that is "
+        "not called default, one sample of which nothing was recorded",
+        model=small("llama", 35, adapter="policy"),
+        training=TrainingConfig(
+            learning_rate=5e-3,
+            alpha=1.0,
+            is_clip=math.inf,
+            kl_reg_weight=0.1,
+            teacher_top_k=-3,
+            max_grad_norm=math.inf,
+            steps_per_batch=2,
+        ),
+        lengths=((3, 5, 4), (4, 4, 6)),
+        sampler="partial",
+        seed=35,
     ),
     Scenario(
         name="faint",
@@ -528,7 +562,7 @@ def recording(model: Any, sample: Sample, scenario: Scenario, generator: torch.G
     own = student_logprobs(model, sample)[0]
     if scenario.sampler == "exact":
         return own.float().tolist()
-    log_cap = math.log(scenario.training.is_clip)
+    log_cap = math.log(min(scenario.training.is_clip, LARGEST_CAP))
     log_ratio = MISMATCH * torch.randn(own.shape, generator=generator, dtype=torch.float64)
     log_ratio[0] = log_cap + 0.7  # one token of every sample is beyond the cap
     if scenario.unlikely:

@@ -31,6 +31,7 @@ CONFIG_CLASS = "LlamaConfig"
 MODEL_CLASS = "LlamaForCausalLM"
 CONFIG: dict[str, Any] = {}
 LORA: dict[str, Any] = {}
+ADAPTER = "default"
 BESIDE: dict[str, Any] = {}
 CHECKPOINTING: dict[str, Any] = {}
 TRAINING: dict[str, Any] = {}
@@ -111,7 +112,7 @@ def made() -> Any:
     config = getattr(transformers, CONFIG_CLASS)(**CONFIG)
     config._attn_implementation = "eager"
     base = getattr(transformers, MODEL_CLASS)(config).to(getattr(torch, DTYPE))
-    model: Any = peft.get_peft_model(base, peft.LoraConfig(**LORA))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(**LORA), adapter_name=ADAPTER)
     if BESIDE:  # an adapter that is not active
         model.add_adapter("beside", peft.LoraConfig(**BESIDE))
     weights = {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}

@@ -64,6 +64,7 @@ def write_reproduction(
             "MODEL_CLASS": model_class,
             "CONFIG": config_arguments(scenario.model),
             "LORA": lora_arguments(scenario.model),
+            "ADAPTER": scenario.model.adapter,
             "BESIDE": beside_arguments(scenario.model),
             "CHECKPOINTING": CHECKPOINTING if scenario.model.checkpointing else {},
             "TRAINING": asdict(scenario.training),
