@@ -24,6 +24,11 @@ TITLES: Mapping[str, str] = {
     "hidden_states": "Response log-probs and teacher top-k from hidden states",
     "trainer": "The step loop",
     "samples": "The step loop: samples, tokens, prompts and forwards",
+    "batches": "The step loop: which samples count, micro-batches, keys",
+    "tokens": "The step loop: which tokens count, attention masks, recorded log-probs",
+    "prompts": "The step loop: what is read before the response, and settings of 0",
+    "refresh": "The step loop: when the refresh runs, and for what",
+    "updates": "The step loop: the optimizer, and what is left behind",
     "metrics": "The step loop: what is reported",
 }
 

@@ -132,6 +132,7 @@ def measure_trainer(name: str, entry: Capability, seed: int, left_out: bool = Fa
     spec, defect = find_spec("claas"), find(name)
     others = {one.name: one for one in catalogue().values() if not left_out or one.name != name}
     failed: list[Record] = []
+    implementation = defect.implementation()  # one, for what it did is kept by it
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         for reader in ("specs.claas.step_loop.explanations", "specs.claas.diagnosis.trainers"):
@@ -139,7 +140,7 @@ def measure_trainer(name: str, entry: Capability, seed: int, left_out: bool = Fa
         for requirement in spec.requirements().values():
             if entry not in requirement.capabilities:
                 continue
-            subject = Subject(defect.implementation(), entry, Claims(), PROFILES["quick"], seed, dtypes=DTYPES)
+            subject = Subject(implementation, entry, Claims(), PROFILES["quick"], seed, dtypes=DTYPES)
             try:
                 subject.run(requirement)
             except (Disagreement, ImplementationError) as found:

@@ -27,6 +27,11 @@ FAMILIES = (
     "hidden_states",
     "trainer",
     "samples",
+    "batches",
+    "tokens",
+    "prompts",
+    "refresh",
+    "updates",
     "metrics",
 )
 """The catalogue's modules, in the order of the spec."""

@@ -34,6 +34,12 @@ class Parameter:
     stated: str
     whole: bool = False
 
+    def fitting(self, distance: Callable[[float], float], limit: float, enough: float) -> list[tuple[float, float]]:
+        """Every value whose ``distance`` is within a limit, with it, the nearest first: of counts all that are tried,
+        for on one input several may do the same; else the one that ``fitted`` finds."""
+        tried = [(one, distance(one)) for one in self.values] if self.whole else [self.fitted(distance, enough)]
+        return sorted((pair for pair in tried if pair[1] <= limit), key=lambda pair: pair[1])
+
     def fitted(self, distance: Callable[[float], float], enough: float) -> tuple[float, float]:
         """The value of least ``distance``, and that distance. Where no value tried comes nearer than ``enough``, and a
         step away from the best comes no nearer than the best, it is not refined."""

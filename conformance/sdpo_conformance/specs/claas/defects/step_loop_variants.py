@@ -23,13 +23,14 @@ Metrics = dict[str, float]
 @dataclass
 class Prepared:
     """One sample on the device: ``ids`` (1, P + T) and ``teacher_ids`` likewise, ``response`` (1, T), and what
-    the parts of the same name left: ``base`` and ``behaviour`` (1, T), ``support`` log-probs and indices
+    the parts of the same name left: ``mask``, ``base`` and ``behaviour`` (1, T), ``support`` log-probs and indices
     (1, T, K); ``logits`` (1, T, V) of the step's forward. ``recorded`` is what the sampler recorded, or None."""
 
     ids: Tensor
     teacher_ids: Tensor
     response: Tensor
     recorded: Tensor | None
+    mask: Tensor = field(init=False)
     base: Tensor = field(init=False)
     support: tuple[Tensor, Tensor] = field(init=False)
     behaviour: Tensor = field(init=False)
@@ -84,6 +85,17 @@ class ChangedLogits:
         return logits if self.of_student and not torch.is_grad_enabled() else self.change(logits)
 
 
+@dataclass(frozen=True)
+class ReadWhere:
+    """A forward of its own for some rows (1, P + T) alone: those that ``concerns`` says; the others are read right."""
+
+    own: Callable[[Run, Tensor, Tensor], Tensor]
+    concerns: Callable[[Run, Tensor, Tensor], bool]
+
+    def __call__(self, run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        return (self.own if self.concerns(run, ids, response) else forward)(run, ids, response)
+
+
 def logits_at_response(run: Run, ids: Tensor, response: Tensor) -> Tensor:
     """The logits that predict the response, (1, T, V), in float32 or, of a float64 model, in float64."""
     logits = (run.forward or forward)(run, ids, response)
@@ -106,6 +118,11 @@ def topk(run: Run, ids: Tensor, response: Tensor, k: int) -> tuple[Tensor, Tenso
 
 
 # --- the parts, all right ---
+
+
+def mask(run: Run, one: Prepared) -> Tensor:
+    """Which tokens of the response count: all."""
+    return torch.ones_like(one.response, dtype=torch.float32)
 
 
 def base(run: Run, one: Prepared) -> Tensor:
@@ -144,7 +161,7 @@ def sample_loss(
             teacher_logprobs=one.support[0],
             teacher_indices=one.support[1],
             base_logprobs=one.base,
-            response_mask=torch.ones_like(one.response, dtype=torch.float32),
+            response_mask=one.mask,
             old_student_logprobs=one.behaviour,
             response_ids=one.response,
             training=run.training,
@@ -209,6 +226,7 @@ class TrainerParts:
 
     accept: Callable[[Sequence[Any], Any], None] = accept
     forward: Callable[[Run, Tensor, Tensor], Tensor] = forward
+    mask: Callable[[Run, Prepared], Tensor] = mask
     base: Callable[[Run, Prepared], Tensor] = base
     teacher: Callable[[Run, Prepared], tuple[Tensor, Tensor]] = teacher
     first_behaviour: Callable[[Run, Prepared], Tensor] = first_behaviour
@@ -233,6 +251,7 @@ def distill(
     model.train()
     run = Run(model, training, [p for p in model.parameters() if p.requires_grad], batch, forward=parts.forward)
     for one in batch:
+        one.mask = parts.mask(run, one)
         one.base = parts.base(run, one)
         one.support = parts.teacher(run, one)
         one.behaviour = parts.first_behaviour(run, one)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.specs.claas.defects import step_loop_variants as right
-from sdpo_conformance.specs.claas.defects.step_loop_variants import ChangedLogits, Run
+from sdpo_conformance.specs.claas.defects.step_loop_variants import ChangedLogits, ReadWhere, Run
+
+Forward = Callable[[Run, Tensor, Tensor], Tensor]
 
 
 def rows_with(run: Run, ids: Tensor) -> list[Tensor]:
@@ -83,9 +85,114 @@ def with_token_before(token: int) -> Callable[[Run, Tensor, Tensor], Tensor]:
     return lambda run, ids, response: right.read(run.model, torch.nn.functional.pad(ids, (1, 0), value=token), response)
 
 
-def last_tokens(count: float) -> Callable[[Run, Tensor, Tensor], Tensor]:
+def last_tokens(count: float) -> ReadWhere:
     """Prompts cut to their last tokens."""
-    return lambda run, ids, response: right.read(run.model, ids[:, -int(count) - response.shape[1] :], response)
+    return ReadWhere(
+        lambda run, ids, response: right.read(run.model, ids[:, -int(count) - response.shape[1] :], response),
+        lambda run, ids, response: ids.shape[1] - response.shape[1] > int(count),
+    )
+
+
+def first_tokens(count: float) -> ReadWhere:
+    """Prompts cut to their first tokens."""
+
+    def cut(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        return right.read(run.model, torch.cat([ids[:, : int(count)], response], dim=1), response)
+
+    return ReadWhere(cut, lambda run, ids, response: ids.shape[1] - response.shape[1] > int(count))
+
+
+def without_last_token(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The prompt has lost its last token, unless it has no other."""
+    prompt = ids[:, : -response.shape[1]]
+    if prompt.shape[1] < 2:
+        return right.forward(run, ids, response)
+    return right.read(run.model, torch.cat([prompt[:, :-1], response], dim=1), response)
+
+
+def is_teachers(run: Run, ids: Tensor) -> bool:
+    """Whether a row is the teacher's."""
+    return any(one.teacher_ids is ids for one in run.batch)
+
+
+def of_student_prompt(forward: Forward) -> ReadWhere:
+    """A wrong forward for the rows behind the student's prompt, of whichever policy; the teacher's are right."""
+    concerns = forward.concerns if isinstance(forward, ReadWhere) else always
+    return ReadWhere(forward, lambda run, ids, response: not is_teachers(run, ids) and concerns(run, ids, response))
+
+
+def of_teacher_prompt(forward: Forward) -> ReadWhere:
+    """A wrong forward for the rows behind the teacher's prompt alone."""
+    return ReadWhere(forward, lambda run, ids, response: is_teachers(run, ids))
+
+
+def always(run: Run, ids: Tensor, response: Tensor) -> bool:
+    """Every row."""
+    return True
+
+
+Token = Callable[[Any], int | None]
+"""The id of a special token, by the model's config; None where it has none."""
+
+
+def end_tokens(config: Any) -> tuple[int, ...]:
+    """The tokens that end a response, by the model's config."""
+    found = config.eos_token_id
+    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
+
+
+def end_token(config: Any) -> int | None:
+    """The first token that ends a response."""
+    return next(iter(end_tokens(config)), None)
+
+
+def pad_token(config: Any) -> int | None:
+    """The padding token, or where there is none the one that ends a response."""
+    return end_token(config) if config.pad_token_id is None else int(config.pad_token_id)
+
+
+def known_token(token: Token, run: Run) -> int:
+    """The token of this run's model; -1, which no row has, where there is none."""
+    found = token(run.model.config)
+    return -1 if found is None else found
+
+
+def attention(seen: Tensor) -> Tensor:
+    """The causal mask (1, 1, L, L) of a float64 model whose rows that see nothing come out as a float32 model's: the
+    least float64 number would be -inf in the float32 that softmax is taken in."""
+    length = seen.shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril() & seen.bool()
+    least = torch.finfo(torch.float32).min
+    return torch.zeros(length, length, dtype=torch.float64, device=seen.device).masked_fill(~allowed, least)[None, None]
+
+
+def unattended(token: Token, positions: bool) -> ReadWhere:
+    """Tokens of this id are masked out of the attention wherever they stand, and where ``positions`` are counted from
+    the mask, not counted either."""
+
+    def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        seen = ids.ne(known_token(token, run)).long()
+        options = {"position_ids": (seen.cumsum(-1) - 1).clamp(min=0)} if positions else {}
+        mask = attention(seen) if next(run.model.parameters()).dtype == torch.float64 else seen
+        return read(run.model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits, response)
+
+    return ReadWhere(forward, lambda run, ids, response: bool(ids.eq(known_token(token, run)).any()))
+
+
+def prompt_cached(whole: bool) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """The prompt is read into a cache without gradient: but for its last token, or ``whole``, so that what predicts
+    the first token of the response has no gradient either."""
+
+    def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        start = ids.shape[1] - response.shape[1] - (not whole)
+        if start < 1 or not torch.is_grad_enabled():
+            return right.forward(run, ids, response)
+        with torch.no_grad():
+            kept = run.model(input_ids=ids[:, :start], use_cache=True)
+        rest = run.model(input_ids=ids[:, start:], past_key_values=kept.past_key_values, use_cache=True).logits
+        return torch.cat([kept.logits[:, -1:], rest[:, :-1]], dim=1) if whole else rest[:, :-1]
+
+    return forward
 
 
 def constant_positions(run: Run, ids: Tensor, response: Tensor) -> Tensor:
@@ -133,6 +240,9 @@ def student_only(forward: Callable[[Run, Tensor, Tensor], Tensor]) -> Callable[[
     """A wrong forward for the student with gradient alone: what is read without gradient is right."""
     if isinstance(forward, ChangedLogits):
         return replace(forward, of_student=True)
+    if isinstance(forward, ReadWhere):
+        where = forward.concerns
+        return replace(forward, concerns=lambda run, ids, y: torch.is_grad_enabled() and where(run, ids, y))
 
     def either(run: Run, ids: Tensor, response: Tensor) -> Tensor:
         return (forward if torch.is_grad_enabled() else right.forward)(run, ids, response)
@@ -143,6 +253,3 @@ def student_only(forward: Callable[[Run, Tensor, Tensor], Tensor]) -> Callable[[
 def temperature(value: float) -> Callable[[Run, Tensor, Tensor], Tensor]:
     """The logits divided by a temperature."""
     return through(lambda logits: logits / value)
-
-
-Forward = Callable[[Run, Tensor, Tensor], Any]

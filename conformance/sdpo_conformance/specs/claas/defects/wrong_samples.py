@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,11 +41,18 @@ def zero_padded(values: Tensor, like: Tensor) -> Tensor:
     return torch.nn.functional.pad(values[:, :length], (0, max(0, length - values.shape[1])))
 
 
-def handed_round(run: Run, order: Order, fit: Fit) -> None:
-    """Sample i gets the behaviour log-probs of sample order(i, N)."""
-    all_of_them = [one.behaviour for one in run.batch]
-    for index, one in enumerate(run.batch):
-        one.behaviour = fit(all_of_them[order(index, len(run.batch))], one.response)
+def handed_round(run: Run, places: Sequence[int], fit: Fit, as_recorded: bool = False) -> None:
+    """Each sample gets the behaviour log-probs of the one at its place of these; with ``as_recorded`` its own where the
+    sampler recorded nothing of that one."""
+    known = [one.behaviour for one in run.batch]
+    for one, place in zip(run.batch, places, strict=True):
+        missing = as_recorded and run.batch[place].recorded is None
+        one.behaviour = logprobs(run, one.ids, one.response) if missing else fit(known[place], one.response)
+
+
+def in_order(run: Run, order: Order) -> list[int]:
+    """The places that an order gives."""
+    return [order(index, len(run.batch)) for index in range(len(run.batch))]
 
 
 def swapped_after_refresh(order: Order, fit: Fit) -> Callable[[Run], None]:
@@ -53,17 +60,17 @@ def swapped_after_refresh(order: Order, fit: Fit) -> Callable[[Run], None]:
 
     def refresh(run: Run) -> None:
         right.refresh(run)
-        handed_round(run, order, fit)
+        handed_round(run, in_order(run, order), fit)
 
     return refresh
 
 
-def swapped_at_first(order: Order, fit: Fit) -> Callable[[Run], None]:
-    """What the sampler recorded is mixed up."""
+def swapped_at_first(order: Order, fit: Fit, as_recorded: bool = False) -> Callable[[Run], None]:
+    """What the sampler recorded is mixed up; what stands in where it recorded nothing is, too, or not."""
 
     def before_step(run: Run) -> None:
         if run.step == 1:
-            handed_round(run, order, fit)
+            handed_round(run, in_order(run, order), fit, as_recorded)
 
     return before_step
 
@@ -366,26 +373,37 @@ def all_but(index: int) -> Callable[[list[int]], list[float]]:
     return lambda n: [(i != index % len(n)) / len(n) for i in range(len(n))]
 
 
-def accumulated(change: Callable[[Run, list[Tensor]], list[Tensor]]) -> Callable[[Run], Tensor]:
-    """The mean of the samples' gradients, each changed by itself first."""
+def gathered(combine: Callable[[Run, list[list[Tensor]]], list[Tensor]]) -> Callable[[Run], Tensor]:
+    """The mean of the samples' losses, but with a gradient that is made of each sample's own."""
 
     def reduce(run: Run) -> Tensor:
-        mean = torch.stack(run.losses).mean()
-        total = mean.detach()
-        for loss in run.losses:
-            gradients = torch.autograd.grad(loss, run.parameters, retain_graph=True, materialize_grads=True)
-            for parameter, gradient in zip(run.parameters, change(run, list(gradients)), strict=True):
-                pushed = (parameter * gradient).sum() / len(run.losses)
-                total = total + pushed - pushed.detach()
+        each = [
+            list(torch.autograd.grad(loss, run.parameters, retain_graph=True, materialize_grads=True))
+            for loss in run.losses
+        ]
+        total = torch.stack(run.losses).mean().detach()
+        for parameter, gradient in zip(run.parameters, combine(run, each), strict=True):
+            pushed = (parameter * gradient).sum()
+            total = total + pushed - pushed.detach()
         return total
 
     return reduce
 
 
 def clipped_alone(run: Run, gradients: list[Tensor]) -> list[Tensor]:
-    """One sample's gradient clipped to max_grad_norm."""
+    """A gradient clipped to max_grad_norm."""
     size = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     return [g * (run.training.max_grad_norm / (size + 1e-6)).clamp(max=1.0) for g in gradients]
+
+
+def added(gradients: list[list[Tensor]]) -> list[Tensor]:
+    """The sum, parameter by parameter."""
+    return [torch.stack(of_one).sum(0) for of_one in zip(*gradients, strict=True)]
+
+
+def mean_of_clipped(run: Run, each: list[list[Tensor]]) -> list[Tensor]:
+    """Each sample's gradient is clipped, then their mean is taken."""
+    return [g / len(each) for g in added([clipped_alone(run, one) for one in each])]
 
 
 def alone(run: Run, ids: Tensor, response: Tensor) -> Tensor:
@@ -409,7 +427,7 @@ def following(order: int) -> Order:
     return lambda i, n: (i + order) % n
 
 
-def swaps(kind: str, fit: Fit, suffix: str) -> list[Defect]:
+def swaps(kind: str, fit: Fit, suffix: str, as_recorded: bool = False) -> list[Defect]:
     """Every way in which one sample's log-probs are read for another's, with one way to make them fit."""
     orders: dict[str, tuple[str, Order]] = {
         "from-next-sample": ("of the next one", following(1)),
@@ -421,12 +439,14 @@ def swaps(kind: str, fit: Fit, suffix: str) -> list[Defect]:
     if kind == "refresh":
         words, part, make = "The refresh gives", "refresh", swapped_after_refresh
     else:
-        words, part, make = "What the sampler recorded: it gives", "before_step", swapped_at_first
+        words, part = "What the sampler recorded: it gives", "before_step"
+        make = partial(swapped_at_first, as_recorded=as_recorded)
+    missing = ", its own where that one has none" if as_recorded else ""
     return [
         loop(
-            f"{kind}-{name}{suffix}",
+            f"{kind}-{name}{suffix}{'-if-recorded' if as_recorded else ''}",
             f"{words} each sample the log-probs {whose}, {'padded with zeros' if suffix else 'repeated'} "
-            "where they are too few.",
+            f"where they are too few{missing}.",
             ("STEP-4", "STEP-2") if kind == "refresh" else ("STEP-4", "STEP-1"),
             KEEP_WITH,
             trainer(**{part: make(order, fit)}),
@@ -478,6 +498,8 @@ DEFECTS = (
     *swaps("refresh", zero_padded, "-padded"),
     *swaps("sampler-logprobs", fitted, ""),
     *swaps("sampler-logprobs", zero_padded, "-padded"),
+    *swaps("sampler-logprobs", fitted, "", as_recorded=True),
+    *swaps("sampler-logprobs", zero_padded, "-padded", as_recorded=True),
     loop(
         "behaviour-zero",
         "The behaviour log-probs are zeros at every step.",
@@ -1025,7 +1047,7 @@ DEFECTS = (
         "Each sample's gradient is clipped before the mean.",
         ("STEP-8",),
         "Clip the mean's gradient.",
-        trainer(forward=alone, reduce=accumulated(clipped_alone)),
+        trainer(forward=alone, reduce=gathered(mean_of_clipped)),
         (),
         "Gradients whose norm stays below max_grad_norm.",
     ),

@@ -935,14 +935,14 @@ DEFECTS = (
     ),
     loop(
         "other-betas",
-        "AdamW runs with betas (0.9, 0.95).",
+        "AdamW runs with other betas than (0.9, 0.999): (0.9, 0.95) in the executable form.",
         ("STEP-10",),
         "betas=(0.9, 0.999).",
         trainer(make_optimizer=with_options(betas=(0.9, 0.95))),
     ),
     loop(
         "learning-rate-hard-coded",
-        "The learning rate is 1e-4, whatever the config says.",
+        "The learning rate is a constant, whatever the config says: 1e-4 in the executable form.",
         ("STEP-10",),
         "Read training.learning_rate.",
         trainer(make_optimizer=with_options(lr=1e-4)),

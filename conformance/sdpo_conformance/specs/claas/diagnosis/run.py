@@ -18,6 +18,7 @@ from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose,
 from sdpo_conformance.specs.claas.diagnosis.locating import located
 from sdpo_conformance.specs.claas.diagnosis.observed import Observed
 from sdpo_conformance.specs.claas.diagnosis.trainers import NamedMetrics, gathered, reported, stated, updated
+from sdpo_conformance.specs.claas.step_loop.update_mistakes import STRUCTURAL
 from sdpo_conformance.specs.requirement import Level
 
 LEADING = 2
@@ -231,7 +232,7 @@ def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[st
                 f"{anchor.sentence} Fix: {anchor.fix}",
             ], None
         update = updated(failed)
-        if update is not None and not found.wrong:
+        if update is not None and (not found.wrong or update.name in STRUCTURAL):
             must = sum(one.level is Level.MUST for one in failed)
             named = sum(one.failure.get("mistake") == update.name for one in failed)
             lines = [f"{update.name}: it is what every run shows{where}", f"{update.sentence} Fix: {update.fix}"]

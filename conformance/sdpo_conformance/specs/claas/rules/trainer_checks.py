@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.protocol import Sample, TrainingConfig
 from sdpo_conformance.specs.claas.step_loop.findings import findings_of
+from sdpo_conformance.specs.claas.step_loop.telling_apart import to_tell_apart
 from sdpo_conformance.specs.claas.step_loop.trainer_program import write_reproduction
 from sdpo_conformance.specs.claas.step_loop.unobserved import UNOBSERVED
 from sdpo_conformance.specs.requirement import Level
@@ -97,11 +99,25 @@ def observations(
                     notes = [CACHE_DROPPED]
             elif scenario.model.unusual_head:
                 refused.append(scenario.model.unusual_head)
+        if error is None and not wider:
+            runs += further_runs(subject, tuple(runs))
         yield tuple(runs), error
     if refused:
         notes.append(f"refuses heads with {', '.join(dict.fromkeys(refused))}: not judged on such models")
     if notes and not subject.tally.note:
         subject.tally.note = "; ".join(notes)
+
+
+def further_runs(subject: Subject, runs: tuple[Observation, ...]) -> list[Observation]:
+    """Runs where what these cannot tell apart parts; none that fails or is refused."""
+    found: list[Observation] = []
+    others = next(scenarios(subject, wider=True), []) if subject.claims.max_steps_per_batch is None else []
+    for scenario in to_tell_apart(runs, others):
+        with suppress(ImplementationError):
+            observed = observe(subject.function, scenario, subject.device, owner=subject.implementation)
+            if isinstance(observed, Observation):
+                found.append(observed)
+    return found
 
 
 def judge_runs(subject: Subject, requirement_id: str) -> None:

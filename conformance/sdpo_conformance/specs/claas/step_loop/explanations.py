@@ -50,6 +50,10 @@ HALFWAY = 0.5
 """Of the truth's distance: a step in half precision that comes nearer than this to a mistake that explains the others
 is not held against it. There a tie in the support, or a ratio at its cap, may fall either way."""
 
+SAME = 1e-3
+"""Of the truth's distance: what is this near to a mistake's gradient is it, beyond the bound too. Bounds are for the
+truth's rounding, and a mistake's may be larger: a ratio of e^9 amplifies it."""
+
 CLOSE = 0.1
 """Of the bound: nearer than this no other mistake was ever found, unless it is the same one."""
 
@@ -103,13 +107,13 @@ class TakenRun:
 @dataclass
 class Explained:
     """What all runs' wrong gradients equal: the mistake, None where nothing explains enough of them; by (run, step)
-    its outcome, where the gradient is that of it; wrong steps in half precision that it ``nearly`` explains; names of
+    its outcome, where the gradient is that of it; wrong steps in half precision that it ``nearly`` explains; ``alike``:
     what cannot be told from it on these runs."""
 
     best: StepExplanation | None = None
     outcomes: Mapping[tuple[int, int], ReplayOutcome] = field(default_factory=dict)
     nearly: frozenset[tuple[int, int]] = frozenset()
-    alike: Sequence[str] = ()
+    alike: Sequence[StepExplanation] = ()
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,11 @@ def misfit(wrong: TakenStep, gradient: Mapping[str, Tensor]) -> float:
     return furthest(wrong.got, gradient, {name: scale * b for name, b in wrong.bounds.gradient.items()})[0]
 
 
+def allowed(taken: TakenStep) -> float:
+    """How far, in units of the bound, a step's gradient may be from a mistake's to be it."""
+    return max(1.0, SAME * misfit(taken, taken.moment.gradient))
+
+
 def outcomes(candidate: StepExplanation, forced: Forced, steps: Sequence[int]) -> Iterator[tuple[int, ReplayOutcome]]:
     """What a candidate makes of these steps; nothing where it cannot take them."""
     try:
@@ -213,8 +222,9 @@ def chosen_of(tried: Iterable[Tried], total: int) -> Explained:
     if not ranked or len(ranked[0].explained) < ENOUGH * (total + ranked[0].against):
         return Explained()
     best = ranked[0]
-    alike = [one.candidate for one in ranked[1:] if one.rank == best.rank and one.explained == best.explained]
-    return Explained(best.candidate, best.fitting, best.nearly, tuple(dict.fromkeys(one.defect.shown for one in alike)))
+    same = [one.candidate for one in ranked[1:] if one.rank == best.rank and one.explained == best.explained]
+    alike = [one for one in same if one.defect.name != best.candidate.defect.name]
+    return Explained(best.candidate, best.fitting, best.nearly, alike)
 
 
 def on_all(candidate: StepExplanation, runs: Sequence[TakenRun]) -> Tried:
@@ -227,7 +237,7 @@ def on_all(candidate: StepExplanation, runs: Sequence[TakenRun]) -> Tried:
         fits = {}
         for step, outcome in outcomes(candidate, run.forced, sorted(run.taken)):
             taken, off = run.taken[step], misfit(run.taken[step], outcome.gradient)
-            if off <= 1:
+            if off <= allowed(taken):
                 fits[step] = outcome
             elif step in run.wrong and run.in_half and off <= HALFWAY * misfit(taken, taken.moment.gradient):
                 nearly.add((index, step))
@@ -245,7 +255,7 @@ def matching(
     are tried for what cannot be told from it."""
     fits = []
     rules: set[str] = set()
-    near = min(1.0, NEARER * misfit(wrong[step], wrong[step].moment.gradient))
+    near = min(allowed(wrong[step]), NEARER * misfit(wrong[step], wrong[step].moment.gradient))
     # a forward of its own is costly, and shared by none
     for candidate in sorted(candidates, key=lambda one: "forward" in replaced(one.parts)):
         if rules and not candidate.in_loss and not rules & set(candidate.defect.violates):
@@ -296,11 +306,10 @@ def numbers(
             candidate = explanation_of(defect.at(value))
             return next((misfit(taken, o.gradient) for _, o in outcomes(candidate, forced, [step])), math.inf)
 
-        value, off = defect.parameter.fitted(distance, PROMISING * start)
-        if off <= 1:
+        for value, off in defect.parameter.fitting(distance, allowed(taken), PROMISING * start):
             enough = max(off, CLOSE)
-            at = defect.at(simplest(value, lambda rounded, d=distance, e=enough: d(rounded) <= e))  # type: ignore[misc]
-            found.append(explanation_of(at))
+            rounded = value if defect.parameter.whole else simplest(value, lambda v, d=distance, e=enough: d(v) <= e)  # type: ignore[misc]
+            found.append(explanation_of(defect.at(rounded)))
     return found
 
 

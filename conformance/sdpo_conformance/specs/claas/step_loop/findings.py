@@ -44,14 +44,21 @@ class Shown:
 
 
 @lru_cache(maxsize=8)
-def findings_of(observations: tuple[Observation, ...]) -> Findings:
-    """Everything wrong with these runs of one trainer, run by run: what explains one run is held against all. Worked
-    out once while the runs are among the latest 8 batches of them."""
+def judged_runs(observations: tuple[Observation, ...]) -> Mapping[int, JudgedRun]:
+    """The runs of one trainer whose steps could be observed, by their place: what explains one run is held against
+    all. Worked out once while the runs are among the latest 8 batches of them."""
     judged: dict[int, JudgedRun] = {}
     for number, observation in enumerate(observations):
         if observation.observed:
             judged[number] = judged_run(observation, ground_at(observation))
     explain_runs(list(judged.values()))
+    return judged
+
+
+@lru_cache(maxsize=8)
+def findings_of(observations: tuple[Observation, ...]) -> Findings:
+    """Everything wrong with these runs of one trainer, run by run; kept as the judged runs are."""
+    judged = judged_runs(observations)
     runs = list(judged.values())
     shown = Shown(evidence(runs), only_lengths(runs), metric_mistakes(runs), update_mistake(observations))
     return tuple(

@@ -17,7 +17,13 @@ from torch.func import functional_call
 
 from sdpo_conformance.specs.claas.defects import step_loop_variants as right
 from sdpo_conformance.specs.claas.defects.defect import Defect
-from sdpo_conformance.specs.claas.defects.step_loop_variants import ChangedLogits, Run, TrainerParts
+from sdpo_conformance.specs.claas.defects.step_loop_variants import (
+    ChangedLogits,
+    Prepared,
+    ReadWhere,
+    Run,
+    TrainerParts,
+)
 from sdpo_conformance.specs.claas.oracle.step_loop import Gradient
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, Weights
 from sdpo_conformance.trainer.policies import chosen
@@ -115,6 +121,7 @@ def started(parts: TrainerParts, forced: Forced) -> Run:
     run = Run(model, ground.scenario.training, list(adapter.values()), batch, forward=parts.forward, read=forced.read)
     alone = "forward" not in other
     for one, known, recorded in zip(batch, ground.prepared, ground.recorded, strict=True):
+        one.mask = parts.mask(run, one)
         # copies: a wrong loss may write into what it is given
         one.base = known.base_logprobs.clone() if alone and "base" not in other else parts.base(run, one)
         support = (known.teacher_logprobs.clone(), known.teacher_indices.clone())
@@ -213,19 +220,30 @@ class RightSteps:
 def backward(parts: TrainerParts, forced: Forced, run: Run) -> Tensor:
     """Losses and gradients of one step, the gradients added to what the parameters hold; the step's loss."""
     changed = parts.forward.change if isinstance(parts.forward, ChangedLogits) else None
-    if parts.forward is not RIGHT.forward and changed is None:
+    apart = [reads_itself(parts, run, one) for one in run.batch]
+    if all(apart):
         run.results = [right.sample_loss(run, one, parts.loss) for one in run.batch]
         return totalled(parts, run)
     _, logits = forced.student(run.step)
     scores = [z.detach().clone().requires_grad_() for z in logits]
     seen = scores if changed is None else [changed(z) for z in scores]
-    run.results = [right.sample_loss(run, one, parts.loss, z) for one, z in zip(run.batch, seen, strict=True)]
+    run.results = [
+        right.sample_loss(run, one, parts.loss, None if itself else z)
+        for one, z, itself in zip(run.batch, seen, apart, strict=True)
+    ]
     total = totalled(parts, run)
     incoming = [torch.zeros_like(z) if z.grad is None else z.grad for z in scores]
     gradients = forced.differentiated(run.step, incoming)
     for parameter, gradient in zip(run.parameters, gradients, strict=True):
         parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
     return total
+
+
+def reads_itself(parts: TrainerParts, run: Run, one: Prepared) -> bool:
+    """Whether a loop has a forward of its own for a sample: no other loop's will do."""
+    if isinstance(parts.forward, ReadWhere):
+        return parts.forward.concerns(run, one.ids, one.response)
+    return parts.forward is not RIGHT.forward and not isinstance(parts.forward, ChangedLogits)
 
 
 def totalled(parts: TrainerParts, run: Run) -> Tensor:

@@ -41,7 +41,7 @@ class StepJudgement:
     mistake: StepExplanation | None = None
     outcome: ReplayOutcome | None = None
     near: StepExplanation | None = None
-    alike: list[str] = field(default_factory=list)
+    alike: list[StepExplanation] = field(default_factory=list)
 
     @property
     def wrong(self) -> bool:
@@ -155,7 +155,7 @@ def evidence(runs: Sequence[JudgedRun]) -> Mapping[str, Any]:
     explained = [one for one in wrong if one.mistake is not None]
     return {
         "mistake": as_reported(explained[0].mistake) if explained and explained[0].mistake else None,
-        "alike": explained[0].alike if explained else [],
+        "alike": list(dict.fromkeys(one.defect.shown for one in explained[0].alike)) if explained else [],
         "explained": len(explained),
         "nearly": sum(one.near is not None for one in wrong),
         "wrong": len(wrong),

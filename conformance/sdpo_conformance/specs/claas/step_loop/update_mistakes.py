@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,54 @@ def setting(key: str, value: Callable[[Observation, int], object]) -> Callable[[
     return shown
 
 
+def constant(key: str) -> Callable[[Runs], bool]:
+    """Whether this setting has one other value at every step of every run, and all others are right."""
+
+    def shown(runs: Runs) -> bool:
+        value = next(iter(runs[0].steps[0].settings.values()))[key]
+        return setting(key, lambda run, number: value)(runs)
+
+    return shown
+
+
+def rate_scaled(runs: Runs) -> bool:
+    """Whether the learning rate is the config's times one number, at every step of every run."""
+    times = next(iter(runs[0].steps[0].settings.values()))["lr"] / runs[0].scenario.training.learning_rate
+    return setting("lr", lambda run, number: times * run.scenario.training.learning_rate)(runs)
+
+
+def of_some(key: str) -> Callable[[Runs], bool]:
+    """Whether at every step of every run this setting is right for some parameters and wrong for others, and all other
+    settings are right for all."""
+
+    def shown(runs: Runs) -> bool:
+        for run in runs:
+            wanted = wanted_settings(run)
+            for step in run.steps:
+                right = [close(one[key], wanted[key]) for one in step.settings.values()]
+                others = (close(one[of], v) for one in step.settings.values() for of, v in wanted.items() if of != key)
+                if all(right) or not any(right) or not all(others):
+                    return False
+        return True
+
+    return shown
+
+
+def rate_scheduled(runs: Runs) -> bool:
+    """Whether the learning rate is one for all parameters, all other settings are right, and the same at every step of
+    no run that has several."""
+    several = [run for run in runs if len(run.steps) > 1]
+    for run in runs:
+        wanted = wanted_settings(run)
+        for step in run.steps:
+            if len({one["lr"] for one in step.settings.values()}) > 1:
+                return False
+            if not all(close(one[of], v) for one in step.settings.values() for of, v in wanted.items() if of != "lr"):
+                return False
+    rates = [[next(iter(step.settings.values()))["lr"] for step in run.steps] for run in several]
+    return bool(rates) and all(len(set(of_run)) > 1 for of_run in rates)
+
+
 def as_set(runs: Runs) -> bool:
     """Whether every run has the settings and the number of steps that it should have."""
     return all(
@@ -75,6 +124,22 @@ def as_set(runs: Runs) -> bool:
         for run in runs
         if (wanted := wanted_settings(run))
     )
+
+
+def kept_from_earlier(runs: Runs) -> bool:
+    """Whether every update is that of an optimizer which took the steps of earlier calls on the model too, and some is
+    not that of a new one."""
+
+    def updates(earlier: bool) -> Iterator[bool]:
+        for run in runs:
+            optimizer = AdamW(run.scenario.training.learning_rate)
+            for step in run.earlier if earlier else ():
+                optimizer.updated(upcast(step.before), upcast(step.gradient))
+            for step in run.steps:
+                yield bool(off_by(step, optimizer))
+
+    began_before = any(run.earlier for run in runs)
+    return began_before and as_set(runs) and not any(updates(earlier=True)) and any(updates(earlier=False))
 
 
 def rebuilt(runs: Runs) -> bool:
@@ -99,41 +164,97 @@ def last_lost(runs: Runs) -> bool:
     )
 
 
-def steps_taken(number: Callable[[int], int]) -> Callable[[Runs], bool]:
-    """Whether every run has so many optimizer steps, by what it should have."""
+def steps_taken(number: Callable[[Observation], int]) -> Callable[[Runs], bool]:
+    """Whether every run has so many optimizer steps, of which some should have another number."""
     return lambda runs: (
-        all(len(run.steps) == number(run.scenario.steps) for run in runs)
-        and any(number(run.scenario.steps) != run.scenario.steps for run in runs)
+        all(len(run.steps) == number(run) for run in runs) and any(number(run) != run.scenario.steps for run in runs)
     )
 
 
-def every_second(runs: Runs) -> bool:
-    """Whether the optimizer got every second parameter of the adapter."""
-    return all(set(run.steps[0].before) == set(list(run.start)[::2]) for run in runs)
+def only(wanted: Callable[[int, str], bool]) -> Callable[[Runs], bool]:
+    """Whether the optimizer got these parameters of the adapter, by place and name, in every run, and in some not
+    all."""
+    return lambda runs: (
+        all(set(run.steps[0].before) == {n for i, n in enumerate(run.start) if wanted(i, n)} for run in runs)
+        and partly(runs)
+    )
 
 
-def left(words: str) -> Callable[[Runs], bool]:
-    """Whether every run left the model like this."""
-    return lambda runs: all(any(one.startswith(words) for one in run.changed) for run in runs)
+def partly(runs: Runs) -> bool:
+    """Whether the optimizer got some of the adapter's parameters, in some run not all."""
+    return any(set(run.steps[0].before) < set(run.start) for run in runs)
 
+
+def left(*words: str) -> Callable[[Runs], bool]:
+    """Whether every run that left something changed left this."""
+
+    def shown(runs: Runs) -> bool:
+        changed = [run.changed for run in runs if run.changed]
+        return bool(changed) and all(any(all(w in one for w in words) for one in of_run) for of_run in changed)
+
+    return shown
+
+
+STRUCTURAL: Mapping[str, Callable[[Runs], bool]] = {
+    "one-step-only": steps_taken(lambda run: 1),
+    "one-step-more": steps_taken(lambda run: run.scenario.steps + 1),
+    "one-step-less": steps_taken(lambda run: run.scenario.steps - 1),
+    "twice-the-steps": steps_taken(lambda run: 2 * run.scenario.steps),
+    "step-for-each-sample": steps_taken(lambda run: len(run.scenario.lengths) * run.scenario.steps),
+    "half-the-adapter-trained": only(lambda place, name: place % 2 == 0),
+    "lora-b-alone-trained": only(lambda place, name: "lora_B" in name),
+    "lora-a-alone-trained": only(lambda place, name: "lora_A" in name),
+    "beside-lora-untrained": only(lambda place, name: "lora_" in name),
+    "beside-lora-factors-untrained": only(lambda place, name: "lora_A." in name or "lora_B." in name),
+    "part-of-adapter-untrained": partly,
+}
+"""Mistakes in how often the optimizer steps, and on what: true whatever else is wrong with the gradients."""
 
 MISTAKES: Mapping[str, Callable[[Runs], bool]] = {
     "adapter-left-merged": left("the adapter is left merged"),
     "adapter-left-disabled": left("the adapter is left disabled"),
-    "base-weights-decayed": left("frozen weight"),
+    "base-weights-decayed": left("frozen weight", "changed"),
     "weight-decay-missing": setting("weight_decay", lambda run, number: 0.0),
-    "other-betas": setting("betas", lambda run, number: (0.9, 0.95)),
-    "learning-rate-hard-coded": setting("lr", lambda run, number: 1e-4),
+    "other-weight-decay": constant("weight_decay"),
+    "weight-decay-of-some-missing": of_some("weight_decay"),
+    "other-betas": constant("betas"),
+    "other-epsilon": constant("eps"),
+    "amsgrad-on": setting("amsgrad", lambda run, number: True),
+    "learning-rate-hard-coded": constant("lr"),
+    "learning-rate-scaled": rate_scaled,
+    "learning-rate-times-samples": setting(
+        "lr", lambda run, number: run.scenario.training.learning_rate * len(run.scenario.lengths)
+    ),
+    "learning-rate-over-steps": setting(
+        "lr", lambda run, number: run.scenario.training.learning_rate / run.scenario.steps
+    ),
+    "learning-rate-of-some-scaled": of_some("lr"),
     "learning-rate-decayed": setting(
         "lr", lambda run, number: run.scenario.training.learning_rate * (1 - number / run.scenario.steps)
     ),
     "learning-rate-warmed-up": setting(
         "lr", lambda run, number: run.scenario.training.learning_rate * (0.5 if number == 0 else 1.0)
     ),
-    "half-the-adapter-trained": every_second,
-    "one-step-only": steps_taken(lambda wanted: 1),
-    "one-step-more": steps_taken(lambda wanted: wanted + 1),
+    "learning-rate-warmed-up-over-all-steps": setting(
+        "lr", lambda run, number: run.scenario.training.learning_rate * (number + 1) / run.scenario.steps
+    ),
+    "learning-rate-cosine": setting(
+        "lr",
+        lambda run, number: (
+            0.5 * run.scenario.training.learning_rate * (1 + math.cos(math.pi * number / run.scenario.steps))
+        ),
+    ),
+    "learning-rate-scheduled": rate_scheduled,
+    **STRUCTURAL,
     "optimizer-rebuilt": rebuilt,
+    "optimizer-kept-across-calls": kept_from_earlier,
     "last-step-lost": last_lost,
+    "samples-written": left("of sample", "changed"),
+    "adapter-left-frozen": left("no longer asks for a gradient"),
+    "base-left-trainable": left("now asks for a gradient"),
+    "model-left-in-evaluation-mode": left("is left in evaluation mode"),
+    "hook-left": left("a hook is left on"),
+    "settings-left": left("torch.", " is left "),
+    "seeded-inside": left("seeded inside"),
 }
 """By the name of a catalogued mistake: whether all runs show it."""

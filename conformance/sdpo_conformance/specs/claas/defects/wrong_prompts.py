@@ -1,0 +1,284 @@
+"""Ways to get the step loop wrong: what the teacher and the student read before the response, and what a config's
+number means."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.specs.claas.defects import wrong_forwards as forwards
+from sdpo_conformance.specs.claas.defects.parameter import whole_numbers
+from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, Run, TrainerParts, topk, trainer
+from sdpo_conformance.specs.claas.defects.wrong_samples import TOP_K, most_likely, numbered, supported
+from sdpo_conformance.specs.claas.defects.wrong_trainer import loop
+
+Ids = Callable[[Prepared], Tensor]
+Teacher = Callable[[Run, Prepared], tuple[Tensor, Tensor]]
+
+TEACHER_LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 32, 64, 100, 128, 256, 512, 1000, 1024)
+WHOLE_LENGTHS = (8, 10, 12, 14, 15, 16, 18, 20, 24, 30, 32, 48, 64, 100, 128, 256, 512, 1024)
+WHOLE_PROMPT = "Score the whole of teacher_prompt_token_ids + response_token_ids."
+READ_WHOLE = "Read the response after the whole prompt."
+AS_SET = "Ask whether the setting is None, not whether it is true: 0 is a value."
+
+
+def student_prompt(one: Prepared) -> Tensor:
+    """(1, P)."""
+    return one.ids[:, : -one.response.shape[1]]
+
+
+def teacher_prompt(one: Prepared) -> Tensor:
+    """(1, P)."""
+    return one.teacher_ids[:, : -one.response.shape[1]]
+
+
+def teacher_behind(prompt: Ids) -> Teacher:
+    """The teacher reads another prompt; where none is left, its own."""
+
+    def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+        read = prompt(one)
+        row = torch.cat([read if read.shape[1] else teacher_prompt(one), one.response], dim=1)
+        with run.model.disable_adapter():
+            return topk(run, row, one.response, run.training.teacher_top_k)
+
+    return teacher
+
+
+def fitting(length: float, end: bool) -> Ids:
+    """The teacher's prompt cut, at its start or its ``end``, so that with the response it has a length; one token is
+    always left."""
+
+    def prompt(one: Prepared) -> Tensor:
+        room = max(1, int(length) - one.response.shape[1])
+        return teacher_prompt(one)[:, :room] if end else teacher_prompt(one)[:, -room:]
+
+    return prompt
+
+
+def at_student_offset(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The teacher's logits are sliced where the response begins behind the student's prompt."""
+    start = student_prompt(one).shape[1] - 1
+    with torch.no_grad(), run.model.disable_adapter():
+        logits = run.model(input_ids=one.teacher_ids, use_cache=False).logits[:, start : start + one.response.shape[1]]
+    scores = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return most_likely(scores, run.training.teacher_top_k)
+
+
+def with_settings(change: Callable[[Any], dict[str, Any]]) -> Callable[[Run], None]:
+    """The loss gets other settings than the config's."""
+
+    def before_step(run: Run) -> None:
+        given = run.kept.setdefault("training", run.training)
+        run.training = dataclasses.replace(given, **change(given))
+
+    return before_step
+
+
+DEFECTS = (
+    numbered(
+        "teacher-prompt-truncated",
+        "The teacher's prompt is cut to its last 7 tokens; the student's is whole.",
+        ("STEP-5",),
+        WHOLE_PROMPT,
+        "tokens",
+        lambda count: TrainerParts(teacher=teacher_behind(lambda one: teacher_prompt(one)[:, -int(count) :])),
+        whole_numbers(TEACHER_LENGTHS),
+        7,
+        whole=True,
+    ),
+    numbered(
+        "teacher-prompt-truncated-at-its-end",
+        "The teacher's prompt is cut to its first 7 tokens; the student's is whole.",
+        ("STEP-5",),
+        WHOLE_PROMPT,
+        "tokens",
+        lambda count: TrainerParts(teacher=teacher_behind(lambda one: teacher_prompt(one)[:, : int(count)])),
+        whole_numbers(TEACHER_LENGTHS),
+        7,
+        whole=True,
+    ),
+    numbered(
+        "teacher-sequence-truncated",
+        "The teacher's prompt loses its start where prompt and response have more than 19 tokens.",
+        ("STEP-5",),
+        WHOLE_PROMPT,
+        "tokens",
+        lambda length: TrainerParts(teacher=teacher_behind(fitting(length, end=False))),
+        whole_numbers(WHOLE_LENGTHS),
+        19,
+        whole=True,
+    ),
+    numbered(
+        "teacher-sequence-truncated-at-prompt-end",
+        "The teacher's prompt loses its end where prompt and response have more than 19 tokens.",
+        ("STEP-5",),
+        WHOLE_PROMPT,
+        "tokens",
+        lambda length: TrainerParts(teacher=teacher_behind(fitting(length, end=True))),
+        whole_numbers(WHOLE_LENGTHS),
+        19,
+        whole=True,
+    ),
+    loop(
+        "teacher-prompt-cut-to-student-length",
+        "The teacher's prompt is cut to its last tokens, as many as the student's prompt has.",
+        ("STEP-5",),
+        WHOLE_PROMPT,
+        trainer(teacher=teacher_behind(lambda one: teacher_prompt(one)[:, -student_prompt(one).shape[1] :])),
+    ),
+    loop(
+        "teacher-prompt-cut-to-student-length-at-its-end",
+        "The teacher's prompt is cut to its first tokens, as many as the student's prompt has.",
+        ("STEP-5",),
+        WHOLE_PROMPT,
+        trainer(teacher=teacher_behind(lambda one: teacher_prompt(one)[:, : student_prompt(one).shape[1]])),
+    ),
+    loop(
+        "teacher-prompt-without-first-token",
+        "The teacher's prompt loses its first token; the student's does not.",
+        ("STEP-5",),
+        WHOLE_PROMPT,
+        trainer(teacher=teacher_behind(lambda one: teacher_prompt(one)[:, 1:])),
+    ),
+    loop(
+        "teacher-prompt-without-last-token",
+        "The teacher's prompt loses its last token; the student's does not.",
+        ("STEP-5",),
+        WHOLE_PROMPT,
+        trainer(teacher=teacher_behind(lambda one: teacher_prompt(one)[:, :-1])),
+    ),
+    loop(
+        "teacher-without-prompt",
+        "The teacher reads the response after the last token of its prompt alone.",
+        ("STEP-5",),
+        WHOLE_PROMPT,
+        trainer(teacher=teacher_behind(lambda one: teacher_prompt(one)[:, -1:])),
+    ),
+    loop(
+        "student-prompt-behind-teacher-prompt",
+        "The teacher reads its own prompt and then the student's.",
+        ("STEP-5",),
+        "Score teacher_prompt_token_ids + response_token_ids.",
+        trainer(teacher=teacher_behind(lambda one: torch.cat([teacher_prompt(one), student_prompt(one)], dim=1))),
+    ),
+    loop(
+        "teacher-at-student-offset",
+        "The teacher's logits are sliced where the response begins behind the student's prompt.",
+        ("STEP-5",),
+        "Slice the teacher's logits by the length of the teacher's prompt.",
+        trainer(teacher=at_student_offset),
+        ("areal-project/AReaL#1729",),
+    ),
+    numbered(
+        "token-before-teacher-prompt",
+        "The teacher's prompt gets a token more at its start: token 0; the student's does not.",
+        ("STEP-5",),
+        "The prompts are read as they are given.",
+        "token",
+        lambda token: TrainerParts(
+            teacher=teacher_behind(lambda one: torch.nn.functional.pad(teacher_prompt(one), (1, 0), value=int(token)))
+        ),
+        whole_numbers(range(6)),
+        0,
+        whole=True,
+    ),
+    numbered(
+        "token-before-student-prompt",
+        "The student's prompt gets a token more at its start, for every policy that reads it: token 0; the teacher's "
+        "does not.",
+        ("STEP-1", "STEP-2"),
+        "The prompts are read as they are given.",
+        "token",
+        lambda token: TrainerParts(forward=forwards.of_student_prompt(forwards.with_token_before(int(token)))),
+        whole_numbers(range(6)),
+        0,
+        whole=True,
+    ),
+    numbered(
+        "student-prompt-truncated",
+        "The student's prompts are cut to their last 4 tokens, for every policy that reads them; the teacher's are "
+        "whole.",
+        ("STEP-1", "STEP-2"),
+        READ_WHOLE,
+        "tokens",
+        lambda count: TrainerParts(forward=forwards.of_student_prompt(forwards.last_tokens(count))),
+        whole_numbers((1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 256, 512)),
+        4,
+        whole=True,
+    ),
+    numbered(
+        "student-prompt-truncated-at-its-end",
+        "The student's prompts are cut to their first 4 tokens, for every policy that reads them; the teacher's are "
+        "whole.",
+        ("STEP-1", "STEP-2"),
+        READ_WHOLE,
+        "tokens",
+        lambda count: TrainerParts(forward=forwards.of_student_prompt(forwards.first_tokens(count))),
+        whole_numbers((1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 256, 512)),
+        4,
+        whole=True,
+    ),
+    numbered(
+        "prompts-truncated-at-their-end",
+        "Prompts are cut to their first 4 tokens, the student's and the teacher's.",
+        ("STEP-1", "STEP-2"),
+        READ_WHOLE,
+        "tokens",
+        lambda count: TrainerParts(forward=forwards.first_tokens(count)),
+        whole_numbers((1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 256, 512)),
+        4,
+        whole=True,
+    ),
+    loop(
+        "student-prompt-without-first-token",
+        "The student's prompts lose their first token; the teacher's do not.",
+        ("STEP-1", "STEP-2"),
+        READ_WHOLE,
+        trainer(forward=forwards.of_student_prompt(forwards.without_first_token)),
+    ),
+    loop(
+        "student-prompt-without-last-token",
+        "The student's prompts lose their last token; the teacher's do not.",
+        ("STEP-1", "STEP-2"),
+        READ_WHOLE,
+        trainer(forward=forwards.of_student_prompt(forwards.without_last_token)),
+    ),
+    loop(
+        "prompt-without-last-token",
+        "The prompts lose their last token.",
+        ("STEP-1", "STEP-2"),
+        READ_WHOLE,
+        trainer(forward=forwards.without_last_token),
+    ),
+    loop(
+        "alpha-zero-as-unset",
+        "alpha = 0 is taken for unset, and is 0.5.",
+        ("STEP-1", "STEP-2"),
+        AS_SET,
+        trainer(before_step=with_settings(lambda given: {"alpha": given.alpha or 0.5})),
+        (),
+        "alpha above 0.",
+    ),
+    loop(
+        "teacher-top-k-zero-as-unset",
+        "teacher_top_k = 0 is taken for unset, and is 100.",
+        ("STEP-5",),
+        TOP_K,
+        trainer(teacher=supported(lambda k: k or 100)),
+        (),
+        "teacher_top_k above 0.",
+    ),
+    loop(
+        "teacher-top-k-zero-as-all",
+        "teacher_top_k = 0 is taken for the whole vocabulary.",
+        ("STEP-5",),
+        TOP_K,
+        trainer(teacher=supported(lambda k: k if k > 0 else 10**9)),
+        (),
+        "teacher_top_k above 0.",
+    ),
+)

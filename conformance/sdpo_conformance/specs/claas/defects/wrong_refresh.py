@@ -1,0 +1,244 @@
+"""Ways to get the step loop wrong: when the refresh runs, and for which samples and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sdpo_conformance.specs.claas.defects import step_loop_variants as right
+from sdpo_conformance.specs.claas.defects.parameter import whole_numbers
+from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, Run, TrainerParts, logprobs, trainer
+from sdpo_conformance.specs.claas.defects.wrong_samples import numbered
+from sdpo_conformance.specs.claas.defects.wrong_trainer import ONE_SAMPLE, REFRESH, STEP_ONE, loop
+
+Refresh = Callable[[Run], None]
+EVERY_SAMPLE = "Refresh every sample after every step but the last."
+
+
+def after(steps: Callable[[Run], bool]) -> Refresh:
+    """Only after some steps."""
+    return lambda run: right.refresh(run) if steps(run) else None
+
+
+def of_samples(chosen: Callable[[Run, int], bool]) -> Refresh:
+    """Only some samples, by their places; the others keep what they had."""
+
+    def refresh(run: Run) -> None:
+        for index, one in enumerate(run.batch):
+            if chosen(run, index):
+                one.behaviour = logprobs(run, one.ids, one.response)
+
+    return refresh
+
+
+def of_tokens(chosen: Callable[[int], Tensor]) -> Refresh:
+    """Only some tokens, by the response's length; the others keep what they had."""
+
+    def refresh(run: Run) -> None:
+        for one in run.batch:
+            fresh = logprobs(run, one.ids, one.response)
+            mask = chosen(one.response.shape[1]).to(fresh.device)
+            one.behaviour = torch.where(mask, fresh, one.behaviour.to(fresh.dtype))
+
+    return refresh
+
+
+def combined(of: Callable[[Tensor, Tensor], Tensor]) -> Refresh:
+    """Old and new log-probs put together."""
+
+    def refresh(run: Run) -> None:
+        for one in run.batch:
+            fresh = logprobs(run, one.ids, one.response)
+            one.behaviour = of(one.behaviour.to(fresh.dtype), fresh)
+
+    return refresh
+
+
+@torch.no_grad()
+def in_bfloat16(run: Run, one: Prepared) -> Tensor:
+    """The policy's log-probs, of logits rounded to bfloat16 and in bfloat16 themselves."""
+    logits = right.logits_at_response(run, one.ids, one.response)
+    scores = logits.bfloat16().log_softmax(-1).to(logits.dtype)
+    return scores.gather(-1, one.response.unsqueeze(-1)).squeeze(-1)
+
+
+def all_in_bfloat16(run: Run) -> None:
+    """The refresh, of bfloat16 logits."""
+    for one in run.batch:
+        one.behaviour = in_bfloat16(run, one)
+
+
+def first_in_bfloat16(run: Run, one: Prepared) -> Tensor:
+    """What stands in for log-probs that were not recorded, of bfloat16 logits."""
+    return in_bfloat16(run, one) if one.recorded is None else one.recorded
+
+
+DEFECTS = (
+    loop(
+        "refresh-skips-first",
+        "There is no refresh after the first step.",
+        ("STEP-2", "STEP-3"),
+        REFRESH,
+        trainer(refresh=after(lambda run: run.step > 1)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "refresh-misses-last-step",
+        "There is no refresh before the last step.",
+        ("STEP-2", "STEP-3"),
+        REFRESH,
+        trainer(refresh=after(lambda run: run.step < run.training.steps_per_batch - 1)),
+        (),
+        STEP_ONE,
+    ),
+    numbered(
+        "refresh-stops",
+        "The refresh runs after the first 2 steps only.",
+        ("STEP-2", "STEP-3"),
+        REFRESH,
+        "steps",
+        lambda count: TrainerParts(refresh=after(lambda run: run.step <= count)),
+        whole_numbers((2, 3, 4, 5, 8)),
+        2,
+        whole=True,
+    ),
+    loop(
+        "refresh-of-last-sample",
+        "Only the last sample's behaviour log-probs are refreshed.",
+        ("STEP-2", "STEP-4"),
+        EVERY_SAMPLE,
+        trainer(refresh=of_samples(lambda run, index: index == len(run.batch) - 1)),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "refresh-misses-last-sample",
+        "The last sample's behaviour log-probs are not refreshed.",
+        ("STEP-2", "STEP-4"),
+        EVERY_SAMPLE,
+        trainer(refresh=of_samples(lambda run, index: index < len(run.batch) - 1)),
+    ),
+    loop(
+        "refresh-misses-first-sample",
+        "The first sample's behaviour log-probs are not refreshed.",
+        ("STEP-2", "STEP-4"),
+        EVERY_SAMPLE,
+        trainer(refresh=of_samples(lambda run, index: index > 0)),
+    ),
+    loop(
+        "refresh-in-turn",
+        "Each refresh is of one sample, the next after each step.",
+        ("STEP-2", "STEP-4"),
+        EVERY_SAMPLE,
+        trainer(refresh=of_samples(lambda run, index: index == (run.step - 1) % len(run.batch))),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "refresh-of-even-places",
+        "Every second sample is refreshed, the first among them.",
+        ("STEP-2", "STEP-4"),
+        EVERY_SAMPLE,
+        trainer(refresh=of_samples(lambda run, index: index % 2 == 0)),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "refresh-of-odd-places",
+        "Every second sample is refreshed, the first not among them.",
+        ("STEP-2", "STEP-4"),
+        EVERY_SAMPLE,
+        trainer(refresh=of_samples(lambda run, index: index % 2 == 1)),
+    ),
+    loop(
+        "refresh-alternates",
+        "The refresh is of samples at odd places after odd steps, of the others after even ones.",
+        ("STEP-2", "STEP-4"),
+        EVERY_SAMPLE,
+        trainer(refresh=of_samples(lambda run, index: index % 2 == run.step % 2)),
+    ),
+    loop(
+        "refresh-of-unrecorded-alone",
+        "Only samples of which the sampler recorded nothing are refreshed.",
+        ("STEP-3", "STEP-2"),
+        EVERY_SAMPLE,
+        trainer(refresh=of_samples(lambda run, index: run.batch[index].recorded is None)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "refresh-of-recorded-alone",
+        "Only samples of which the sampler recorded log-probs are refreshed.",
+        ("STEP-2", "STEP-3"),
+        EVERY_SAMPLE,
+        trainer(refresh=of_samples(lambda run, index: run.batch[index].recorded is not None)),
+        (),
+        "Samples that carry their log-probs.",
+    ),
+    numbered(
+        "refresh-of-first-tokens",
+        "Only the first 8 tokens of each response are refreshed.",
+        ("STEP-2",),
+        REFRESH,
+        "tokens",
+        lambda count: TrainerParts(refresh=of_tokens(lambda length: torch.arange(length)[None] < count)),
+        whole_numbers((1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64, 128, 256)),
+        8,
+        whole=True,
+    ),
+    loop(
+        "refresh-misses-last-token",
+        "The last token of each response is not refreshed.",
+        ("STEP-2",),
+        REFRESH,
+        trainer(refresh=of_tokens(lambda length: torch.arange(length)[None] < length - 1)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "refresh-misses-first-token",
+        "The first token of each response is not refreshed.",
+        ("STEP-2",),
+        REFRESH,
+        trainer(refresh=of_tokens(lambda length: torch.arange(length)[None] > 0)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "refresh-keeps-larger",
+        "Of old and new log-probs the refresh keeps the larger.",
+        ("STEP-2",),
+        REFRESH,
+        trainer(refresh=combined(torch.maximum)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "refresh-keeps-smaller",
+        "Of old and new log-probs the refresh keeps the smaller.",
+        ("STEP-2",),
+        REFRESH,
+        trainer(refresh=combined(torch.minimum)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "refresh-of-bfloat16-logits",
+        "The refresh takes the log-softmax in bfloat16, of logits rounded to it.",
+        ("STEP-2",),
+        "Take log-probs of float32 logits.",
+        trainer(refresh=all_in_bfloat16),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "behaviour-of-bfloat16-logits",
+        "The refresh, and what stands in for log-probs that were not recorded, take the log-softmax in bfloat16.",
+        ("STEP-2", "STEP-1"),
+        "Take log-probs of float32 logits.",
+        trainer(refresh=all_in_bfloat16, first_behaviour=first_in_bfloat16),
+    ),
+)
