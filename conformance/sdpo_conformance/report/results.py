@@ -53,7 +53,11 @@ def diagnosed(
     folder: Path, failed: Sequence[Record], implementation: Implementation, spec: Spec
 ) -> Mapping[str, Any] | None:
     """The diagnosis; a fault of its own costs the diagnosis, not the verdicts."""
+    from sdpo_conformance.judging.rounding import rounding_in_words
+
     try:
+        if lines := rounding_in_words(folder, failed, spec.parts):
+            return {"lines": lines, "usable_for": "", "matches": []}
         return spec.parts.diagnose(folder, failed, implementation.offered)
     except Exception as error:
         line = f"the diagnosis itself failed ({type(error).__name__}: {error}); please report it"
