@@ -20,6 +20,9 @@ Sampler = Literal["exact", "mismatched", "partial"]
 MISMATCH = 0.6
 """Standard deviation, in nats, of what a mismatched sampler recorded around the trainer's own log-probs."""
 
+CLOSE = 0.015
+"""The same where other software recorded the same policy: a hundredth of a nat, and no token beyond the cap."""
+
 CAP_MARGIN = 0.1
 """No ratio of step 1 lies within this many nats of the cap, so that rounding cannot move clip_fraction."""
 
@@ -57,6 +60,8 @@ class Scenario:
     ``nearly``: pairs of samples of which the second is the first but for its "feedback" (another teacher prompt of the
     same length), its "recorded" log-probs, or one token in the "middle" of its prompt.
 
+    ``close``: samples that other software recorded under the same policy, log-probs off by hundredths of a nat.
+
     ``history``: what the trainer was run on before: "another" model with the same batch, or the "same" one with the
     batch of another sampler (``sampled_otherwise``). What it remembers by batch or by model then belongs to others.
     """
@@ -78,6 +83,7 @@ class Scenario:
     nearly: tuple[tuple[int, int, Literal["feedback", "recorded", "middle"]], ...] = ()
     special: bool = False
     without_feedback: tuple[int, ...] = ()
+    close: tuple[int, ...] = ()
     history: tuple[Literal["another", "same"], ...] = ()
 
     @property
@@ -334,11 +340,13 @@ WIDER: tuple[Scenario, ...] = (
     Scenario(
         name="fresh",
         shows="an adapter as it begins, B next to 0: the student is the base; eight samples, each response shorter "
-        "than the one before; alpha next to 1",
+        "than the one before; alpha next to 1; two "
+        "recorded by other software under the same policy",
         model=small("qwen3", 30, fresh=True, lora_alpha=16),
         training=TrainingConfig(learning_rate=5e-3, alpha=0.99, kl_reg_weight=0.5, teacher_top_k=16, steps_per_batch=2),
         lengths=((3, 3, 8), (2, 4, 7), (4, 6, 6), (3, 5, 5), (5, 3, 4), (1, 2, 3), (3, 4, 2), (2, 3, 1)),
         sampler="mismatched",
+        close=(0, 2),
         seed=30,
     ),
     Scenario(
@@ -495,7 +503,8 @@ def samples_of(scenario: Scenario) -> tuple[Sample, ...]:
                 response = with_special(response, scenario.model, index + 2)
         sample = Sample(prompt, response, teacher_prompt, None)
         if scenario.sampler != "partial" or index == 1:
-            sample = replace(sample, response_logprobs=recording(model, sample, scenario, generator))
+            recorded = recording(model, sample, scenario, generator, close=index in scenario.close)
+            sample = replace(sample, response_logprobs=recorded)
         samples.append(sample)
     return tuple(samples)
 
@@ -557,13 +566,17 @@ def respond(
     return [*response, *draft]
 
 
-def recording(model: Any, sample: Sample, scenario: Scenario, generator: torch.Generator) -> list[float]:
+def recording(
+    model: Any, sample: Sample, scenario: Scenario, generator: torch.Generator, close: bool = False
+) -> list[float]:
     """What the sampler recorded, exactly representable in float32."""
     own = student_logprobs(model, sample)[0]
     if scenario.sampler == "exact":
         return own.float().tolist()
     log_cap = math.log(min(scenario.training.is_clip, LARGEST_CAP))
-    log_ratio = MISMATCH * torch.randn(own.shape, generator=generator, dtype=torch.float64)
+    log_ratio = (CLOSE if close else MISMATCH) * torch.randn(own.shape, generator=generator, dtype=torch.float64)
+    if close:
+        return (own - log_ratio).float().clamp(max=LARGEST).tolist()
     log_ratio[0] = log_cap + 0.7  # one token of every sample is beyond the cap
     if scenario.unlikely:
         log_ratio[1] = torch.maximum(log_ratio[1], own[1] - UNLIKELY)
