@@ -13,6 +13,7 @@ import typer
 from sdpo_conformance.audit.audit_command import audit
 from sdpo_conformance.bench.bench_command import bench
 from sdpo_conformance.matrix.matrix_command import matrix
+from sdpo_conformance.protocol import DTYPE_NAMES
 from sdpo_conformance.running.children import Interrupted, ending_on_signals
 from sdpo_conformance.running.options import RunError
 from sdpo_conformance.specs import DEFAULT
@@ -47,6 +48,32 @@ def names_to_explain(incomplete: str) -> list[str]:
     return [name for name in names if name.lower().startswith(incomplete.lower())]
 
 
+def names_of_kinds(incomplete: str) -> list[str]:
+    """For shell completion."""
+    from sdpo_conformance.report.listing import KINDS
+
+    return [name for name in KINDS if name.startswith(incomplete)]
+
+
+def names_of_specs(incomplete: str) -> list[str]:
+    """For shell completion."""
+    from sdpo_conformance.specs import specs
+
+    return [spec.name for spec in specs() if spec.name.startswith(incomplete)]
+
+
+def names_of_profiles(incomplete: str) -> list[str]:
+    """For shell completion."""
+    from sdpo_conformance.judging.profiles import PROFILES
+
+    return [name for name in PROFILES if name.startswith(incomplete)]
+
+
+def names_of_dtypes(incomplete: str) -> list[str]:
+    """For shell completion."""
+    return [name for name in DTYPE_NAMES if name.startswith(incomplete)]
+
+
 Implementation = Annotated[
     str,
     typer.Argument(
@@ -55,11 +82,16 @@ Implementation = Annotated[
         autocompletion=names_of_implementations,
     ),
 ]
-SpecName = Annotated[str, typer.Option("--spec", help="the spec to judge by: sdpo-conformance list specs")]
-Profile = Annotated[str, typer.Option(help="quick, default, thorough or fuzz")]
+SpecName = Annotated[
+    str,
+    typer.Option("--spec", help="the spec to judge by: sdpo-conformance list specs", autocompletion=names_of_specs),
+]
+Profile = Annotated[str, typer.Option(help="quick, default, thorough or fuzz", autocompletion=names_of_profiles)]
 Seed = Annotated[int, typer.Option(help="reproduces a run")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
-DType = Annotated[list[str] | None, typer.Option(help="judge only in this dtype (repeatable)")]
+DType = Annotated[
+    list[str] | None, typer.Option(help="judge only in this dtype (repeatable)", autocompletion=names_of_dtypes)
+]
 Only = Annotated[
     list[str] | None,
     typer.Option(
@@ -204,7 +236,13 @@ def summary(
 @app.command("list")
 def list_command(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="requirements, defects, implementations or specs", show_default=False)
+        str,
+        typer.Argument(
+            metavar="KIND",
+            help="requirements, defects, implementations or specs",
+            show_default=False,
+            autocompletion=names_of_kinds,
+        ),
     ] = "",
     spec: SpecName = DEFAULT,
 ) -> None:

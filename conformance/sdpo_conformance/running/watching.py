@@ -8,6 +8,8 @@ from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from sdpo_conformance.running.children import Interrupted
+
 EVERY_SECONDS = 0.3
 
 
@@ -50,5 +52,8 @@ def watch(target: str, judge: Callable[[], int]) -> None:
         before = stamps(target)
         judge()
         print(f"watching {target}; Ctrl-C ends", file=sys.stderr, flush=True)
-        while stamps(target) == before:
-            time.sleep(EVERY_SECONDS)
+        try:
+            while stamps(target) == before:
+                time.sleep(EVERY_SECONDS)
+        except Interrupted:  # between two runs, as it was said to end
+            return
