@@ -137,7 +137,8 @@ def leaving(logits: Tensor, support: Tensor, mass: Tensor) -> Tensor:
 
 
 def draw_mask(source: Source, numbers: Numbers, kinds: Sequence[str], b: int, t: int, side: torch.dtype) -> Tensor:
-    """(B, T). kinds: full, ragged, random, row_empty, fractional, tiny (sums to less than 1), empty."""
+    """(B, T). kinds: full, ragged, random, row_empty, fractional, weighted (fractional, each row sums to at least 1),
+    tiny (sums to less than 1), empty."""
     kind = source.pick(kinds)
     mask = torch.ones(b, t, dtype=torch.float64)
     if kind == "empty":
@@ -150,9 +151,13 @@ def draw_mask(source: Source, numbers: Numbers, kinds: Sequence[str], b: int, t:
     elif kind == "row_empty":
         mask = (torch.arange(t).unsqueeze(0) < numbers.below(t, b, 1) + 1).double()
         mask[int(numbers.below(b, 1))] = 0.0 if b > 1 else 1.0
-    elif kind in ("fractional", "tiny"):
-        top = 16 if kind == "fractional" else 16 * b * t
-        return ((numbers.below(32 if kind == "fractional" else 8, b, t) + 1).double() / top).to(side)
+    elif kind == "tiny":
+        return ((numbers.below(8, b, t) + 1).double() / (16 * b * t)).to(side)
+    elif kind in ("fractional", "weighted"):
+        mask = (numbers.below(32, b, t) + 1).double() / 16
+        if kind == "weighted":
+            mask[:, 0] += (mask.sum(1) < 1).double()
+        return mask.to(side)
     return mask.to(source.pick((side, torch.int64)))
 
 

@@ -239,7 +239,7 @@ RULES = (
         "a fractional mask weighs its tokens, in numerator and denominator",
         f"{TRAINER} 1252",
         "a mask read as a boolean changes every weight",
-        REDUCED.but(mask="fractional"),
+        REDUCED.but(mask="weighted"),
         control=full_mask,
     ),
     Rule(
