@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -67,132 +66,140 @@ def is_half(eps: float) -> bool:
     return eps > 1e-5
 
 
-@dataclass(frozen=True)
 class TokenErrors:
-    """Absolute errors per unit factor. (B, T): ``divergence``, ``ratio`` (relative), ``k3``, ``weight``
-    (relative). (B, T, V), worked out where they are asked for: ``divergence_gradient`` (of D alone), ``loss_gradient``
-    (of the loss)."""
+    """First-order rounding analysis of the formulas in ``oracle``: absolute errors per unit factor, each worked out
+    where it is asked for. (B, T): ``divergence``, ``ratio`` (relative), ``k3``; ``weight`` (relative). (B, T, V):
+    ``divergence_gradient`` (of D alone), ``loss_gradient`` (of the loss)."""
 
-    divergence: Tensor
-    ratio: Tensor
-    k3: Tensor
-    weight: float
-    of_divergence: Callable[[], Tensor]
-    of_loss: Callable[[Tensor], Tensor]
+    def __init__(self, truth: LossTruth, loss_input: SDPOLossInput | FusedSDPOLossInput) -> None:
+        self.truth, self.loss_input, self.training = truth, loss_input, loss_input.training
+        self.counted = upcast(loss_input.response_mask) != 0
+        self.support, self.y = indices(loss_input.teacher_indices), indices(loss_input.response_ids)
+        z = truth.logits
+        if isinstance(loss_input, FusedSDPOLossInput):
+            hidden, head = upcast(loss_input.student_hidden), upcast(loss_input.lm_head_weight)
+            eps_z = max(epsilon(loss_input.student_hidden), epsilon(loss_input.lm_head_weight))
+            accumulation = min(eps_z, torch.finfo(torch.float32).eps)
+            z_error = eps_z * z.abs() + accumulation * torch.nan_to_num(hidden.abs() @ head.abs().T)
+        else:
+            eps_z = epsilon(loss_input.student_logits)
+            z_error = eps_z * torch.where(z.isinf(), 0.0, z.abs())
+        self.eps_z, self.eps_tau = eps_z, epsilon(loss_input.teacher_logprobs)
+        self.eps = max(eps_z, self.eps_tau)
+        self.eps_old = max(eps_z, epsilon(loss_input.old_student_logprobs))
+        self.eps_base = max(eps_z, epsilon(loss_input.base_logprobs))
+
+        logprobs = z - truth.logsumexp.unsqueeze(-1)
+        self.softmax = logprobs.exp()
+        finite_logprobs = torch.where(logprobs.isinf(), 0.0, logprobs)
+        size = truth.logsumexp.abs().unsqueeze(-1) + 1 + (1.0 if is_half(eps_z) else tiles(z.shape[-1]))
+        logsumexp_error = (self.softmax * z_error).sum(-1, keepdim=True) + eps_z * size
+        self.l_error = z_error + logsumexp_error + eps_z * (finite_logprobs.abs() + 2)
+        self.chosen_error = self.l_error.gather(-1, self.y.unsqueeze(-1)).squeeze(-1)
+
+    @cached_property
+    def onehot(self) -> Tensor:
+        """(B, T, V): 1 at the response."""
+        return torch.zeros_like(self.softmax).scatter_(-1, self.y.unsqueeze(-1), 1.0)
+
+    @cached_property
+    def weight(self) -> float:
+        eps_sum = torch.finfo(torch.float32).eps if self.eps_z > 1e-12 else self.eps_z
+        weight_error = 2 * max(epsilon(self.loss_input.response_mask), eps_sum)
+        return weight_error + eps_sum * float(self.counted.sum()) / TOKENS_PER_ROUNDING
+
+    @cached_property
+    def ratio(self) -> Tensor:
+        old = torch.where(self.counted, upcast(self.loss_input.old_student_logprobs), 0.0)
+        log_ratio = self.truth.chosen - old
+        saturated = (log_ratio.abs() > RATIO_LOG_CLAMP + 1) | (log_ratio > math.log(self.training.is_clip) + 1)
+        size = torch.nan_to_num(old.abs() + log_ratio.abs(), posinf=0.0) + 2
+        return torch.where(saturated, 2 * self.eps_old, self.chosen_error + self.eps_old * size)
+
+    @cached_property
+    def _divergence(self) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The error of D, and its gradient's where that is asked for."""
+        truth, loss_input = self.truth, self.loss_input
+        if truth.divergence is not None:
+            tau = torch.where(self.counted.unsqueeze(-1), upcast(loss_input.teacher_logprobs), 0.0)
+            return _divergence_errors(
+                truth.divergence,
+                self.training.alpha,
+                tau,
+                self.l_error,
+                self.softmax,
+                self.support,
+                self.eps,
+                self.eps_tau,
+            )
+        slope = truth.reverse_kl_slope
+        tau_y = truth.chosen - slope
+        slope_error = self.chosen_error + self.eps_tau * tau_y.abs() + self.eps * slope.abs()
+        of_value = truth.chosen.abs() * slope_error + slope.abs() * self.chosen_error
+        return of_value + self.eps * truth.per_token.abs(), lambda: self._of_chosen(slope, slope_error, self.eps)
+
+    @property
+    def divergence(self) -> Tensor:
+        return self._divergence[0]
 
     @cached_property
     def divergence_gradient(self) -> Tensor:
-        return self.of_divergence()
+        return self._divergence[1]()
+
+    @cached_property
+    def _k3(self) -> tuple[Tensor, Tensor]:
+        """The errors of k3 and of its slope."""
+        base = torch.where(self.counted, upcast(self.loss_input.base_logprobs), 0.0)
+        difference = self.truth.chosen - base
+        d = difference.clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)
+        outside = difference.abs() > RATIO_LOG_CLAMP
+        d_rounding = self.chosen_error + self.eps_base * torch.nan_to_num(base.abs() + d.abs(), posinf=0.0)
+        near_clamp = (difference.abs() - RATIO_LOG_CLAMP).abs() <= 8 * d_rounding
+        flat, exp_d, steep = outside & ~near_clamp, d.exp(), torch.expm1(d).abs()
+        error = torch.where(flat, 0.0, steep * d_rounding)
+        error = error + self.eps_base * (exp_d + 1 + d.abs()) + torch.where(outside, 0.0, exp_d * d_rounding**2)
+        slope_error = torch.where(flat, 0.0, exp_d * d_rounding + self.eps_base * (exp_d + 1))
+        return error, slope_error + torch.where(near_clamp, steep, 0.0)
+
+    @property
+    def k3(self) -> Tensor:
+        return self._k3[0]
 
     @cached_property
     def loss_gradient(self) -> Tensor:
-        return self.of_loss(self.divergence_gradient)
-
-
-def token_errors(truth: LossTruth, loss_input: SDPOLossInput | FusedSDPOLossInput) -> TokenErrors:
-    """First-order rounding analysis of the formulas in ``oracle``, per token."""
-    training = loss_input.training
-    counted = upcast(loss_input.response_mask) != 0
-    support, y = indices(loss_input.teacher_indices), indices(loss_input.response_ids)
-    tau = torch.where(counted.unsqueeze(-1), upcast(loss_input.teacher_logprobs), 0.0)
-    old = torch.where(counted, upcast(loss_input.old_student_logprobs), 0.0)
-    base = torch.where(counted, upcast(loss_input.base_logprobs), 0.0)
-    z = truth.logits
-
-    if isinstance(loss_input, FusedSDPOLossInput):
-        hidden, head = upcast(loss_input.student_hidden), upcast(loss_input.lm_head_weight)
-        eps_z = max(epsilon(loss_input.student_hidden), epsilon(loss_input.lm_head_weight))
-        accumulation = min(eps_z, torch.finfo(torch.float32).eps)
-        z_error = eps_z * z.abs() + accumulation * torch.nan_to_num(hidden.abs() @ head.abs().T)
-    else:
-        eps_z = epsilon(loss_input.student_logits)
-        z_error = eps_z * torch.where(z.isinf(), 0.0, z.abs())
-    eps_tau = epsilon(loss_input.teacher_logprobs)
-    eps = max(eps_z, eps_tau)
-    eps_old = max(eps_z, epsilon(loss_input.old_student_logprobs))
-    eps_base = max(eps_z, epsilon(loss_input.base_logprobs))
-    eps_sum = torch.finfo(torch.float32).eps if eps_z > 1e-12 else eps_z
-    weight_error = 2 * max(epsilon(loss_input.response_mask), eps_sum)
-    weight_error = weight_error + eps_sum * float(counted.sum()) / TOKENS_PER_ROUNDING
-
-    logprobs = z - truth.logsumexp.unsqueeze(-1)
-    softmax = logprobs.exp()
-    finite_logprobs = torch.where(logprobs.isinf(), 0.0, logprobs)
-    size = truth.logsumexp.abs().unsqueeze(-1) + 1 + (1.0 if is_half(eps_z) else tiles(z.shape[-1]))
-    logsumexp_error = (softmax * z_error).sum(-1, keepdim=True) + eps_z * size
-    l_error = z_error + logsumexp_error + eps_z * (finite_logprobs.abs() + 2)
-    chosen_error = l_error.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-
-    def onehot() -> Tensor:
-        return torch.zeros_like(softmax).scatter_(-1, y.unsqueeze(-1), 1.0)
-
-    log_ratio = truth.chosen - old
-    saturated = (log_ratio.abs() > RATIO_LOG_CLAMP + 1) | (log_ratio > math.log(training.is_clip) + 1)
-    moving = chosen_error + eps_old * (torch.nan_to_num(old.abs() + log_ratio.abs(), posinf=0.0) + 2)
-    ratio_error = torch.where(saturated, 2 * eps_old, moving)
-
-    if truth.divergence is not None:
-        d_error, of_divergence = _divergence_errors(
-            truth.divergence, training.alpha, tau, l_error, softmax, support, eps, eps_tau
-        )
-    else:
-        slope = truth.reverse_kl_slope
-        tau_y = truth.chosen - slope
-        slope_error = chosen_error + eps_tau * tau_y.abs() + eps * slope.abs()
-        d_error = truth.chosen.abs() * slope_error + slope.abs() * chosen_error + eps * truth.per_token.abs()
-
-        def of_divergence() -> Tensor:
-            return _chosen_gradient_error(slope, slope_error, softmax, onehot(), l_error, eps)
-
-    d = (truth.chosen - base).clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)
-    outside = (truth.chosen - base).abs() > RATIO_LOG_CLAMP
-    d_rounding = chosen_error + eps_base * torch.nan_to_num(base.abs() + d.abs(), posinf=0.0)
-    near_clamp = ((truth.chosen - base).abs() - RATIO_LOG_CLAMP).abs() <= 8 * d_rounding
-    k3_error = torch.where(outside & ~near_clamp, 0.0, torch.expm1(d).abs() * d_rounding)
-    k3_error = k3_error + eps_base * (d.exp() + 1 + d.abs()) + torch.where(outside, 0.0, d.exp() * d_rounding**2)
-    k3_slope_error = d.exp() * d_rounding + eps_base * (d.exp() + 1)
-    k3_slope_error = torch.where(outside & ~near_clamp, 0.0, k3_slope_error)
-    k3_slope_error = k3_slope_error + torch.where(near_clamp, torch.expm1(d).abs(), 0.0)
-
-    def of_loss(gradient_error: Tensor) -> Tensor:
-        hot = onehot()
+        truth = self.truth
         scale = (truth.ratio * truth.weight).unsqueeze(-1)
-        divergence_part = _gradient_of_divergence(truth, hot, softmax, support)
+        divergence_part = _gradient_of_divergence(truth, self)
         loss_gradient = scale * (
-            gradient_error + divergence_part * (ratio_error.unsqueeze(-1) + weight_error + 3 * eps_old)
+            self.divergence_gradient + divergence_part * (self.ratio.unsqueeze(-1) + self.weight + 3 * self.eps_old)
         )
-        if training.kl_reg_weight:
-            anchor = _chosen_gradient_error(truth.k3_slope, k3_slope_error, softmax, hot, l_error, eps_base)
-            loss_gradient = loss_gradient + abs(training.kl_reg_weight) * truth.weight.unsqueeze(-1) * (
-                anchor + weight_error * (truth.k3_slope.unsqueeze(-1) * (hot - softmax)).abs()
+        if self.training.kl_reg_weight:
+            anchor = self._of_chosen(truth.k3_slope, self._k3[1], self.eps_base)
+            loss_gradient = loss_gradient + abs(self.training.kl_reg_weight) * truth.weight.unsqueeze(-1) * (
+                anchor + self.weight * (truth.k3_slope.unsqueeze(-1) * (self.onehot - self.softmax)).abs()
             )
         return loss_gradient
 
-    return TokenErrors(d_error, ratio_error, k3_error, weight_error, of_divergence, of_loss)
+    def _of_chosen(self, slope: Tensor, slope_error: Tensor, eps: float) -> Tensor:
+        """Error of slope * (onehot(y) - softmax), (B, T, V). The product of both errors counts: at a token that is sure
+        and at its base, slope and direction vanish together."""
+        slope, slope_error = slope.abs().unsqueeze(-1), slope_error.unsqueeze(-1)
+        direction_error = self.softmax * (self.l_error + 2 * eps) + 2 * eps * self.onehot
+        return slope_error * (self.onehot - self.softmax).abs() + (slope + slope_error) * direction_error
 
 
-def _gradient_of_divergence(truth: LossTruth, onehot: Tensor, softmax: Tensor, support: Tensor) -> Tensor:
+def _gradient_of_divergence(truth: LossTruth, errors: TokenErrors) -> Tensor:
     """|dD/dz|, (B, T, V), undoing nothing: recomputed from the parts so that a zero ratio does no harm."""
     if truth.divergence is None:
-        return (truth.reverse_kl_slope.unsqueeze(-1) * (onehot - softmax)).abs()
+        return (truth.reverse_kl_slope.unsqueeze(-1) * (errors.onehot - errors.softmax)).abs()
     q = truth.divergence.log_q.exp()
     push = torch.where(q > 0, q * truth.divergence.slope, 0.0)
     total = push.sum(-1, keepdim=True)
     floor = truth.divergence.on_floor.unsqueeze(-1)
     at_support = torch.where(floor, push, push - q * total).abs()
-    return torch.zeros_like(softmax).scatter_add(-1, support, at_support) + torch.where(
-        floor, total.abs() * softmax, 0.0
+    return torch.zeros_like(errors.softmax).scatter_add(-1, errors.support, at_support) + torch.where(
+        floor, total.abs() * errors.softmax, 0.0
     )
-
-
-def _chosen_gradient_error(
-    slope: Tensor, slope_error: Tensor, softmax: Tensor, onehot: Tensor, l_error: Tensor, eps: float
-) -> Tensor:
-    """Error of slope * (onehot(y) - softmax), (B, T, V). The product of both errors counts: at a token that is sure
-    and at its base, slope and direction vanish together."""
-    slope, slope_error = slope.abs().unsqueeze(-1), slope_error.unsqueeze(-1)
-    direction_error = softmax * (l_error + 2 * eps) + 2 * eps * onehot
-    return slope_error * (onehot - softmax).abs() + (slope + slope_error) * direction_error
 
 
 def _divergence_errors(
@@ -254,7 +261,7 @@ def expectations(case: LossCase, entry: Capability) -> Expectations:
 
 def _expectations(case: LossCase, entry: Capability) -> Expectations:
     truth, training, loss_input, trainable_head = case.truth, case.training, case.loss_input, case.trainable_head
-    errors = token_errors(truth, loss_input)
+    errors = TokenErrors(truth, loss_input)
     half = any(t.dtype in (torch.bfloat16, torch.float16) for t in case.tensors().values())
     divergence_only = entry is Capability.DIVERGENCE
     eager, attainable = None, True
