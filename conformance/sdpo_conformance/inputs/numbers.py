@@ -14,8 +14,8 @@ from sdpo_conformance.inputs.choices import Source
 LARGE = 2**11
 """Normal numbers from which on they are kept: drawing one takes as long as copying ten."""
 
-MOST_KEPT = 2**24
-"""Numbers that are kept at all, 128 MiB of them."""
+MOST_KEPT = 2**25
+"""Numbers that are kept at all, 256 MiB: more than a rule of a default run draws, and the next draws the same."""
 
 
 class KeptNormals:

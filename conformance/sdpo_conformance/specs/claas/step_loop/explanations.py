@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sdpo_conformance.judging.forking import shared_out
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.defect import Defect
@@ -294,23 +295,35 @@ def contradicted(step: TakenStep, outcome: ReplayOutcome) -> bool:
 def numbers(
     defects: Iterable[Defect], forced: Forced, wrong: Mapping[int, TakenStep], step: int
 ) -> list[StepExplanation]:
-    """Defects with a number in them, of the loop or of its loss, at the number that fits one step."""
-    found = []
+    """Defects with a number in them, of the loop or of its loss, at the number that fits one step; fitted by several
+    processes."""
     taken = wrong[step]
     start = misfit(taken, taken.moment.gradient)
-    for defect in defects:
-        if defect.parameter is None:
-            continue
+    fitted = [defect for defect in defects if defect.parameter is not None]
+    if fitted:
+        forced.student(step)  # run here, or each process would
 
-        def distance(value: float, defect: Defect = defect) -> float:
-            candidate = explanation_of(defect.at(value))
-            return next((misfit(taken, o.gradient) for _, o in outcomes(candidate, forced, [step])), math.inf)
+    def values(part: Sequence[int]) -> list[tuple[int, float]]:
+        return [(index, value) for index in part for value in values_that_fit(fitted[index], forced, taken, start)]
 
-        for value, off in defect.parameter.fitting(distance, allowed(taken), PROMISING * start):
-            enough = max(off, CLOSE)
-            rounded = value if defect.parameter.whole else simplest(value, lambda v, d=distance, e=enough: d(v) <= e)  # type: ignore[misc]
-            found.append(explanation_of(defect.at(rounded)))
-    return found
+    pairs = [pair for part in shared_out(values, range(len(fitted))) for pair in part]
+    found = sorted(pairs, key=lambda pair: pair[0])
+    return [explanation_of(fitted[index].at(value)) for index, value in found]
+
+
+def values_that_fit(defect: Defect, forced: Forced, taken: TakenStep, start: float) -> Iterator[float]:
+    """The numbers, with as few digits as do it, at which a defect has a step's gradient. ``start``: how far the truth
+    is from it."""
+    parameter = defect.parameter
+    assert parameter is not None
+
+    def distance(value: float) -> float:
+        candidate = explanation_of(defect.at(value))
+        return next((misfit(taken, o.gradient) for _, o in outcomes(candidate, forced, [taken.moment.step])), math.inf)
+
+    for value, off in parameter.fitting(distance, allowed(taken), PROMISING * start):
+        enough = max(off, CLOSE)
+        yield value if parameter.whole else simplest(value, lambda v, e=enough: distance(v) <= e)  # type: ignore[misc]
 
 
 def explanation_of(defect: Defect) -> StepExplanation:
