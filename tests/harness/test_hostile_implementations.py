@@ -233,3 +233,27 @@ def test_a_slow_implementation_gets_fewer_examples_and_no_accusation(
     )
     assert report.exit_status == 0, str(report)
     assert all(record["out_of_time"] for record in report.results["records"])
+
+
+def test_what_could_not_be_judged_is_no_part_of_what_holds() -> None:
+    from sdpo_conformance.judging.implementation import Implementation
+    from sdpo_conformance.judging.records import Record, Status
+    from sdpo_conformance.protocol import Capability, Claims
+    from sdpo_conformance.report.results import verdict
+    from sdpo_conformance.specs import find_spec
+    from sdpo_conformance.specs.requirement import Level
+
+    spec, offered = find_spec("claas"), (Capability.LOSS, Capability.DISTILL)
+    implementation = Implementation("mine", None, offered, Claims())
+    records = [
+        Record("IS-1", Capability.LOSS.value, Level.MUST, Status.PASSED),
+        *(
+            Record(f"STEP-{number}", Capability.DISTILL.value, Level.MUST, Status.NOT_JUDGED, "needs transformers")
+            for number in (1, 2, 3)
+        ),
+    ]
+    whole = verdict(implementation, spec, records, None)["text"]
+    assert whole == "CONFORMING to CLaaS 1.0: loss 1/1 MUST. Not judged: STEP-1 and 2 more (needs transformers)."
+    part = verdict(implementation, spec, records, None, {"only": ["STEP", "IS-1"]})
+    assert part["scope"] == "only IS-1"
+    assert part["text"].startswith("Only IS-1 of CLaaS 1.0 holds: loss 1/1 MUST. ")

@@ -97,7 +97,7 @@ def verdict(
     conforming = len(met) == len(must) and bool(must) and not internal
     passed = not broken and not surprising and bool(must) and not internal
 
-    scope = scope_of(implementation.offered, run or {})
+    scope = scope_of(implementation.offered, {**(run or {}), "only": names_judged(run or {}, records)})
     if not must:
         text = f"NOTHING JUDGED: {why_nothing(records)}"
     elif len(met) == len(must) and scope:
@@ -114,6 +114,8 @@ def verdict(
         text += f" UNEXPECTED PASS: {names} passed although a failure is expected; remove the expectation."
     if should:
         text += f" SHOULD not met: {', '.join(dict.fromkeys(record.requirement for record in should))}."
+    if must:
+        text += unjudged_in_words(records)
     if internal:
         names = ", ".join(dict.fromkeys(record.requirement for record in internal))
         text = f"NO VERDICT: the suite itself failed on {names} ({internal[0].reason[:99]}); please report it. {text}"
@@ -139,6 +141,23 @@ def scope_of(offered: Sequence[Capability], run: Mapping[str, Any]) -> str:
     if not whole & set(offered):
         return f"{' and '.join(ENTRIES[entry].label for entry in offered)} alone"
     return ""
+
+
+def names_judged(run: Mapping[str, Any], records: Sequence[Record]) -> list[str]:
+    """Of the names that ``--only`` gave, those of which something was judged; all of them where nothing was."""
+    judged = {record.requirement for record in records if record.status is not Status.NOT_JUDGED}
+    known = judged | {id.rsplit("-", 1)[0] for id in judged}
+    return [name for name in run.get("only", ()) if name.strip().upper() in known] or list(run.get("only", ()))
+
+
+def unjudged_in_words(records: Sequence[Record]) -> str:
+    """Which MUSTs were selected and could not be judged, and why; empty where there is none."""
+    reasons: dict[str, list[str]] = {}
+    for record in records:
+        if record.level is Level.MUST and record.status is Status.NOT_JUDGED:
+            reasons.setdefault(record.reason, []).append(record.requirement)
+    told = [f"{ids[0]}{f' and {len(ids) - 1} more' if ids[1:] else ''} ({why})" for why, ids in reasons.items()]
+    return f" Not judged: {', '.join(told)}." if told else ""
 
 
 def why_nothing(records: Sequence[Record]) -> str:
