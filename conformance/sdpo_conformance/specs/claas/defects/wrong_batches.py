@@ -23,7 +23,7 @@ from sdpo_conformance.specs.claas.defects.wrong_samples import (
     weighed,
     zero_padded,
 )
-from sdpo_conformance.specs.claas.defects.wrong_trainer import ADAPTER_OFF, ONE_SAMPLE, fitted, loop
+from sdpo_conformance.specs.claas.defects.wrong_trainer import ADAPTER_OFF, ONE_SAMPLE, STEP_ONE, fitted, loop
 
 MICRO_BATCHES = (2, 3, 4, 5, 6, 8, 10, 12, 16)
 """Sizes of a micro-batch that are tried."""
@@ -99,6 +99,13 @@ def counting(kept: Order, at_share: bool = False) -> Callable[[Run], Tensor]:
         return torch.stack(losses).sum() / (everything if at_share else len(chosen))
 
     return reduce
+
+
+def stretch(run: Run) -> Sequence[int]:
+    """The samples of a step where the batch is split over the steps, from the start again where they are too few."""
+    number = -(-len(run.batch) // run.training.steps_per_batch)
+    parts = micro_batches(range(len(run.batch)), number)
+    return parts[(run.step - 1) % len(parts)]
 
 
 def those(wanted: Callable[[Prepared], bool]) -> Order:
@@ -520,6 +527,33 @@ DEFECTS = (
         whole_numbers((2, 3, 4, 5, 6, 8)),
         2,
         whole=True,
+    ),
+    loop(
+        "one-sample-each-step",
+        "Each step is of one sample, the next after each step.",
+        ("STEP-7",),
+        EVERY_SAMPLE,
+        trainer(reduce=counting(lambda run: [(run.step - 1) % len(run.batch)])),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "every-second-sample-each-step",
+        "Odd steps are of the samples at even places, counted from 0, even steps of the others.",
+        ("STEP-7",),
+        EVERY_SAMPLE,
+        trainer(reduce=counting(lambda run: range((run.step - 1) % 2, len(run.batch), 2) or range(len(run.batch)))),
+        (),
+        ONE_SAMPLE,
+    ),
+    loop(
+        "batch-split-over-steps",
+        "The batch is split over the steps: each is of the next stretch of the samples.",
+        ("STEP-7",),
+        EVERY_SAMPLE,
+        trainer(reduce=counting(stretch)),
+        (),
+        STEP_ONE,
     ),
     *shared_by_key(),
     *left_sorted(),

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.specs.claas.defects import wrong_forwards as forwards
+from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.parameter import whole_numbers
-from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, Run, TrainerParts, topk, trainer
+from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, Run, TrainerParts, logprobs, topk, trainer
 from sdpo_conformance.specs.claas.defects.wrong_samples import TOP_K, most_likely, numbered, supported
-from sdpo_conformance.specs.claas.defects.wrong_trainer import loop
+from sdpo_conformance.specs.claas.defects.wrong_trainer import ONE_SAMPLE, loop
 
 Ids = Callable[[Prepared], Tensor]
 Teacher = Callable[[Run, Prepared], tuple[Tensor, Tensor]]
@@ -78,7 +79,64 @@ def with_settings(change: Callable[[Any], dict[str, Any]]) -> Callable[[Run], No
     return before_step
 
 
+def behind_prompt_of(run: Run, one: Prepared, order: int | None) -> Tensor:
+    """A row (1, P + T): the response behind the prompt of a sample so many places on, or of the first."""
+    place = next(index for index, other in enumerate(run.batch) if other is one)
+    other = run.batch[0 if order is None else (place + order) % len(run.batch)]
+    return torch.cat([student_prompt(other), one.response], dim=1)
+
+
+def refresh_behind(order: int | None) -> Callable[[Run], None]:
+    """The refresh reads each response behind another sample's prompt."""
+
+    def refresh(run: Run) -> None:
+        for one in run.batch:
+            one.behaviour = logprobs(run, behind_prompt_of(run, one, order), one.response)
+
+    return refresh
+
+
+def base_behind(order: int | None) -> Callable[[Run, Prepared], Tensor]:
+    """The base reads each response behind another sample's prompt."""
+
+    def base(run: Run, one: Prepared) -> Tensor:
+        with run.model.disable_adapter():
+            return logprobs(run, behind_prompt_of(run, one, order), one.response)
+
+    return base
+
+
+def of_other_prompts() -> list[Defect]:
+    """What is read behind the prompt of another sample."""
+    found = []
+    for name, order in (("first", None), ("next", 1), ("previous", -1)):
+        found.append(
+            loop(
+                f"refresh-behind-{name}-prompt",
+                f"The refresh reads each response behind the {name} sample's prompt.",
+                ("STEP-2", "STEP-4"),
+                "Read each response behind its own prompt.",
+                trainer(refresh=refresh_behind(order)),
+                (),
+                ONE_SAMPLE,
+            )
+        )
+        found.append(
+            loop(
+                f"base-behind-{name}-prompt",
+                f"The base reads each response behind the {name} sample's prompt.",
+                ("STEP-5",),
+                "Read each response behind its own prompt.",
+                trainer(base=base_behind(order)),
+                (),
+                ONE_SAMPLE,
+            )
+        )
+    return found
+
+
 DEFECTS = (
+    *of_other_prompts(),
     numbered(
         "teacher-prompt-truncated",
         "The teacher's prompt is cut to its last 7 tokens; the student's is whole.",

@@ -53,6 +53,18 @@ def without(token: forwards.Token) -> Mask:
     return lambda run, one: one.response.ne(forwards.known_token(token, run)).float()
 
 
+def without_end(first: bool, keep: bool) -> Mask:
+    """The first or the last token does not count; a token alone does where it is to be kept."""
+
+    def mask(run: Run, one: Prepared) -> Tensor:
+        found = right.mask(run, one)
+        if found.shape[1] > 1 or not keep:
+            found[:, 0 if first else -1] = 0
+        return found
+
+    return mask
+
+
 def first_of_them(count: float) -> Mask:
     """The first tokens alone count."""
     return lambda run, one: (torch.arange(one.response.shape[1]) < count).float()[None].to(one.response.device)
@@ -211,6 +223,17 @@ DEFECTS = (
         trainer(mask=without(lambda config: 0)),
         (),
         "Responses without token 0.",
+    ),
+    *(
+        loop(
+            f"{whose}-token-uncounted{suffix}",
+            f"The {whose} token of each response does not count{words}.",
+            ("STEP-1", "STEP-2"),
+            ALL_TOKENS,
+            trainer(mask=without_end(whose == "first", keep)),
+        )
+        for whose in ("first", "last")
+        for keep, suffix, words in ((False, "", ""), (True, "-of-several", ", unless it is the only one"))
     ),
     numbered(
         "response-truncated",
