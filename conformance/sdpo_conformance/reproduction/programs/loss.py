@@ -337,13 +337,19 @@ def probe_after_error() -> None:
 
 
 def probe_after_evaluation() -> None:
-    """Calls without gradients leave nothing behind."""
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            call(fresh_input())
-    loss_input = fresh_input()
-    result = call(loss_input)
-    judge_all(result, backward(loss_input, result))
+    """Calls without gradients leave nothing behind, at a shape that was trained on before either."""
+    for _ in range(2):
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                call(fresh_input())
+        try:
+            loss_input = fresh_input()
+            result = call(loss_input)
+            gradients = backward(loss_input, result)
+        except Exception as error:
+            wrong.append(f"after calls without gradients: raised {type(error).__name__}: {error}")
+            return
+        judge_all(result, gradients)
 
 
 def probe_accumulate() -> None:

@@ -140,7 +140,7 @@ def judge_untouched(
     hidden, head, ids = on_device(subject, case, (True, False))
     inside = torch.cat([hidden[:, :1], hidden, hidden[:, -1:]], dim=1)[:, 1:-1]
     judge(case, call(case, (inside, torch.nn.Parameter(head, requires_grad=False), ids)))
-    for mode in (torch.no_grad, torch.inference_mode):
+    for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             result = call(case, on_device(subject, case))
         try:

@@ -317,7 +317,7 @@ def test_grad_6(subject: Subject) -> None:
     def check(case: LossCase) -> None:
         if subject.expectations(case) is None:
             return
-        for mode in (torch.no_grad, torch.inference_mode):
+        for mode in (torch.inference_mode, torch.no_grad):
             with mode():
                 result = call_entry(subject.function, subject.entry, materialise(case, subject.device))
                 key = "divergence" if subject.entry is Capability.DIVERGENCE else "loss"
@@ -346,19 +346,23 @@ EVALUATED_FIRST = Shape(b=2, t=6, v=29, k=11, h=14)
 
 
 def trained_after_evaluation(subject: Subject, case: LossCase, evaluate: Callable[[LossCase], object]) -> None:
-    """What was made under inference_mode and kept cannot be part of a graph: a plain call afterwards is right."""
+    """What was made under inference_mode and kept cannot be part of a graph: a plain call afterwards is right, also of
+    a shape that was trained on before."""
     if subject.expectations(case) is None:
         return
-    evaluate(case)
-    try:
-        found = compare(case, subject.evaluate(case), ALL, expectations(case, subject.entry))
-    except ImplementationError as error:
-        error.summary = f"{error.summary}, after calls under no_grad and inference_mode"
-        raise
-    if found is not None:
-        found.secondary = alone_is_wrong(subject, case.columns(range(EVALUATED_FIRST.t - 1)))
-        found.probe, found.detail = "after_evaluation", found.detail or "after calls under no_grad and inference_mode"
-        raise found
+    for _ in range(2):
+        evaluate(case)
+        try:
+            found = compare(case, subject.evaluate(case), ALL, expectations(case, subject.entry))
+        except ImplementationError as error:
+            error.probe = "after_evaluation"
+            error.summary = f"{error.summary}, after calls under no_grad and inference_mode"
+            raise
+        if found is not None:
+            found.secondary = alone_is_wrong(subject, case.columns(range(EVALUATED_FIRST.t - 1)))
+            found.probe = "after_evaluation"
+            found.detail = found.detail or "after calls under no_grad and inference_mode"
+            raise found
 
 
 @requirement(
