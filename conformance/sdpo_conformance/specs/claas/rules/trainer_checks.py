@@ -122,12 +122,16 @@ def further_runs(subject: Subject, runs: tuple[Observation, ...]) -> list[Observ
 
 def judge_runs(subject: Subject, requirement_id: str) -> None:
     """Raise the first finding that this requirement names, or else one that it is broken by as well. What a trainer
-    meets besides the ordinary is run where the ordinary found nothing."""
+    meets besides the ordinary is run where the ordinary found nothing; the ordinary runs then speak against causes that
+    would have shown in them."""
+    ordinary: list[tuple[Observation, ...]] = []
     for wider in (False, True):
         found: Disagreement | None = None
         anything = False
-        for runs, error in observations(subject, wider):
-            for observation, found_there in findings_of(runs):
+        for index, (runs, error) in enumerate(observations(subject, wider)):
+            together = (*ordinary[index], *runs) if wider and index < len(ordinary) else runs
+            ordinary += [] if wider else [runs]
+            for observation, found_there in findings_of(together):
                 if not observation.observed:
                     subject.tally.note = UNOBSERVED
                 for finding in found_there:

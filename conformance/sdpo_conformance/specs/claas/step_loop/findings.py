@@ -43,6 +43,12 @@ class Shown:
     updates: str
 
 
+@lru_cache(maxsize=24)
+def judged_once(observation: Observation) -> JudgedRun:
+    """A run with its steps judged, kept for the next batch of runs that it is in."""
+    return judged_run(observation, ground_at(observation))
+
+
 @lru_cache(maxsize=8)
 def judged_runs(observations: tuple[Observation, ...]) -> Mapping[int, JudgedRun]:
     """The runs of one trainer whose steps could be observed, by their place: what explains one run is held against
@@ -50,7 +56,7 @@ def judged_runs(observations: tuple[Observation, ...]) -> Mapping[int, JudgedRun
     judged: dict[int, JudgedRun] = {}
     for number, observation in enumerate(observations):
         if observation.observed:
-            judged[number] = judged_run(observation, ground_at(observation))
+            judged[number] = judged_once(observation)
     explain_runs(list(judged.values()))
     return judged
 
