@@ -243,8 +243,6 @@ DEFECTS = (
         ("STEP-10",),
         NO_SCHEDULE,
         trainer(before_step=at_rate(lambda run: 0.5 ** (run.step - 1))),
-        (),
-        STEP_ONE,
     ),
     loop(
         "optimizer-kept-across-calls",
