@@ -133,6 +133,9 @@ def verdict(
 
 def scope_of(offered: Sequence[Capability], run: Mapping[str, Any]) -> str:
     """What alone was judged; empty for all rules of an implementation with a loss or a trainer."""
+    if run.get("mesh"):
+        only = f", only {', '.join(run['only'])}," if run.get("only") else ""
+        return f"sharding on {run['mesh']}{only}"
     if run.get("only"):
         return f"only {', '.join(run['only'])}"
     if run.get("first_cause") or run.get("profile") == "check":
