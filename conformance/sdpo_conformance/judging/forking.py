@@ -54,7 +54,7 @@ def begun(
     def child() -> None:
         there.send(work(part))
 
-    process = multiprocessing.get_context("fork").Process(target=child)
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
     process.start()
     there.close()
     return process, here
