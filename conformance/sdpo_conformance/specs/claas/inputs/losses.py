@@ -322,6 +322,11 @@ def temper(logits: Tensor, support: Tensor, neutral: Tensor) -> Tensor:
     """(B, T) factors, 1 nearly everywhere, that flatten the logits of ``neutral`` tokens until the support has
     mass: a peaked student and a small support would else meet the floor of GJS-8 by chance."""
     factor = torch.ones(logits.shape[:2], dtype=torch.float64)
+    # no vocabulary has more mass than its largest logit so many times: mostly that says enough, and takes no exp
+    most = logits.amax(-1) + math.log(logits.shape[-1])
+    least = logits.gather(-1, support).logsumexp(-1) - most
+    if not bool((neutral & (least < LEAST_NEUTRAL_MASS + 1e-9)).any()):
+        return factor
     while True:
         flat = logits * factor.unsqueeze(-1)
         mass = flat.gather(-1, support).logsumexp(-1) - flat.logsumexp(-1)

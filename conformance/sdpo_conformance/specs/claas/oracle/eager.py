@@ -52,8 +52,8 @@ def eager_loss(
 ) -> EagerLoss:
     """Forward and backward on CPU tensors; never raises on finite input.
 
-    ``incoming``: the gradient that arrives at the loss. ``token_incoming`` (B, T): also the gradients of the bare
-    divergence under this one.
+    ``incoming``: the gradient that arrives at the loss. ``token_incoming`` (B, T): the gradients of the bare divergence
+    under this one, and not of the loss.
     """
     training = loss_input.training
     if isinstance(loss_input, FusedSDPOLossInput):
@@ -94,6 +94,6 @@ def eager_loss(
         kl_reg=kl_reg.detach().double(),
         mean_is_ratio=((ratio * mask).sum() / n).detach().double(),
         per_token=per_token.detach().double(),
-        gradients=gradients_of(loss, torch.full_like(loss, incoming)),
+        gradients={} if token_incoming is not None else gradients_of(loss, torch.full_like(loss, incoming)),
         per_token_gradients={} if token_incoming is None else gradients_of(per_token, token_incoming.to(per_token)),
     )
