@@ -20,7 +20,8 @@ from sdpo_conformance.specs.claas.step_loop.findings import findings, findings_o
 from sdpo_conformance.specs.claas.step_loop.forced_replay import RIGHT, Forced, replayed
 from sdpo_conformance.specs.claas.step_loop.ground import Moment, Weights, ground_of
 from sdpo_conformance.specs.claas.step_loop.step_bounds import Bounds, bounds_of
-from sdpo_conformance.trainer.observation import observe
+from sdpo_conformance.specs.claas.step_loop.telling_apart import to_tell_apart
+from sdpo_conformance.trainer.observation import Observation, observe
 from sdpo_conformance.trainer.scenarios import BFLOAT16, SCENARIOS, UNRECORDED, WIDER, Scenario, samples_of
 
 VISIBLE = 3.0
@@ -120,6 +121,35 @@ def test_a_held_out_trainer_is_named(name: str) -> None:
     evidence = next(extra["evidence"] for extra in found if "evidence" in extra)
     assert HELD_OUT[name] in (evidence["mistake"]["name"], *evidence["alike"])
     assert evidence["explained"] == evidence["wrong"]
+
+
+def named(runs: tuple[Observation, ...]) -> tuple[str, list[str]]:
+    """What the gradients of these runs are called, and what cannot be told from it."""
+    found = [one.disagreement.extra for _, of_run in findings_of(runs) for one in of_run]
+    evidence = next(extra["evidence"] for extra in found if "evidence" in extra)
+    return evidence["mistake"]["name"], evidence["alike"]
+
+
+def test_what_looks_alike_is_told_apart_where_it_parts() -> None:
+    def all_or_none(run: right.Run, one: right.Prepared) -> Tensor:
+        missing = any(other.recorded is None for other in run.batch)
+        return right.logprobs(run, one.ids, one.response) if missing else right.first_behaviour(run, one)
+
+    distill = right.trainer(first_behaviour=all_or_none)
+    runs = (ran(distill, SCENARIOS[0]), ran(distill, UNRECORDED))
+    name, alike = named(runs)
+    assert {"recorded-dropped-where-one-is-missing", "samples-with-infinite-logprobs-as-unrecorded"} <= {name, *alike}
+    further = to_tell_apart(runs, WIDER)
+    assert 0 < len(further) <= 2
+    runs += tuple(ran(distill, scenario) for scenario in further)
+    assert named(runs) == ("recorded-dropped-where-one-is-missing", [])
+
+
+def ran(distill: Callable[..., Any], scenario: Scenario) -> Observation:
+    """A run that was not refused."""
+    found = observe(distill, scenario)
+    assert isinstance(found, Observation)
+    return found
 
 
 def refresh_of(fresh: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Any]:
