@@ -37,7 +37,7 @@ def left_padded(mask: bool, positions: bool) -> Callable[[Run, Tensor, Tensor], 
         seen = torch.nn.functional.pad(torch.ones_like(ids), (short, 0))
         options: dict[str, Tensor] = {}
         if mask:
-            options["attention_mask"] = seen
+            options["attention_mask"] = attention(seen) if is_double(run) else seen
         if positions:
             options["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)
         return read(run.model(input_ids=padded, use_cache=False, **options).logits, response)
@@ -157,6 +157,11 @@ def known_token(token: Token, run: Run) -> int:
     return -1 if found is None else found
 
 
+def is_double(run: Run) -> bool:
+    """Whether the model is in float64."""
+    return bool(next(run.model.parameters()).dtype == torch.float64)
+
+
 def attention(seen: Tensor) -> Tensor:
     """The causal mask (1, 1, L, L) of a float64 model whose rows that see nothing come out as a float32 model's: the
     least float64 number would be -inf in the float32 that softmax is taken in."""
@@ -173,7 +178,7 @@ def unattended(token: Token, positions: bool) -> ReadWhere:
     def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
         seen = ids.ne(known_token(token, run)).long()
         options = {"position_ids": (seen.cumsum(-1) - 1).clamp(min=0)} if positions else {}
-        mask = attention(seen) if next(run.model.parameters()).dtype == torch.float64 else seen
+        mask = attention(seen) if is_double(run) else seen
         return read(run.model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits, response)
 
     return ReadWhere(forward, lambda run, ids, response: bool(ids.eq(known_token(token, run)).any()))

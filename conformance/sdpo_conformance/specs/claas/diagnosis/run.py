@@ -223,7 +223,11 @@ def quality(error: float) -> str:
 def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[str, Any] | None]:
     """A trainer's diagnosis: the mistake that its gradients equal; where none explains half of the wrong steps, what
     is wrong where."""
-    found = gathered(failed)
+    found, update = gathered(failed), updated(failed)
+    if found.defect is not None and update is not None and {found.defect.name, update.name} <= set(STRUCTURAL):
+        # plain LoRA's every second parameter is its lora_A: what the optimizer got is the better name
+        same = dict.fromkeys((found.defect.name, *found.alike))
+        found = replace(found, defect=update, alike=tuple(one for one in same if one != update.name))
     if found.defect is None:
         anchor = stated(failed)
         if anchor is not None:
@@ -231,7 +235,6 @@ def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[st
                 f"{anchor.name}: its kl_reg is the one reported{where}",
                 f"{anchor.sentence} Fix: {anchor.fix}",
             ], None
-        update = updated(failed)
         if update is not None and (not found.wrong or update.name in STRUCTURAL):
             must = sum(one.level is Level.MUST for one in failed)
             named = sum(one.failure.get("mistake") == update.name for one in failed)

@@ -85,7 +85,9 @@ def stated(failed: Sequence[Record]) -> Defect | None:
 def updated(failed: Sequence[Record]) -> Defect | None:
     """The mistake that the updates of all runs show, or what was left of the model."""
     for record in failed:
-        name = str(record.failure.get("mistake"))
-        if record.failure.get("shows") in ("update", "state") and name in catalogue():
+        beside = record.failure.get("evidence") or {}
+        shows = record.failure.get("shows") in ("update", "state")
+        name = str(record.failure.get("mistake") if shows else beside.get("updates"))
+        if name in catalogue():
             return catalogue()[name]
     return None

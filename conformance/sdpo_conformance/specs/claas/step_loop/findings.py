@@ -66,7 +66,8 @@ def findings_of(observations: tuple[Observation, ...]) -> Findings:
     """Everything wrong with these runs of one trainer, run by run; kept as the judged runs are."""
     judged = judged_runs(observations)
     runs = list(judged.values())
-    shown = Shown(evidence(runs), only_lengths(runs), metric_mistakes(runs), update_mistake(observations))
+    updates = update_mistake(observations)
+    shown = Shown({**evidence(runs), "updates": updates}, only_lengths(runs), metric_mistakes(runs), updates)
     return tuple(
         (observation, tuple(_findings(observation, judged.get(number), shown)))
         for number, observation in enumerate(observations)
