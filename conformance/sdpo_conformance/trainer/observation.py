@@ -103,8 +103,9 @@ class ModelState:
         for name, before in self.frozen.items():
             if name not in now:
                 found.append(f"{name} is gone")
-            elif not same(before, now[name].detach().cpu()):
-                found.append(f"frozen weight {name} changed")
+            elif not same(before, after := now[name].detach().cpu()):
+                rounding = rounded_alike(before, after)
+                found.append(f"frozen weight {name} {'is off by rounding' if rounding else 'changed'}")
         for name, parameter in self.model.named_parameters():
             if name in self.adapter and parameter.dtype != self.adapter[name].dtype:
                 found.append(f"{name} is left in {parameter.dtype}, was {self.adapter[name].dtype}")
@@ -168,6 +169,18 @@ def same(before: Tensor, after: Tensor) -> bool:
     if before.shape != after.shape:
         return False
     return bool(torch.equal(torch.nan_to_num(before), torch.nan_to_num(after)))
+
+
+ROUNDINGS = 4
+"""Units in the last place of the largest weight that a merge and an unmerge may leave behind."""
+
+
+def rounded_alike(before: Tensor, after: Tensor) -> bool:
+    """Whether the two differ by no more than rounding."""
+    if before.shape != after.shape or before.dtype != after.dtype or not before.dtype.is_floating_point:
+        return False
+    most = ROUNDINGS * torch.finfo(before.dtype).eps * float(before.abs().max())
+    return bool((after.double() - before.double()).abs().max() <= most)
 
 
 KEPT_OF = 3

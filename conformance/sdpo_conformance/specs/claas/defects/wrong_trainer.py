@@ -389,6 +389,12 @@ def left_disabled(run: Run) -> None:
     run.model.base_model.disable_adapter_layers()
 
 
+def merged_and_unmerged(run: Run) -> None:
+    """The adapter is merged for a faster forward, and unmerged again."""
+    run.model.merge_adapter()
+    run.model.unmerge_adapter()
+
+
 def left_merged(run: Run) -> None:
     """The adapter stays merged into the base's weights."""
     run.model.merge_adapter()
@@ -1009,6 +1015,13 @@ DEFECTS = (
         ("STEP-9",),
         "Leave the adapter unmerged.",
         trainer(finish=left_merged),
+    ),
+    loop(
+        "adapter-merged-and-unmerged",
+        "The adapter is merged into the base and unmerged again, which leaves rounding in the base's weights.",
+        ("STEP-9",),
+        "Run the forward with the adapter unmerged, or merge into a copy.",
+        trainer(finish=merged_and_unmerged),
     ),
     loop(
         "base-weights-decayed",

@@ -195,6 +195,12 @@ def left(*words: str) -> Callable[[Runs], bool]:
     return shown
 
 
+def base_moved(runs: Runs) -> bool:
+    """Whether every run that left something changed left a frozen weight so, in some run by more than rounding."""
+    moved = left("frozen weight", "changed")
+    return left("frozen weight")(runs) and any(moved([run]) for run in runs)
+
+
 STRUCTURAL: Mapping[str, Callable[[Runs], bool]] = {
     "one-step-only": steps_taken(lambda run: 1),
     "one-step-more": steps_taken(lambda run: run.scenario.steps + 1),
@@ -213,7 +219,8 @@ STRUCTURAL: Mapping[str, Callable[[Runs], bool]] = {
 MISTAKES: Mapping[str, Callable[[Runs], bool]] = {
     "adapter-left-merged": left("the adapter is left merged"),
     "adapter-left-disabled": left("the adapter is left disabled"),
-    "base-weights-decayed": left("frozen weight", "changed"),
+    "adapter-merged-and-unmerged": left("frozen weight", "is off by rounding"),
+    "base-weights-decayed": base_moved,
     "weight-decay-missing": setting("weight_decay", lambda run, number: 0.0),
     "other-weight-decay": constant("weight_decay"),
     "weight-decay-of-some-missing": of_some("weight_decay"),
