@@ -177,10 +177,10 @@ def on_mesh(implementation: str, options: RunOptions, outputs: Outputs, mesh: st
 
 
 def print_interrupted(signalled: Interrupted) -> None:
-    """What was judged before a signal ended the run."""
+    """What was judged before a signal ended the run; where nothing was to be judged, what else there is to tell."""
     records, planned = signalled.records, signalled.planned
     if not planned:
-        print(f"interrupted by {signalled}. No verdict, and earlier results stay.")
+        print(f"interrupted by {signalled}. {signalled.rest}")
         return
     failed = [record for record in records if record["status"] == "failed"]
     passed = sum(record["status"] == "passed" for record in records)

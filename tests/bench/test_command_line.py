@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,14 @@ def compute_fused_sdpo_loss(loss_input):
     if training.kl_reg_weight:
         raise RuntimeError("half-way")
     return right(loss_input)
+"""
+
+SLEEPING = """
+import pathlib, time
+
+def compute_fused_sdpo_loss(loss_input):
+    pathlib.Path("begun").touch()
+    time.sleep(600)
 """
 
 SMALL = ("--quick", "--workload=laptop", "--tokens=16")
@@ -130,6 +140,31 @@ def test_no_gpu_is_one_line(tmp_path: Path) -> None:
     done = bench(tmp_path, "reference", "--device=cuda")
     assert done.returncode == 2
     assert "sees no CUDA device" in done.stderr
+
+
+@pytest.mark.parametrize(("targets", "rows"), [(("reference", "sleeping.py"), 1), (("sleeping.py", "reference"), 0)])
+def test_a_signal_leaves_the_rows_that_are_done_on_the_terminal(
+    tmp_path: Path, targets: tuple[str, ...], rows: int
+) -> None:
+    (tmp_path / "sleeping.py").write_text(SLEEPING)
+    settings = (*SMALL, "--direction=forward", "--alpha=0.5", "--anchor=0")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdpo_conformance", "bench", *targets, *settings],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (tmp_path / "begun").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, out + errors
+    assert out.splitlines()[-1].startswith(f"interrupted by SIGINT. {rows} of 2 rows were done.")
+    assert ("reference" in out) == bool(rows)
+    assert "Traceback" not in out + errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "sleeping.py"]
 
 
 def test_nothing_measured_is_2(tmp_path: Path) -> None:

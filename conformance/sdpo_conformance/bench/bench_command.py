@@ -56,7 +56,8 @@ def bench(
 ) -> None:
     """Time implementations on the same work beside the bare product h @ W.T, with memory and error.
 
-    Exit status: 0 measured, 1 regressions or wrong answers, 2 nothing could be measured.
+    Exit status: 0 measured, 1 regressions or wrong answers, 2 nothing could be measured, 128 and the signal's number
+    where a signal ended it: the rows that were done are printed, and no file is written.
     """
     from sdpo_conformance.bench.workloads import Selection
     from sdpo_conformance.running.options import RunError
@@ -94,7 +95,7 @@ def run_command(
     """Check, measure, write and print; the exit status. Raises RunError in one line."""
     from rich.console import Console
 
-    from sdpo_conformance.bench.bench_process import run_bench
+    from sdpo_conformance.bench.bench_process import measured_so_far, run_bench
     from sdpo_conformance.bench.bench_results import rows_of
     from sdpo_conformance.bench.bench_table import print_changes, print_run
     from sdpo_conformance.bench.comparing import changes, comparable, read_document
@@ -104,6 +105,7 @@ def run_command(
     from sdpo_conformance.bench.workloads import NOTHING_LEFT, plan, problems
     from sdpo_conformance.files import write_text
     from sdpo_conformance.report.progress import progress_on_terminal
+    from sdpo_conformance.running.children import Interrupted
     from sdpo_conformance.running.folder import staged
     from sdpo_conformance.running.options import RunError
 
@@ -119,19 +121,26 @@ def run_command(
     if NOTHING_LEFT in complaints:
         raise RunError(NOTHING_LEFT)
     found = None
-    with staged(out) as stage:
-        with progress_on_terminal() as progress:
-            document = run_bench(
-                works, targets, stage, time_limit=time_limit, cell_timeout=row_timeout, progress=progress
-            )
-        if baseline is not None:
-            comparable(baseline, document)
-            found = changes(baseline, document)
-        write_text(stage / "results.md", markdown(document, targets, found))
-        plots = write_plots(document, targets, stage)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140
+    with staged(out) as stage:
+        try:
+            with progress_on_terminal() as progress:
+                document = run_bench(
+                    works, targets, stage, time_limit=time_limit, cell_timeout=row_timeout, progress=progress
+                )
+            if baseline is not None:
+                comparable(baseline, document)
+                found = changes(baseline, document)
+            write_text(stage / "results.md", markdown(document, targets, found))
+            plots = write_plots(document, targets, stage)
+        except Interrupted as signalled:
+            document, done, planned = measured_so_far(stage, works, targets)
+            if done:
+                print_run(document, targets, console)
+            signalled.rest = f"{done} of {planned} rows were done. No file is written, and earlier results stay."
+            raise
     print_run(document, targets, console)
     if found is not None:
         print_changes(found, str(baseline_path), console)

@@ -68,6 +68,14 @@ def run_bench(
     return document
 
 
+def measured_so_far(folder: Path, works: Sequence[Workload], targets: Sequence[str]) -> tuple[dict[str, Any], int, int]:
+    """Of a run that was ended: the document of the rows that are done, how many these are, and of how many; an empty
+    document before the first."""
+    cells = cells_of(works, targets)
+    done = [cell for cell in cells if record_path(folder, cell).exists()]
+    return collect(folder, done) if done else {}, len(done), len(cells)
+
+
 def run_worker(
     folder: Path, cells: Sequence[BenchCell], cell_timeout: float, progress: Progress | None
 ) -> tuple[int, bool]:
@@ -111,6 +119,7 @@ def worker_command(folder: Path) -> list[str]:
         *(option for plugin in plugins for option in ("-p", plugin)),
         *("--pyargs", "sdpo_conformance.bench.test_cells"),
         f"--bench-folder={folder}",
+        f"--benchmark-storage=file://{folder}",  # else it leaves an empty .benchmarks where the user is
         "--benchmark-timer=sdpo_conformance.bench.measuring.clock",
         "--benchmark-disable-gc",
     ]

@@ -33,6 +33,7 @@ class Interrupted(BaseException):
         self.exit_status = 128 + number
         self.records: list[dict[str, Any]] = []
         self.planned = 0
+        self.rest = "No verdict, and earlier results stay."
 
     def judged_so_far(self, records: list[dict[str, Any]], planned: int) -> None:
         """What there is to tell of the run that is ended."""
