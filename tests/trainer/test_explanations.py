@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from variants import DEFECTIVE
 
+from sdpo_conformance.specs.claas.defects import find
 from sdpo_conformance.specs.claas.defects import step_loop_variants as right
 from sdpo_conformance.specs.claas.oracle.step_loop import AdamW
 from sdpo_conformance.specs.claas.step_loop.explanations import furthest, outcomes, step_loops
@@ -145,8 +146,9 @@ def test_what_looks_alike_is_told_apart_where_it_parts() -> None:
     assert named(runs) == ("recorded-dropped-where-one-is-missing", [])
 
 
-def ran(distill: Callable[..., Any], scenario: Scenario) -> Observation:
+def ran(distill: Callable[..., Any] | None, scenario: Scenario) -> Observation:
     """A run that was not refused."""
+    assert distill is not None
     found = observe(distill, scenario)
     assert isinstance(found, Observation)
     return found
@@ -194,6 +196,13 @@ def test_a_loss_of_another_size_leads_with_the_mean_over_samples() -> None:
     runs = tuple(observe(right.trainer(reduce=reduce), scenario) for scenario in SCENARIOS)
     found = [one for _, of_run in findings_of(runs) for one in of_run if one.disagreement.extra["shows"] == "gradient"]
     assert {one.requirements[0] for one in found} == {"STEP-7"}
+
+
+def test_what_breaks_another_rule_than_the_first_that_fits_is_tried_after_it() -> None:
+    """A gradient of 0 is that of every loop that leaves out the one sample; only one leaves it out for its alpha."""
+    anchor_alone = next(one for one in WIDER if one.name == "anchor_alone")
+    runs = (ran(right.trainer(), SCENARIOS[0]), ran(find("alpha-zero-skips-the-anchor").distill, anchor_alone))
+    assert named(runs) == ("alpha-zero-skips-the-anchor", [])
 
 
 def test_reporting_a_named_mistake_faithfully_is_no_second_one() -> None:

@@ -30,6 +30,7 @@ FAMILIES = (
     "batches",
     "tokens",
     "prompts",
+    "caches",
     "refresh",
     "updates",
     "metrics",

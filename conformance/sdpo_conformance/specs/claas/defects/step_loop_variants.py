@@ -41,7 +41,8 @@ class Prepared:
 class Run:
     """What the parts share during one call. ``step`` counts from 1; ``losses`` and ``results`` are the present
     step's, per sample; ``metrics`` those reported so far; ``kept``: what a part leaves for later; ``read``: the logits
-    of a forward without gradient, where they may be known already."""
+    of a forward without gradient, where they may be known already; ``earlier``: in a replay the model that the first
+    call of all on this batch was on, where that was another."""
 
     model: Any
     training: Any
@@ -55,6 +56,7 @@ class Run:
     kept: dict[str, Any] = field(default_factory=dict)
     forward: Callable[[Run, Tensor, Tensor], Tensor] | None = None
     read: Callable[[Tensor, Tensor], Tensor] | None = None
+    earlier: Any = None
 
 
 # --- one forward ---

@@ -31,6 +31,10 @@ MICRO_BATCHES = (2, 3, 4, 5, 6, 8, 10, 12, 16)
 LENGTHS = (4, 5, 6, 8, 10, 12, 14, 15, 16, 18, 20, 24, 30, 32, 48, 50, 64, 80, 100, 128, 200, 256, 512, 1024)
 """Limits of a length in tokens that are tried."""
 
+CHUNKS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64, 128, 256)
+"""Sizes of a chunk of tokens that are tried."""
+
+ONE_MEAN = "Sum over chunks, and divide by the number of tokens once."
 EVERY_SAMPLE = "Every sample counts: the mean is over all that were given."
 
 Key = Callable[[Prepared], Hashable]
@@ -81,6 +85,40 @@ def clipped_on_the_way(size: float) -> Callable[[Run, list[list[Tensor]]], list[
 def sum_clipped(run: Run, each: list[list[Tensor]]) -> list[Tensor]:
     """The samples' gradients are added, clipped, and only then divided by their number."""
     return [g / len(each) for g in clipped_alone(run, added(each))]
+
+
+def chunk_sizes(length: int, size: float) -> list[int]:
+    """Tokens of each chunk of a response."""
+    return [len(part) for part in micro_batches(range(length), size)]
+
+
+def by_chunks(size: float) -> Callable[[Run, Prepared], Tensor]:
+    """Tokens weigh as in the mean over chunks of their means: those of an incomplete last chunk for more."""
+
+    def mask(run: Run, one: Prepared) -> Tensor:
+        sizes = chunk_sizes(one.response.shape[1], size)
+        weights = [sum(sizes) / len(sizes) / tokens for tokens in sizes for _ in range(tokens)]
+        return torch.tensor([weights], device=one.response.device)
+
+    return mask
+
+
+def times_chunks(size: float) -> Callable[[list[int]], list[float]]:
+    """Each sample counts as often as it has chunks."""
+    return lambda lengths: [len(chunk_sizes(n, size)) / len(lengths) for n in lengths]
+
+
+def whole_chunks(size: float) -> Callable[[Run, Prepared], Tensor]:
+    """Tokens of an incomplete last chunk do not count, unless there are no others."""
+
+    def mask(run: Run, one: Prepared) -> Tensor:
+        counted = right.mask(run, one)
+        whole = counted.shape[1] // int(size) * int(size)
+        if whole:
+            counted[:, whole:] = 0
+        return counted
+
+    return mask
 
 
 # --- which samples count ---
@@ -390,6 +428,39 @@ DEFECTS = (
         lambda size: TrainerParts(reduce=weighed(means_of(size, over_tokens=True, of_means=False))),
         whole_numbers(MICRO_BATCHES),
         2,
+        whole=True,
+    ),
+    numbered(
+        "token-chunk-means",
+        "A response's loss is the mean over chunks of 4 tokens of their means, of which the last may be smaller.",
+        ("STEP-7", "STEP-1", "STEP-2"),
+        ONE_MEAN,
+        "tokens",
+        lambda size: TrainerParts(mask=by_chunks(size)),
+        whole_numbers(CHUNKS),
+        4,
+        whole=True,
+    ),
+    numbered(
+        "token-chunk-means-added",
+        "A response's loss is the sum over chunks of 4 tokens of their means.",
+        ("STEP-7", "STEP-1", "STEP-2"),
+        ONE_MEAN,
+        "tokens",
+        lambda size: TrainerParts(mask=by_chunks(size), reduce=weighed(times_chunks(size))),
+        whole_numbers(CHUNKS),
+        4,
+        whole=True,
+    ),
+    numbered(
+        "incomplete-token-chunk-dropped",
+        "Responses are read in chunks of 4 tokens, and those of an incomplete last one are left out.",
+        ("STEP-7", "STEP-1", "STEP-2"),
+        "Every token of the response counts.",
+        "tokens",
+        lambda size: TrainerParts(mask=whole_chunks(size)),
+        whole_numbers(CHUNKS),
+        4,
         whole=True,
     ),
     numbered(

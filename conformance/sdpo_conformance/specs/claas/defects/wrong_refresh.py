@@ -45,6 +45,19 @@ def of_tokens(chosen: Callable[[int], Tensor]) -> Refresh:
     return refresh
 
 
+def up_to(length: Callable[[list[int]], int], kept: bool) -> Refresh:
+    """Only as many tokens as a length of the batch; the others keep what they had, or get zeros."""
+
+    def refresh(run: Run) -> None:
+        most = length([one.response.shape[1] for one in run.batch])
+        for one in run.batch:
+            fresh = logprobs(run, one.ids, one.response)
+            rest = one.behaviour.to(fresh.dtype) if kept else torch.zeros_like(fresh)
+            one.behaviour = torch.cat([fresh[:, :most], rest[:, most:]], dim=1)
+
+    return refresh
+
+
 def combined(of: Callable[[Tensor, Tensor], Tensor]) -> Refresh:
     """Old and new log-probs put together."""
 
@@ -206,6 +219,24 @@ DEFECTS = (
         trainer(refresh=of_tokens(lambda length: torch.arange(length)[None] > 0)),
         (),
         STEP_ONE,
+    ),
+    *(
+        loop(
+            f"refresh-up-to-{whose}{'' if kept else '-then-zero'}",
+            f"The refresh has only as many tokens of each response as the {words} has; the others "
+            f"{'keep the log-probs that they had' if kept else 'get zeros'}.",
+            ("STEP-2", "STEP-3"),
+            "Refresh every token of each response, padded to the longest.",
+            trainer(refresh=up_to(length, kept)),
+            (),
+            "Batches whose responses are equally long.",
+        )
+        for whose, words, length in (
+            ("shortest", "shortest one", min),
+            ("first", "first one", lambda lengths: lengths[0]),
+            ("last", "last one", lambda lengths: lengths[-1]),
+        )
+        for kept in (True, False)
     ),
     loop(
         "refresh-keeps-larger",

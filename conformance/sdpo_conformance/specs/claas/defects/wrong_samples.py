@@ -192,6 +192,16 @@ def supported(k: Callable[[int], int]) -> Callable[[Run, Prepared], tuple[Tensor
     return teacher
 
 
+def short_of_vocabulary(tokens: float) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
+    """A support that never holds the last tokens of the vocabulary."""
+
+    def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+        l = scored(run, one).log_softmax(-1)  # noqa: E741
+        return most_likely(l, min(run.training.teacher_top_k, l.shape[-1] - int(tokens)))
+
+    return teacher
+
+
 def changed_values(change: Callable[[Tensor], Tensor]) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
     """The right support with other log-probs."""
 
@@ -722,6 +732,17 @@ DEFECTS = (
         lambda k: TrainerParts(teacher=supported(lambda top_k: min(int(k), top_k))),
         whole_numbers(SIZES),
         16,
+        whole=True,
+    ),
+    numbered(
+        "support-short-of-vocabulary",
+        "The support has at most all tokens of the vocabulary but 1, also where teacher_top_k asks for all.",
+        ("STEP-5",),
+        TOP_K,
+        "tokens less",
+        lambda tokens: TrainerParts(teacher=short_of_vocabulary(tokens)),
+        whole_numbers(range(1, 9)),
+        1,
         whole=True,
     ),
     numbered(

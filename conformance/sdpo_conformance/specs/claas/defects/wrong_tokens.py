@@ -113,6 +113,21 @@ def put_aside(wrong: Callable[[Tensor], bool]) -> Recorded:
     return first_behaviour
 
 
+def own_where_close(limit: float, each: bool) -> Recorded:
+    """Recorded log-probs next to the policy's own give way to them: of a sample that is close on average, or token by
+    token."""
+
+    def first_behaviour(run: Run, one: Prepared) -> Tensor:
+        recorded = right.first_behaviour(run, one)
+        if one.recorded is None:
+            return recorded
+        mine = own(run, one).to(recorded)
+        off = (recorded - mine).abs()
+        return torch.where(off < limit if each else off.mean() < limit, mine, recorded)
+
+    return first_behaviour
+
+
 def all_or_none(run: Run, one: Prepared) -> Tensor:
     """What was recorded counts only where it was for every sample."""
     missing = any(other.recorded is None for other in run.batch)
@@ -346,6 +361,27 @@ DEFECTS = (
         trainer(first_behaviour=all_or_none),
         (),
         RECORDED_SAMPLES,
+    ),
+    loop(
+        "close-samples-as-on-policy",
+        "Log-probs of a sample that are next to the policy's own are taken for them, and their ratio is 1: within 0.05 "
+        "nats on average in the executable form.",
+        ("STEP-1",),
+        "Take what the sampler recorded as it is, however near to the trainer's own.",
+        trainer(first_behaviour=own_where_close(0.05, each=False)),
+        (),
+        "Samplers whose log-probs are the trainer's own.",
+    ),
+    numbered(
+        "close-logprobs-as-own",
+        "Each recorded log-prob within 0.1 nats of the policy's own is taken for it, and its ratio is 1.",
+        ("STEP-1",),
+        "Take what the sampler recorded as it is, however near to the trainer's own.",
+        "nats",
+        lambda limit: TrainerParts(first_behaviour=own_where_close(limit, each=True)),
+        (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0),
+        0.1,
+        whole=True,
     ),
     loop(
         "missing-logprobs-of-base",

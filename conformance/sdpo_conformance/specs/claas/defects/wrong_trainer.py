@@ -245,6 +245,12 @@ def teacher_of(size: float) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
     return teacher
 
 
+def both_follow(run: Run) -> None:
+    """Base and teacher are the current student at every step."""
+    for one in run.batch:
+        one.base, one.support = base_with_adapter(run, one), teacher_with_adapter(run, one)
+
+
 def teacher_follows(run: Run) -> None:
     """The teacher is the current student from the second step on."""
     if run.step > 1:
@@ -253,6 +259,14 @@ def teacher_follows(run: Run) -> None:
 
 
 # --- loss and reduction ---
+
+
+def nothing_at_alpha_zero(loss_input: Any) -> Mapping[str, Any]:
+    """At alpha = 0 a loss of 0, before anything else is looked at."""
+    found = right_loss(loss_input)
+    if loss_input.training.alpha > 0:
+        return found
+    return {"loss": 0 * found["loss"], "distill_loss": 0.0, "kl_reg": 0.0, "mean_is_ratio": 1.0, "clip_fraction": 0.0}
 
 
 def shifted_logits(loss_input: Any) -> Mapping[str, Any]:
@@ -745,6 +759,22 @@ DEFECTS = (
         STEP_ONE,
     ),
     loop(
+        "base-and-teacher-with-adapter",
+        "Base and teacher are the model with the adapter that it starts with, as in a frozen copy that keeps it.",
+        ("STEP-5",),
+        "Copy the model without its adapter, or disable it: get_base_model() keeps the LoRA layers.",
+        trainer(base=base_with_adapter, teacher=teacher_with_adapter),
+        ("kfallah/CLaaS#37",),
+    ),
+    loop(
+        "base-and-teacher-follow-student",
+        "Base and teacher are read under the current adapter at every step.",
+        ("STEP-5",),
+        ADAPTER_OFF,
+        trainer(before_step=both_follow),
+        ("kfallah/CLaaS#37",),
+    ),
+    loop(
         "teacher-on-student-prompt",
         "The teacher reads the student's prompt, without the feedback.",
         ("STEP-5",),
@@ -768,6 +798,15 @@ DEFECTS = (
         parameter=Parameter(
             "K =", lambda k: TrainerParts(teacher=teacher_of(k)), whole_numbers(SIZES), "5", whole=True
         ),
+    ),
+    loop(
+        "alpha-zero-skips-the-anchor",
+        "At alpha = 0 the loss is 0 and nothing is trained, the anchor left out with the divergence.",
+        ("STEP-1", "STEP-2"),
+        "alpha = 0 takes the divergence away, and not kl_reg_weight * kl_reg.",
+        trainer(loss=nothing_at_alpha_zero),
+        (),
+        "alpha above 0, and kl_reg_weight = 0, the default.",
     ),
     loop(
         "student-one-token-early",

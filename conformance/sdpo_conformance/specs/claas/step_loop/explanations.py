@@ -202,16 +202,16 @@ def explain(runs: Sequence[TakenRun]) -> Explained:
         index, step = places[0]
         searched.add(index)
         for stage in STAGES if len(searched) == 1 else WITHOUT_NUMBERS:
-            whole = [one for one in tried.values() if one.rank[0] == -total]
-            if any(not one.misreported for one in whole):
-                return chosen_of(tried.values(), total)
             # The same gradient with another loss reported: another mistake may report it, but no number is fitted.
-            if whole and stage not in WITHOUT_NUMBERS:
+            if any(one.rank[0] == -total for one in tried.values()) and stage not in WITHOUT_NUMBERS:
                 continue
-            for candidate in stage(runs[index].forced, runs[index].taken, step):
-                key = candidate.defect.name, candidate.defect.value
-                if key not in tried:
-                    tried[key] = on_all(candidate, runs)
+            for found in stage(runs[index].forced, runs[index].taken, step):
+                for candidate in found:
+                    key = candidate.defect.name, candidate.defect.value
+                    if key not in tried:
+                        tried[key] = on_all(candidate, runs)
+                if any(one.rank[0] == -total and not one.misreported for one in tried.values()):
+                    return chosen_of(tried.values(), total)
         if any(one.rank[0] == -total for one in tried.values()):
             break
     return chosen_of(tried.values(), total)
@@ -251,24 +251,41 @@ def on_all(candidate: StepExplanation, runs: Sequence[TakenRun]) -> Tried:
 
 def matching(
     candidates: Iterable[StepExplanation], forced: Forced, wrong: Mapping[int, TakenStep], step: int
-) -> list[StepExplanation]:
-    """Candidates whose gradient one step has, closest first. Once one fits closely, only those that break a rule of its
-    are tried for what cannot be told from it."""
+) -> Iterator[list[StepExplanation]]:
+    """Candidates whose gradient one step has, closest first. Once one fits closely, those that break a rule of its come
+    first, for what cannot be told from it; the others after that, where these do not explain the other steps."""
+    later: list[StepExplanation] = []
     fits = []
     rules: set[str] = set()
-    near = min(allowed(wrong[step]), NEARER * misfit(wrong[step], wrong[step].moment.gradient))
     # a forward of its own is costly, and shared by none
     for candidate in sorted(candidates, key=lambda one: "forward" in replaced(one.parts)):
         if rules and not candidate.in_loss and not rules & set(candidate.defect.violates):
+            later.append(candidate)
             continue
-        for _, outcome in outcomes(candidate, forced, [step]):
-            off = misfit(wrong[step], outcome.gradient)
-            if off > near or contradicted(wrong[step], outcome):
-                continue
-            fits.append((off, candidate))
-            if off <= CLOSE and not rules:
-                rules = set(candidate.defect.violates)
+        off = fit_of(candidate, forced, wrong[step])
+        if off is None:
+            continue
+        fits.append((off, candidate))
+        if off <= CLOSE and not rules:
+            rules = set(candidate.defect.violates)
+    yield closest(fits)
+    offs = ((fit_of(candidate, forced, wrong[step]), candidate) for candidate in later)
+    yield closest([(off, candidate) for off, candidate in offs if off is not None])
+
+
+def closest(fits: Iterable[tuple[float, StepExplanation]]) -> list[StepExplanation]:
+    """The candidates, those nearest to the step first."""
     return [candidate for _, candidate in sorted(fits, key=lambda pair: pair[0])]
+
+
+def fit_of(candidate: StepExplanation, forced: Forced, taken: TakenStep) -> float | None:
+    """How far a step's gradient is from a candidate's; None where it is not that one."""
+    near = min(allowed(taken), NEARER * misfit(taken, taken.moment.gradient))
+    for _, outcome in outcomes(candidate, forced, [taken.moment.step]):
+        off = misfit(taken, outcome.gradient)
+        if off <= near and not contradicted(taken, outcome):
+            return off
+    return None
 
 
 def reports(step: TakenStep, outcome: ReplayOutcome) -> bool:
@@ -294,7 +311,7 @@ def contradicted(step: TakenStep, outcome: ReplayOutcome) -> bool:
 
 def numbers(
     defects: Iterable[Defect], forced: Forced, wrong: Mapping[int, TakenStep], step: int
-) -> list[StepExplanation]:
+) -> Iterator[list[StepExplanation]]:
     """Defects with a number in them, of the loop or of its loss, at the number that fits one step; fitted by several
     processes."""
     taken = wrong[step]
@@ -308,7 +325,7 @@ def numbers(
 
     pairs = [pair for part in shared_out(values, range(len(fitted))) for pair in part]
     found = sorted(pairs, key=lambda pair: pair[0])
-    return [explanation_of(fitted[index].at(value)) for index, value in found]
+    yield [explanation_of(fitted[index].at(value)) for index, value in found]
 
 
 def values_that_fit(defect: Defect, forced: Forced, taken: TakenStep, start: float) -> Iterator[float]:
@@ -352,25 +369,26 @@ def losses_with_a_number(step: TakenStep) -> Iterator[Defect]:
                 yield defect
 
 
-Stage = Callable[[Forced, Mapping[int, TakenStep], int], list[StepExplanation]]
+Found = Iterator[list[StepExplanation]]
+Stage = Callable[[Forced, Mapping[int, TakenStep], int], Found]
 
 
-def as_a_loop(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
+def as_a_loop(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> Found:
     """Catalogued loops that a step fits."""
     return matching(step_loops(), forced, taken, step)
 
 
-def as_a_loop_with_a_number(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
+def as_a_loop_with_a_number(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> Found:
     """Catalogued loops at the numbers that fit a step."""
     return numbers(loops_with_a_number(), forced, taken, step)
 
 
-def as_a_loss(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
+def as_a_loss(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> Found:
     """The right loop around the catalogued losses that a step fits."""
     return matching(wrong_losses(), forced, taken, step)
 
 
-def as_a_loss_with_a_number(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> list[StepExplanation]:
+def as_a_loss_with_a_number(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> Found:
     """The right loop around catalogued losses at the numbers that fit a step."""
     return numbers(losses_with_a_number(taken[step]), forced, taken, step)
 

@@ -118,7 +118,15 @@ def started(parts: TrainerParts, forced: Forced) -> Run:
     for parameter in adapter.values():
         parameter.grad = None
     batch = [right.prepared(sample, torch.device("cpu")) for sample in ground.samples]
-    run = Run(model, ground.scenario.training, list(adapter.values()), batch, forward=parts.forward, read=forced.read)
+    run = Run(
+        model,
+        ground.scenario.training,
+        list(adapter.values()),
+        batch,
+        forward=parts.forward,
+        read=forced.read,
+        earlier=ground.earlier,
+    )
     alone = "forward" not in other
     for one, known, recorded in zip(batch, ground.prepared, ground.recorded, strict=True):
         one.mask = parts.mask(run, one)

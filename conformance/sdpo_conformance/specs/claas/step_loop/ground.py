@@ -27,6 +27,7 @@ from sdpo_conformance.specs.claas.oracle.step_loop import (
     step_loop,
     trainable,
 )
+from sdpo_conformance.trainer.observation import disturbed
 from sdpo_conformance.trainer.policies import (
     PreparedSample,
     prepare,
@@ -62,6 +63,14 @@ class Ground:
         other.start = weights
         other.recorded = [recorded_logprobs(other.at(weights), sample) for sample in other.samples]
         return other
+
+    @cached_property
+    def earlier(self) -> Any:
+        """The model that the first call of all was on, where that was another one; else None."""
+        scenario = self.scenario
+        if scenario.history[:1] != ("another",):
+            return None
+        return disturbed(self.at(self.start), scenario.seed).eval()
 
     def at(self, weights: Weights) -> Any:
         """The model with these adapter weights."""
