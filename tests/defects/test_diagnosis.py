@@ -84,6 +84,16 @@ def test_a_pair_is_named_when_one_does_not_explain_everything() -> None:
     assert {defect.name for defect in answer.defects} == {"dropped-importance-sampling", "anchor-k2"}
 
 
+def test_a_neighbour_that_the_bounds_let_pass_is_not_the_name() -> None:
+    """On one on-policy case an offset of the divergence comes as near as the bound allows, and its own rule failed."""
+    case = next(case for case, _ in recorded_cases() if case.name == "on_policy_alpha_0.3")
+    outcome = evaluate(getattr(defects.find("terms-summed-in-float16").implementation(), LOSS.value), LOSS, case)
+    answer = diagnose([Observed(rule, LOSS, case, values_of(outcome)) for rule in ("GJS-1", "GJS-6")])
+    assert answer is not None
+    assert answer.name == "terms-summed-in-float16"
+    assert not answer.equivalent
+
+
 @pytest.mark.parametrize("name", ["lasgroup-sdpo", "trl-sdpo", "gkd"])
 def test_dialects_are_recognised(name: str) -> None:
     answer = diagnose(failures(defects.find(name)))

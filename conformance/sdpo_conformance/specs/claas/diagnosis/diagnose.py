@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,13 @@ FITTED_ON = 3
 
 MOST_PAIRS = 1500
 """Pairs that are tried at all: a few seconds' work, spent on the likeliest first."""
+
+FARTHER = 100.0
+"""So many times the error of the best explanation of as many failures is no rounding: what is farther off is a
+neighbour that the bounds let pass."""
+
+ROUNDED = 1e-6
+"""Relative errors up to which explanations are equally near."""
 
 ENOUGH_FOR_PAIRS = 3
 """Failures from which on pairs are tried: among so many pairs some return what one or two inputs showed."""
@@ -190,14 +198,24 @@ def contradicted(candidate: Candidate, held: frozenset[str]) -> bool:
 
 
 def ranked(candidates: Sequence[Candidate], broken: frozenset[str]) -> list[Candidate]:
-    """Best first: most failures explained, then the simpler one, then what the requirements that failed name, then
-    the order of the catalogue."""
+    """Best first: most failures explained, then the simpler one, then the one that is not much farther from the
+    numbers than others, then what the requirements that failed name, then the order of the catalogue."""
+    nearest: dict[tuple[int, int], float] = {}
+    for candidate in candidates:
+        kind = len(candidate.explained), len(candidate.parts)
+        nearest[kind] = min(candidate.error, nearest.get(kind, math.inf))
 
-    def rank(candidate: Candidate) -> tuple[int, int, int]:
+    def rank(candidate: Candidate) -> tuple[int, int, bool, int]:
+        kind = len(candidate.explained), len(candidate.parts)
         unnamed = sum(name not in broken for name in rules_named(candidate))
-        return -len(candidate.explained), len(candidate.parts), unnamed
+        return -kind[0], kind[1], farther(candidate.error, nearest[kind]), unnamed
 
     return sorted(candidates, key=rank)
+
+
+def farther(error: float, nearest: float) -> bool:
+    """Whether an explanation with this error is told from the nearest one by it."""
+    return error > FARTHER * max(nearest, ROUNDED)
 
 
 def pairings(
@@ -272,6 +290,7 @@ def told(candidates: Sequence[Candidate], total: int) -> Diagnosis:
         candidate
         for candidate in candidates[1:]
         if candidate.explained == best.explained and len(candidate.parts) == len(best.parts)
+        if not farther(candidate.error, best.error)
     ]
     return Diagnosis(
         defects=best.parts,
