@@ -10,6 +10,7 @@ from typing import TypeVar
 from sdpo_conformance.audit.adapter import WEIGHTS_FILE
 from sdpo_conformance.audit.checkpoints import find_checkpoints, holds_weights, is_checkpoint
 from sdpo_conformance.audit.errors import AuditError, shown
+from sdpo_conformance.audit.metrics.console_log import console_log
 from sdpo_conformance.audit.metrics.log_places import METRICS_NAMES, event_folder, mlflow_folder, unnamed_log
 from sdpo_conformance.audit.run_files import parse_json, read_text
 
@@ -91,7 +92,8 @@ def discover(
 
 
 def _metrics(run: Path, checkpoints: Sequence[Path], ignored: list[str], adapter: bool) -> Path | None:
-    """By name; else of the last checkpoint; else any file in RUN that reads like a log; else the same below RUN.
+    """By name; else of the last checkpoint; else any file in RUN that reads like a log; else the same below RUN; else
+    what a terminal saw.
 
     Raises AuditError where several runs have one, unless there is an adapter to judge all the same.
     """
@@ -103,12 +105,13 @@ def _metrics(run: Path, checkpoints: Sequence[Path], ignored: list[str], adapter
             return checkpoint / "trainer_state.json"
     here = unnamed_log(run) or mlflow_folder(run) or event_folder(run)
     try:
-        return here or _below(run, _log_in, "logs")
+        return here or _below(run, _log_in, "logs") or console_log(run)
     except AuditError as error:
-        if not adapter:
+        printed = console_log(run)
+        if printed is None and not adapter:
             raise
         ignored.append(str(error))
-        return None
+        return printed
 
 
 def _log_in(folder: Path) -> Path | None:

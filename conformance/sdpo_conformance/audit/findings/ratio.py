@@ -13,6 +13,7 @@ ROUNDING = 1e-5
 HALF_ROUNDING = 0.02
 _SATURATED = 0.25
 _EXACT = 1e-6
+_EXACT_DIGITS = 7
 
 
 def ratio_dropped(evidence: Evidence) -> Verdicts:
@@ -27,6 +28,9 @@ def ratio_dropped(evidence: Evidence) -> Verdicts:
     if any(ratio is None or not abs(ratio - target) <= _EXACT for ratio in firsts):
         return
     if evidence.sampler == "same":
+        return
+    if metrics.digits is not None and metrics.digits < _EXACT_DIGITS:
+        yield NotJudged("ratio-dropped", f"the ratio is printed to {metrics.digits} digits: 1 may be as near as that")
         return
     if evidence.sampler == "unknown":
         yield NotJudged(
@@ -63,7 +67,8 @@ def ratio_not_reported(evidence: Evidence) -> Verdicts:
     if not several and evidence.sampler != "differs":
         return
     sdpo = metrics.has("distill_loss") or metrics.has("kl_reg")
-    alarming = sdpo and (metrics.batching != "unknown" or evidence.sampler == "differs")
+    printed = metrics.digits is not None  # a terminal's line may show less than was recorded
+    alarming = sdpo and not printed and (metrics.batching != "unknown" or evidence.sampler == "differs")
     yield Finding(
         id="ratio-not-reported",
         severity=Severity.WARNING if alarming else Severity.NOTE,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_conformance.audit.errors import AuditError, NoStepsError, shown
+from sdpo_conformance.audit.metrics.console_log import is_console_log, read_console_log
 from sdpo_conformance.audit.metrics.event_files import holds_event_files, is_event_file, read_event_file
 from sdpo_conformance.audit.metrics.metric_names import FIELDS, field_of, is_bookkeeping
 from sdpo_conformance.audit.metrics.mlflow_files import is_mlflow_folder, read_mlflow_folder
@@ -16,9 +17,10 @@ from sdpo_conformance.audit.metrics.record_problems import record_problems
 from sdpo_conformance.audit.metrics.row_reader import RowReader
 from sdpo_conformance.audit.metrics.step_record import Batch, Batching, RunMetrics
 from sdpo_conformance.audit.metrics.tables import is_table, read_table
-from sdpo_conformance.audit.run_files import parse_json, read_text
+from sdpo_conformance.audit.run_files import open_regular, parse_json, read_text
 
 _SHOWN_NAMES = 8
+_LONGEST_LINE = 2**20
 
 
 def read_metrics(path: Path) -> RunMetrics:
@@ -36,6 +38,7 @@ def _read_file(path: Path) -> RunMetrics:
     where = shown(path)
     reader = RowReader(where)
     logging_steps = 1
+    numbered, digits = True, None
     kind: str
     batching: Batching
     if path.suffix == ".wandb":
@@ -49,6 +52,13 @@ def _read_file(path: Path) -> RunMetrics:
         kind, batches, batching = "MLflow file store", reader.log(read_mlflow_folder(path)), "unknown"
     elif is_table(path):
         kind, batches, batching = reader.rows_or_responses(read_table(path), "CSV")
+    elif is_console_log(path) and not _begins_with_json(path):
+        printed = read_console_log(path)
+        numbered, digits, logging_steps = printed.numbered, printed.digits, printed.averaged_over
+        kind, batches, batching = reader.rows_or_responses(printed.rows, "console lines")
+        if not numbered:
+            kind, batches, batching = "console lines", reader.log(printed.rows), "unknown"
+            reader.notes.append("the lines say no step: they are counted")
     else:
         documents = _documents(read_text(path), where, reader)
         if len(documents) == 1 and not (isinstance(documents[0], dict) and isinstance(documents[0].get("data"), dict)):
@@ -61,7 +71,7 @@ def _read_file(path: Path) -> RunMetrics:
         raise _nothing_understood(where, reader)
     if len(batches) > 1:  # a response to an empty batch says nothing
         batches = [batch for batch in batches if batch.steps]
-    native = reader.tool == "CLaaS" and batching != "unknown"
+    native = reader.tool == "CLaaS" and batching != "unknown" and digits is None  # printed, a value may be 0.000
     problems = (*reader.problems, *(record_problems(batches) if native else ()))
     return RunMetrics(
         path,
@@ -74,7 +84,16 @@ def _read_file(path: Path) -> RunMetrics:
         unknown_fields=reader.unknown_fields,
         ratio_names=reader.ratio_names,
         notes=tuple(reader.notes),
+        numbered=numbered,
+        digits=digits,
     )
+
+
+def _begins_with_json(path: Path) -> bool:
+    """Whether a file's first line is JSON: some tools call JSON lines a log."""
+    with open_regular(path) as file:
+        first = next((line for line in iter(lambda: file.readline(_LONGEST_LINE), b"") if line.strip()), b"")
+    return first.lstrip()[:1] in (b"{", b"[") and _is_whole(first.decode("utf-8", "replace"))
 
 
 def _nothing_understood(where: str, reader: RowReader) -> AuditError:

@@ -78,7 +78,7 @@ _BOOKKEEPING = re.compile(
 _SUMMARY = ("train_runtime", "train_samples_per_second")
 _RATIO_NAMES = re.compile(
     r"importance_sampling_ratio|rollout_is_mean|sampling_importance_ratio|probs_ratio|importance_ratio|importance_weight|"
-    r"ppo_kl|pg_clipfrac|clip_ratio|kl_sample_train|mismatch_kl|approx_kl|mean_is_ratio"
+    r"ppo_kl|pg_clipfrac|clip_ratio|kl_sample_train|mismatch_kl|approx_kl|mean_is_ratio|\bis_ratio"
 )
 _RANK = {name: index for index, name in enumerate(_MEANINGS)}
 

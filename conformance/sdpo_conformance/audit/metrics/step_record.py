@@ -37,7 +37,8 @@ class RunMetrics:
     rows, taken as one batch while their step grows) or "unknown" (the log counts global steps). `tool` is whose
     names the fields carry, "CLaaS" for the algorithm's own. `averaged_over` is how many optimizer steps one row
     stands for, where that is more than one; `unknown_fields` are names that no known tool uses, `ratio_names` those of
-    an importance ratio or of what follows from one, and `problems` faults of the record itself, in words.
+    an importance ratio or of what follows from one, and `problems` faults of the record itself, in words. `numbered`:
+    the rows say which step they are of. `digits`: significant ones of the most precise number, where they were printed.
     """
 
     path: Path
@@ -50,6 +51,8 @@ class RunMetrics:
     unknown_fields: tuple[str, ...] = ()
     ratio_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    numbered: bool = True
+    digits: int | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -77,7 +80,9 @@ class RunMetrics:
         if self.batching == "explicit" or len(self.batches) > 1 or not self.steps:
             return self
         numbers = [step.number for step in self.steps]
-        if steps_per_batch > 1 and (self.averaged_over > 1 or any(b - a != 1 for a, b in pairwise(numbers))):
+        if steps_per_batch > 1 and (
+            not self.numbered or self.averaged_over > 1 or any(b - a != 1 for a, b in pairwise(numbers))
+        ):
             return replace(self, batching="unknown")
         start = 0 if numbers[0] == 0 else 1
         parts = [tuple(part) for _, part in groupby(self.steps, lambda s: (s.number - start) // steps_per_batch)]
