@@ -33,8 +33,7 @@ def compile_form(dtype: torch.dtype, stored: str, takes: bool, masked: bool) -> 
     types = {
         "hidden": descriptor(dtype, HALF, module.INNER),
         "head": descriptor(dtype, module.COLUMNS, module.INNER),
-        "first_of_tile": "*i32",
-        "following": "*i32",
+        "links": "*i32",
         "most_above": "fp32",
         **dict.fromkeys(("n_rows", "n_columns", "width", "n_entries"), "i32"),
     }
@@ -42,7 +41,7 @@ def compile_form(dtype: torch.dtype, stored: str, takes: bool, masked: bool) -> 
         constants["buffer"] = None
     else:
         types["buffer"] = descriptor(torch.float32 if stored == "logits" else dtype, HALF, module.COLUMNS // parts)
-    kernel = module.hopper_product_kernel
+    kernel = module.hopper_product_kernel.kernel
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     source = GluonASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, {})

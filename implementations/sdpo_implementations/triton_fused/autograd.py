@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdpo_implementations.triton_fused.inputs import Tokens
+from sdpo_implementations.triton_fused.inputs import Tokens, flat, flat_constant
 from sdpo_implementations.triton_fused.kernels.expected_row import ExpectedRows, expected_rows
 from sdpo_implementations.triton_fused.kernels.floor_rows import add_floor_rows
 from sdpo_implementations.triton_fused.kernels.head_gradient import head_gradient
@@ -46,13 +46,15 @@ class Forward:
 
 def policy_terms(tokens: Tokens) -> PolicyTerms:
     return PolicyTerms(
-        tokens.response_ids, tokens.old_student_logprobs, tokens.base_logprobs, tokens.is_clip, tokens.kl_reg_weight
+        tokens.response_ids,
+        flat_constant(tokens.old_student_logprobs),
+        flat_constant(tokens.base_logprobs),
+        tokens.is_clip,
+        tokens.kl_reg_weight,
     )
 
 
-def forward_from_hidden(
-    hidden: Tensor, head: Tensor, tokens: Tokens, policy: PolicyTerms | None, dense: bool
-) -> Forward:
+def forward_from_hidden(hidden: Tensor, head: Tensor, tokens: Tokens, with_policy: bool, dense: bool) -> Forward:
     """Per-token terms of hidden (N, H), head (V, H). ``dense``: make e as well, in two products instead of one."""
     counted, support, ids = tokens.mask, tokens.support, tokens.response_ids
     n_rows, k_support = support.shape
@@ -79,22 +81,26 @@ def forward_from_hidden(
     else:
         row_max, log_sum = hidden_logsumexp(hidden, head, counted)
         chosen = chosen_token_logits(hidden, head, ids, counted)
+    # The product runs. What comes before it keeps the GPU waiting, so that all else is left until now.
     terms = token_terms(
-        logits, chosen, row_max, log_sum, tokens.teacher_logprobs, support, tokens.mask, tokens.alpha, policy
-    )
+        logits, chosen, row_max, log_sum, flat_constant(tokens.teacher_logprobs), support, counted, tokens.alpha,
+        policy_terms(tokens) if with_policy else None,
+    )  # fmt: skip
     return Forward(terms, row_max, log_sum, expected)
 
 
 def backward_to_hidden(
     hidden: Tensor, head: Tensor, tokens: Tokens, state: Forward, scale: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients (N, H) and (V, H) of sum scale * (token loss), those that are needed."""
+    """Gradients (B, T, H) and (V, H) of sum scale * (token loss), those that are needed."""
     to_hidden = to_head = None
+    shape = hidden.shape
+    hidden = flat(hidden)
     if needs[0]:
         gradient = hidden_gradient(head, tokens.support, tokens.response_ids, state.terms, scale, state.expected)
         if state.expected is None and 0 < tokens.alpha < 1:
             add_floor_rows(hidden, head, state.row_max, state.log_sum, state.terms, scale, gradient)
-        to_hidden = gradient.to(hidden.dtype)
+        to_hidden = gradient.to(hidden.dtype).view(shape)
     if needs[1]:
         to_head = head_gradient(
             hidden, head, tokens.support, tokens.response_ids, tokens.mask,
@@ -104,7 +110,7 @@ def backward_to_hidden(
 
 
 class FusedLoss(torch.autograd.Function):
-    """(hidden (N, H), head (V, H), tokens, dense) -> loss () and the metrics (4,).
+    """(hidden (B, T, H), head (V, H), tokens, dense) -> loss () and the metrics (4,).
 
     ``dense``: a gradient to the hidden states will be wanted that has a dense term.
     """
@@ -112,7 +118,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, tokens: Tokens, dense: bool) -> tuple[Tensor, Tensor]:
         with on_device(hidden):
-            state = forward_from_hidden(hidden, head, tokens, policy_terms(tokens), dense)
+            state = forward_from_hidden(flat(hidden), head, tokens, True, dense)
             results = reduce_tokens(state.terms, tokens.mask, tokens.is_clip, tokens.kl_reg_weight)
         ctx.save_for_backward(hidden, head)
         ctx.tokens, ctx.state, ctx.inverse_count = tokens, state, results[5]
@@ -135,12 +141,12 @@ class FusedLoss(torch.autograd.Function):
 
 
 class FusedDivergence(torch.autograd.Function):
-    """(hidden (N, H), head (V, H), tokens) -> D (N,) float32, without policy terms."""
+    """(hidden (B, T, H), head (V, H), tokens) -> D (N,) float32, without policy terms."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, tokens: Tokens) -> Tensor:
         with on_device(hidden):
-            ctx.state = forward_from_hidden(hidden, head, tokens, None, dense=False)
+            ctx.state = forward_from_hidden(flat(hidden), head, tokens, False, dense=False)
         ctx.save_for_backward(hidden, head)
         ctx.tokens = tokens
         return ctx.state.terms.values[0].to(torch.float32)
@@ -167,8 +173,8 @@ class LogitsLoss(torch.autograd.Function):
             at_support = pick_tokens(logits, tokens.support, tokens.mask) if tokens.alpha < 1 else None
             chosen = pick_tokens(logits, tokens.response_ids.unsqueeze(1), tokens.mask).squeeze(1)
             terms = token_terms(
-                at_support, chosen, row_max, log_sum, tokens.teacher_logprobs, tokens.support, tokens.mask,
-                tokens.alpha, policy_terms(tokens),
+                at_support, chosen, row_max, log_sum, flat_constant(tokens.teacher_logprobs), tokens.support,
+                tokens.mask, tokens.alpha, policy_terms(tokens),
             )  # fmt: skip
             results = reduce_tokens(terms, tokens.mask, tokens.is_clip, tokens.kl_reg_weight)
         ctx.save_for_backward(logits)

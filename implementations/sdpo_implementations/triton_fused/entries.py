@@ -54,7 +54,7 @@ def compute_fused_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
         return empty_result(hidden)
     differentiated = torch.is_grad_enabled() and hidden.requires_grad
     dense = differentiated and (tokens.alpha >= 1 or tokens.kl_reg_weight != 0)
-    return result(*FusedLoss.apply(tokens.features, flat_head(head), tokens, dense))
+    return result(*FusedLoss.apply(hidden, flat_head(head), tokens, dense))
 
 
 def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
@@ -66,7 +66,7 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
     tokens = read_tokens(loss_input, "student_logits", logits, logits.shape[-1])
     if tokens.mask.numel() == 0:
         return empty_result(logits)
-    return result(*LogitsLoss.apply(tokens.features, tokens))
+    return result(*LogitsLoss.apply(flat(logits), tokens))
 
 
 def compute_divergence(
@@ -99,8 +99,7 @@ def compute_divergence(
     support = flat(teacher_indices).contiguous()
     everywhere = torch.ones(support.shape[0], dtype=torch.float32, device=support.device)
     tokens = Tokens(
-        features=flat(student_hidden),
-        teacher_logprobs=flat(teacher_logprobs.detach()).contiguous(),
+        teacher_logprobs=teacher_logprobs,
         support=support,
         response_ids=support[:, 0].contiguous(),
         old_student_logprobs=everywhere,
@@ -112,7 +111,7 @@ def compute_divergence(
     )
     if everywhere.numel() == 0:
         return student_hidden.float().sum(-1) * 0.0
-    divergence: Tensor = FusedDivergence.apply(tokens.features, flat_head(lm_head_weight), tokens)
+    divergence: Tensor = FusedDivergence.apply(student_hidden, flat_head(lm_head_weight), tokens)
     return divergence.view(shape)
 
 

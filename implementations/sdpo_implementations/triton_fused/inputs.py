@@ -16,13 +16,13 @@ INTEGERS = (torch.int64, torch.int32)
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch as N = B * T tokens; contiguous but for the leading dimension of ``features``.
+    """A batch as N = B * T tokens: ``support`` (N, K) and ``response_ids`` (N,) int32 or int64, ``mask`` (N,) float32
+    (0: the token counts for nothing, whatever stands there), all contiguous.
 
-    ``features`` (N, H) hidden states or (N, V) logits. ``support`` and ``response_ids`` int32 or int64,
-    ``mask`` float32 (0: the token counts for nothing, whatever stands there).
+    ``teacher_logprobs``, ``old_student_logprobs`` and ``base_logprobs`` are as they came: no kernel needs them before
+    the vocabulary's product runs, and flattening them would keep the GPU waiting for it.
     """
 
-    features: Tensor
     teacher_logprobs: Tensor
     support: Tensor
     response_ids: Tensor
@@ -140,8 +140,9 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def flat_constant(tensor: Tensor) -> Tensor:
-    """The same without graph, and contiguous."""
-    return flat(tensor.detach() if tensor.requires_grad else tensor).contiguous()
+    """The same without graph, and contiguous. (N,) stays as it is."""
+    constant = (tensor.detach() if tensor.requires_grad else tensor).contiguous()
+    return constant.view(-1) if constant.dim() < 3 else constant.view(-1, constant.shape[-1])
 
 
 def flat_head(head: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def flat_head(head: Tensor) -> Tensor:
 
 
 def read_tokens(loss_input: Any, features_name: str, features: Tensor, vocabulary: int) -> Tokens:
-    """Check the fields beside the student's and flatten all of them."""
+    """Check the fields beside the student's (B, T, width)."""
     shape = tuple(features.shape[:2])
     device = features.device
     mask = loss_input.response_mask
@@ -166,12 +167,11 @@ def read_tokens(loss_input: Any, features_name: str, features: Tensor, vocabular
     is_clip = _hyperparameter(training, "is_clip")
     require(alpha >= 0, f"training.alpha must be at least 0, got {alpha}")
     return Tokens(
-        features=flat(features),
-        teacher_logprobs=flat_constant(loss_input.teacher_logprobs),
+        teacher_logprobs=loss_input.teacher_logprobs,
         support=flat_constant(loss_input.teacher_indices),
         response_ids=flat_constant(loss_input.response_ids),
-        old_student_logprobs=flat_constant(loss_input.old_student_logprobs),
-        base_logprobs=flat_constant(loss_input.base_logprobs),
+        old_student_logprobs=loss_input.old_student_logprobs,
+        base_logprobs=loss_input.base_logprobs,
         mask=flat_constant(mask).to(torch.float32),
         alpha=alpha,
         is_clip=is_clip,

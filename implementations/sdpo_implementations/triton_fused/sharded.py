@@ -28,6 +28,7 @@ from sdpo_implementations.triton_fused.inputs import (
     check_response_ids,
     check_support,
     flat,
+    flat_constant,
     flat_head,
     read_tokens,
 )
@@ -261,8 +262,8 @@ class ShardedLogitsLoss(torch.autograd.Function):
 def terms_of(found: Statistics, tokens: Tokens, policy: PolicyTerms | None) -> TokenTerms:
     """The same on every rank of tp."""
     return token_terms(
-        found.at_support, found.chosen, found.row_max, found.log_sum, tokens.teacher_logprobs, tokens.support,
-        tokens.mask, tokens.alpha, policy,
+        found.at_support, found.chosen, found.row_max, found.log_sum, flat_constant(tokens.teacher_logprobs),
+        tokens.support, tokens.mask, tokens.alpha, policy,
     )  # fmt: skip
 
 
@@ -354,7 +355,7 @@ def compute_fused_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
         return empty_result(hidden)
     differentiated = torch.is_grad_enabled() and hidden.requires_grad
     dense = differentiated and (tokens.alpha >= 1 or tokens.kl_reg_weight != 0)
-    return result(*ShardedLoss.apply(tokens.features, flat_head(head[: shard.held]), tokens, shard, dense))
+    return result(*ShardedLoss.apply(flat(hidden), flat_head(head[: shard.held]), tokens, shard, dense))
 
 
 def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
@@ -366,7 +367,7 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
     tokens = localised(read_tokens(loss_input, "student_logits", kept, loss_input.vocab_size), shard)
     if tokens.mask.numel() == 0:
         return empty_result(logits)
-    features = tokens.features
+    features = flat(kept)
     if not shard.held:
         features = features.masked_fill(torch.ones_like(features, dtype=torch.bool), float("-inf"))
     return result(*ShardedLogitsLoss.apply(features, tokens, shard))
@@ -390,10 +391,9 @@ def compute_divergence(
     ids = shard.local(flat(support).contiguous())
     everywhere = torch.ones(ids.shape[0], dtype=torch.float32, device=ids.device)
     tokens = Tokens(
-        flat(hidden), flat(logprobs.detach()).contiguous(), ids, ids[:, 0].contiguous(), everywhere, everywhere,
-        everywhere, float(alpha), 1.0, 0.0,
+        logprobs, ids, ids[:, 0].contiguous(), everywhere, everywhere, everywhere, float(alpha), 1.0, 0.0
     )  # fmt: skip
-    found: Tensor = ShardedDivergence.apply(tokens.features, flat_head(head[: shard.held]), tokens, shard)
+    found: Tensor = ShardedDivergence.apply(flat(hidden), flat_head(head[: shard.held]), tokens, shard)
     return found.view(hidden.shape[:2])
 
 
@@ -406,7 +406,7 @@ def compute_response_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, mesh: A
     shard = Shard.of(mesh, start, size, head.shape[0], hidden.device)
     rows, local = flat(hidden), shard.local(flat(ids))
     everywhere = torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)
-    nothing = Tokens(rows, everywhere, local.unsqueeze(1), local, everywhere, everywhere, everywhere, 1.0, 1.0, 0.0)
+    nothing = Tokens(everywhere, local.unsqueeze(1), local, everywhere, everywhere, everywhere, 1.0, 1.0, 0.0)
     with on_device(rows):
         found, _ = from_hidden(rows, flat_head(head[: shard.held]), nothing, shard, dense=False)
     return ((found.chosen - found.row_max) - found.log_sum).view(ids.shape)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.row_statistics import RowStatistics
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2
 
 import triton  # isort: skip
@@ -62,6 +63,7 @@ def _category(log_q, log_p, alpha, KIND: tl.constexpr):
     return term, moved
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[

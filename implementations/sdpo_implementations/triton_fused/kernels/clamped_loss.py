@@ -16,12 +16,14 @@ from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.category_loss import SupportTerms, halves
 from sdpo_implementations.triton_fused.kernels.row_statistics import RowStatistics
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[

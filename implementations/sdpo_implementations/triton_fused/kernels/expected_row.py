@@ -15,12 +15,12 @@ from torch import Tensor
 from sdpo_implementations.triton_fused.kernels.logsumexp import combine
 from sdpo_implementations.triton_fused.kernels.vocabulary_product import (
     Exponentials,
-    TileStatistics,
     Wanted,
     buffer_columns,
     tile_statistics,
     tiling,
 )
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, some_rows, storage_dtype
 
 import triton  # isort: skip
@@ -50,6 +50,7 @@ class ExpectedRows:
     scale: Tensor
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
@@ -57,8 +58,8 @@ class ExpectedRows:
     ],
 )  # fmt: skip
 def onehot_minus_softmax_kernel(
-    # buffer (N, whole tiles), tile_max (tiles, N)
-    buffer, tile_max,
+    # buffer (N, whole tiles), statistics (2, tiles, N)
+    buffer, statistics,
     # per row (N,)
     counted, row_max, log_sum, response_ids, chosen_logits, reference, scale,
     # sizes and limits
@@ -89,7 +90,7 @@ def onehot_minus_softmax_kernel(
             tiles = tl.program_id(1) * TILES + tl.arange(0, TILES)
             here = tiles < n_tiles
             columns = tiles[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-            shift = tl.load(tile_max + tiles.to(tl.int64) * n_rows + row, mask=here, other=float("-inf"))
+            shift = tl.load(statistics + tiles.to(tl.int64) * n_rows + row, mask=here, other=float("-inf"))
             share = tl.exp((shift - maximum) - rest)
             places = buffer + row * stride_buffer + columns
             values = tl.load(places, mask=here[:, None], other=0.0).to(tl.float32) * share[:, None]
@@ -98,13 +99,13 @@ def onehot_minus_softmax_kernel(
 
 
 def _normalise(
-    buffer: Tensor, statistics: TileStatistics, columns: int, counted: Tensor, row_max: Tensor, log_sum: Tensor,
+    buffer: Tensor, statistics: Tensor, columns: int, counted: Tensor, row_max: Tensor, log_sum: Tensor,
     response_ids: Tensor, chosen_logits: Tensor, reference: Tensor, scale: Tensor, most_above: float,
 ) -> None:  # fmt: skip
-    n_tiles, n_rows = statistics.maxima.shape
+    _, n_tiles, n_rows = statistics.shape
     tiles = max(1, (2**16 if INTERPRETED else 2**14) // columns)
     onehot_minus_softmax_kernel[(n_rows, ceil_div(n_tiles, tiles))](
-        buffer, statistics.maxima, counted, row_max, log_sum, response_ids, chosen_logits, reference, scale,
+        buffer, statistics, counted, row_max, log_sum, response_ids, chosen_logits, reference, scale,
         n_rows, n_tiles, buffer.stride(0), most_above, TILES=tiles, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
 
@@ -122,9 +123,7 @@ def expected_rows(
     n_rows, width = hidden.shape
     vocabulary = head.shape[0]
     device = hidden.device
-    row_max = torch.empty(n_rows, dtype=torch.float32, device=device)
-    log_sum = torch.empty_like(row_max)
-    scale = torch.empty_like(row_max)
+    found: list[Tensor] = []
     reference = chosen_logits - HALF_OFFSET if head.dtype == torch.float16 else chosen_logits
     most_above = MOST_ABOVE[head.dtype]
     dtype = storage_dtype(head.dtype)
@@ -132,19 +131,24 @@ def expected_rows(
     padded = buffer_columns(vocabulary, tiles)
     block = rows_per_buffer(n_rows, padded, dtype.itemsize)
     buffer = torch.empty((block, padded), dtype=dtype, device=device)
-    expected = torch.empty((n_rows, width), dtype=dtype, device=device)
     table = head.to(dtype)
     for start in range(0, n_rows, block):
         rows = slice(start, min(start + block, n_rows))
         part = some_rows(buffer, slice(0, rows.stop - start))
         take = None if wanted is None else wanted.of(rows, vocabulary, tiles.columns)
-        counts, shift, top, rest = (some_rows(x, rows) for x in (counted, reference, row_max, log_sum))
+        counts, shift = some_rows(counted, rows), some_rows(reference, rows)
         exponentials = Exponentials(shift, most_above, part)
         statistics = tile_statistics(some_rows(hidden, rows), head, tiles, counts, exponentials, take)
+        if not found:
+            # Allocated while the first product runs: before it the GPU would wait.
+            expected = torch.empty((n_rows, width), dtype=dtype, device=device)
+            found = [torch.empty(n_rows, dtype=torch.float32, device=device) for _ in range(3)]
+        top, rest, scale = (some_rows(x, rows) for x in found)
         combine(statistics, counts, top, rest)
         _normalise(
             part, statistics, tiles.columns, counts, top, rest, some_rows(response_ids, rows),
-            some_rows(chosen_logits, rows), shift, some_rows(scale, rows), most_above,
+            some_rows(chosen_logits, rows), shift, scale, most_above,
         )  # fmt: skip
         torch.mm(part[:, :vocabulary], table, out=some_rows(expected, rows))
+    row_max, log_sum, scale = found
     return ExpectedRows(expected, scale), row_max, log_sum

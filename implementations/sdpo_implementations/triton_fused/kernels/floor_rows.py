@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.token_loss import TokenTerms
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, next_power_of_2, processors
 
 import triton  # isort: skip
@@ -36,6 +37,7 @@ def _add_to_gradient(gradient, row, weight, inner, width, value, keep):
     tl.store(places, (before - weight[:, None] * value).to(gradient.dtype.element_ty), mask=here)
 
 
+@repeated
 @triton.jit(do_not_specialize_on_alignment=["row_max", "log_sum", "floor_weight", "scale", "floor_rows"])
 def floor_rows_kernel(
     # operands (N, H), (V, H)
@@ -109,6 +111,7 @@ def floor_rows_kernel(
             tl.debug_barrier()
 
 
+@repeated
 @triton.jit(do_not_specialize=["programs"], do_not_specialize_on_alignment=["floor_weight", "scale", "floor_rows"])
 def add_stretches_kernel(
     # per row (N,); scale (N,) or (), told by its stride

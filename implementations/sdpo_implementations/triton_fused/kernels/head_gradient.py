@@ -16,12 +16,14 @@ from sdpo_implementations.triton_fused.kernels.vocabulary_product import (
     dense_logit_gradient,
     tiling,
 )
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2, storage_dtype
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows", "column_start", "column_end"],
     do_not_specialize_on_alignment=["support", "support_weight", "support_scale", "scale"],

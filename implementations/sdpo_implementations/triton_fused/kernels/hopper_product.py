@@ -27,10 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import ceil_div, processors
 
 if TYPE_CHECKING:
-    from sdpo_implementations.triton_fused.kernels.vocabulary_product import Exponentials, Logits, Take, TileStatistics
+    from sdpo_implementations.triton_fused.kernels.vocabulary_product import Exponentials, Logits, Take
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
     raise ImportError(f"Gluon's warp_specialize took other arguments in Triton {triton.__version__}: 3.6 is needed")
@@ -168,7 +169,7 @@ def _store_part(part, buffer, row0, column0, staging):
 
 @gluon.jit
 def _multiply(
-    half: gl.constexpr, counted, tile_max, tile_sum, subtile_max, reference, buffer, first_of_tile, following, taken,
+    half: gl.constexpr, counted, statistics, subtile_max, reference, buffer, links, taken,
     a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
     n_rows, n_columns, width, n_entries, most_above,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
@@ -195,6 +196,8 @@ def _multiply(
             rows = row0 + gl.arange(0, HALF, row_layout)
             present = rows < n_rows
             if TAKES:
+                first_of_tile = links + 2 * n_rows.to(gl.int64) * (n_entries + 2)
+                following = first_of_tile + 2 * n_rows.to(gl.int64) * column_tiles
                 first_link = first_of_tile + column_tile.to(gl.int64) * n_rows + rows
                 first = gl.load(first_link, mask=present, other=-1)
                 second = gl.load(first_link + column_tiles * n_rows, mask=present, other=-1)
@@ -242,9 +245,9 @@ def _multiply(
             # Subtract, then scale: a logit of 1e4 keeps its low bits.
             finite = gl.where(maximum == float("-inf"), 0.0, maximum)
             exponentials = gl.exp2((logits - finite[:, None]) * LOG2_E)
-            statistic = column_tile.to(gl.int64) * n_rows + rows
-            gl.store(tile_max + statistic, maximum, mask=present)
-            gl.store(tile_sum + statistic, gl.sum(exponentials, 1), mask=present)
+            statistic = statistics + column_tile.to(gl.int64) * n_rows + rows
+            gl.store(statistic, maximum, mask=present)
+            gl.store(statistic + n_rows.to(gl.int64) * column_tiles, gl.sum(exponentials, 1), mask=present)
             if STORED == "exponentials":
                 parts = _parts((-exponentials).to(buffer.dtype), PARTS)
                 for part in gl.static_range(PARTS):
@@ -254,28 +257,29 @@ def _multiply(
         tma.store_wait(pendings=0)
 
 
+@repeated
 @gluon.jit(
     do_not_specialize=["n_rows", "n_columns"],
     do_not_specialize_on_alignment=[
-        "counted", "tile_max", "tile_sum", "subtile_max", "reference", "first_of_tile", "following", "taken",
+        "counted", "statistics", "subtile_max", "reference", "links", "taken",
     ],
 )  # fmt: skip
 def hopper_product_kernel(
     # operands: descriptors of (N, H) and (V, H); counted (N,)
     hidden, head, counted,
-    # statistics (tiles, N) each, subtile_max (N, whole tiles / SUBTILE); reference (N,), descriptor of the buffer (N,
+    # statistics (2, tiles, N), subtile_max (N, whole tiles / SUBTILE); reference (N,), descriptor of the buffer (N,
     # whole tiles)
-    tile_max, tile_sum, subtile_max, reference, buffer,
-    # taken logits: first_of_tile (2, tiles, N), following and taken (N, E)
-    first_of_tile, following, taken,
+    statistics, subtile_max, reference, buffer,
+    # taken logits: links as ``support_order`` has them, taken (N, E)
+    links, taken,
     # sizes and limits
     n_rows, n_columns, width, n_entries, most_above,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     MASKED: gl.constexpr, TAKES: gl.constexpr, STORED: gl.constexpr, PARTS: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """PyTorch, tile by tile: ``z = hidden.float() @ head.float().T; tile_max = z.amax(1); tile_sum = (z -
-    tile_max).exp().sum(1); taken = z.gather(1, ids)``; STORED "exponentials": ``buffer = -(z - reference).exp()``,
+    """PyTorch, tile by tile: ``z = hidden.float() @ head.float().T; m = z.amax(1); statistics = stack([m, (z -
+    m).exp().sum(1)]); taken = z.gather(1, ids)``; STORED "exponentials": ``buffer = -(z - reference).exp()``,
     "logits": ``buffer = z; subtile_max = z.view(N, -1, SUBTILE).amax(-1)``."""
     row_tiles = (n_rows + ROWS - 1) // ROWS
     column_tiles = (n_columns + COLUMNS - 1) // COLUMNS
@@ -292,13 +296,13 @@ def hopper_product_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                0, counted, tile_max, tile_sum, subtile_max, reference, buffer, first_of_tile, following, taken,
+                0, counted, statistics, subtile_max, reference, buffer, links, taken,
                 a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
                 n_rows, n_columns, width, n_entries, most_above,
                 ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORED, PARTS,
             )),
             (_multiply, (
-                1, counted, tile_max, tile_sum, subtile_max, reference, buffer, first_of_tile, following, taken,
+                1, counted, statistics, subtile_max, reference, buffer, links, taken,
                 a_stages, b_stages, staging, ready, free, row_tiles, column_tiles,
                 n_rows, n_columns, width, n_entries, most_above,
                 ROWS, COLUMNS, INNER, GROUP, STAGES, MASKED, TAKES, STORED, PARTS,
@@ -324,13 +328,13 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 
 def hopper_product(
-    hidden: Tensor, head: Tensor, counted: Tensor | None, statistics: TileStatistics,
+    hidden: Tensor, head: Tensor, counted: Tensor | None, statistics: Tensor,
     exponentials: Exponentials | None = None, take: Take | None = None, logits: Logits | None = None,
 ) -> None:  # fmt: skip
     """Fill ``statistics`` of hidden (N, H) @ head (V, H).T, tiles of COLUMNS columns, and what else is asked for."""
     n_rows, width = hidden.shape
     half = ROWS // 2
-    unused = statistics.maxima
+    unused = statistics
     buffer: TensorDescriptor | None
     a, b = _descriptor(hidden, (half, INNER)), _descriptor(head, (COLUMNS, INNER))
     stored, parts, buffer = "nothing", 1, None
@@ -343,10 +347,9 @@ def hopper_product(
     n_tiles = ceil_div(n_rows, ROWS) * ceil_div(head.shape[0], COLUMNS)
     hopper_product_kernel[(min(n_tiles, processors(hidden.device)),)](
         a, b, unused if counted is None else counted,
-        statistics.maxima, statistics.sums, unused if logits is None else logits.subtile_max,
+        statistics, unused if logits is None else logits.subtile_max,
         unused if exponentials is None else exponentials.reference, buffer,
-        unused if take is None else take.ids.first, unused if take is None else take.ids.following,
-        unused if take is None else take.logits,
+        unused if take is None else take.links, unused if take is None else take.logits,
         n_rows, head.shape[0], width, 0 if take is None else take.logits.shape[1],
         0.0 if exponentials is None else exponentials.most_above,
         ROWS=ROWS, COLUMNS=COLUMNS, INNER=INNER, GROUP=GROUP,

@@ -7,24 +7,25 @@ from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.logsumexp import combine
 from sdpo_implementations.triton_fused.kernels.token_loss import TokenTerms
-from sdpo_implementations.triton_fused.kernels.vocabulary_product import TileStatistics
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2, storage_dtype
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
+@repeated
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted"])
 def logits_statistics_kernel(
     # logits (N, V), counted (N,)
     logits, counted,
-    # results: of each stretch of per_part columns, (parts, N)
-    tile_max, tile_sum,
+    # result: of each stretch of per_part columns, (2, parts, N)
+    statistics,
     # sizes and strides
     n_rows, vocabulary, stride_logits, per_part,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """part = logits[:, start:stop]; tile_max = part.amax(-1); tile_sum = (part - tile_max[:, None]).exp().sum(-1)"""
+    """part = logits[:, start:stop]; m = part.amax(-1); statistics = stack([m, (part - m[:, None]).exp().sum(-1)])"""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     read = (rows < n_rows) & (tl.load(counted + rows, mask=rows < n_rows, other=0.0) != 0)
     part = tl.program_id(1)
@@ -45,9 +46,9 @@ def logits_statistics_kernel(
     row_maximum = tl.max(maximum, 1)
     finite = tl.where(row_maximum == float("-inf"), 0.0, row_maximum)
     row_total = tl.sum(total * tl.exp(maximum - finite[:, None]), 1)
-    place = part.to(tl.int64) * n_rows + rows
-    tl.store(tile_max + place, row_maximum, mask=rows < n_rows)
-    tl.store(tile_sum + place, row_total, mask=rows < n_rows)
+    place = statistics + part.to(tl.int64) * n_rows + rows
+    tl.store(place, row_maximum, mask=rows < n_rows)
+    tl.store(place + n_rows.to(tl.int64) * tl.num_programs(1), row_total, mask=rows < n_rows)
 
 
 def logits_logsumexp(logits: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,12 +62,9 @@ def logits_logsumexp(logits: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         vocabulary if INTERPRETED else ceil_div(ceil_div(vocabulary, max(1, ceil_div(1024, n_rows))), columns) * columns
     )
     parts = ceil_div(vocabulary, per_part)
-    statistics = TileStatistics(
-        torch.empty((parts, n_rows), dtype=torch.float32, device=device),
-        torch.empty((parts, n_rows), dtype=torch.float32, device=device),
-    )
+    statistics = torch.empty((2, parts, n_rows), dtype=torch.float32, device=device)
     logits_statistics_kernel[(ceil_div(n_rows, rows), parts)](
-        logits, counted, statistics.maxima, statistics.sums, n_rows, vocabulary, logits.stride(0), per_part,
+        logits, counted, statistics, n_rows, vocabulary, logits.stride(0), per_part,
         ROWS=rows, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     row_max = torch.empty(n_rows, dtype=torch.float32, device=device)
@@ -75,6 +73,7 @@ def logits_logsumexp(logits: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     return row_max, log_sum
 
 
+@repeated
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted", "token_ids", "token_logits"])
 def pick_tokens_kernel(
     # logits (N, V), counted (N,), token_ids (N, K)
@@ -117,6 +116,7 @@ def _dense(z, maximum, rest, is_chosen, through_chosen, through_floor):
     return tl.where(through_chosen != 0, dense, 0.0) - tl.where(through_floor != 0, softmax * through_floor, 0.0)
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=["row_max", "log_sum", "chosen_weight", "floor_weight", "response_ids"],
@@ -153,6 +153,7 @@ def dense_gradient_kernel(
     )  # fmt: skip
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[

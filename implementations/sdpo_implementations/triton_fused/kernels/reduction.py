@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.token_loss import TokenTerms
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, next_power_of_2
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
+@repeated
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["values", "mask"])
 def reduction_kernel(
     # values (3, N): divergence times ratio, k3, ratio; mask (N,)

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.category_loss import SupportTerms
 from sdpo_implementations.triton_fused.kernels.row_statistics import RowStatistics
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2, storage_dtype
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["row_max", "log_sum", "pull", "scale"],
 )  # fmt: skip
@@ -47,6 +49,7 @@ def pull_kernel(
     )  # fmt: skip
 
 
+@repeated
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["support", "at_support", "scale"])
 def entries_kernel(
     # support, at_support (N, K), scale (N,)

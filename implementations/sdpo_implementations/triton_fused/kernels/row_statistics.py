@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.vocabulary_product import SUBTILE
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
+@repeated
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted"])
 def row_statistics_kernel(
     # logits (N, V), counted (N,)
@@ -64,6 +66,7 @@ def row_statistics_kernel(
         tl.store(part_sum + place, row_total, mask=present)
 
 
+@repeated
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["row_max", "log_sum"])
 def combine_parts_kernel(
     # statistics (parts, N)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.vocabulary_product import SUBTILE
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2
 
 import triton  # isort: skip
@@ -84,6 +85,7 @@ def _list(candidates, wide, keys, column, wanted, listed, CANDIDATES: tl.constex
     return listed + tl.sum(wanted.to(tl.int32), 1)[:, None]
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["stretches", "candidates", "values", "indices"]
 )

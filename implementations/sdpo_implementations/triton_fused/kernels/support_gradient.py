@@ -11,12 +11,14 @@ from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.expected_row import ExpectedRows
 from sdpo_implementations.triton_fused.kernels.token_loss import TokenTerms
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2, storage_dtype
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[

@@ -2,15 +2,20 @@
 
 A tile of 256 columns holds 0.2 of a token's 100 ids: taking their logits there costs less than reading
 the head's rows once more, which are 3.3 GB for 4096 tokens of width 4096.
+
+There is a linked list for each row and tile. A link is an int32: the id's column in the tile, its position among the
+row's E ids times 2**10, and MORE where another id of the tile follows; -1 where there is none. ``first`` (2, tiles, N)
+has the first two links of a tile, which can be loaded ahead; ``following`` (N, E) has, at the position of a link, the
+one after the next. Both lie in one tensor, behind the sorted ids (N, E + 2) int64: until the product has started, each
+allocation is time that the GPU waits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2
 
 import triton  # isort: skip
@@ -25,15 +30,16 @@ MOST_ENTRIES = 2**12
 """Ids a row that are sorted within one program."""
 
 
-@dataclass(frozen=True)
-class IdsOfTiles:
-    """A linked list for each row and tile. ``first`` (2, tiles, N) and ``following`` (N, E) int32 hold links: the
-    id's column in the tile, its position among the row's E ids times 2**10, and MORE where another id of the
-    tile follows; -1 where there is none. ``first`` has the first two of a tile, which can be loaded ahead;
-    ``following`` stands at the position of the link before."""
+@triton.jit
+def first_of_links(links, n_rows, n_entries):
+    """Where ``first`` begins."""
+    return links + 2 * n_rows.to(tl.int64) * (n_entries + 2)
 
-    first: Tensor
-    following: Tensor
+
+@triton.jit
+def following_of_links(links, n_rows, n_entries, n_tiles):
+    """Where ``following`` begins."""
+    return first_of_links(links, n_rows, n_entries) + 2 * n_rows.to(tl.int64) * n_tiles
 
 
 @triton.jit
@@ -45,21 +51,25 @@ def _link(key, after, COLUMNS: tl.constexpr):
     return column | (position << COLUMN_BITS) | tl.where(more, MORE, 0)
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
-    do_not_specialize_on_alignment=["support", "response_ids", "ordered", "first", "following", "logits"],
+    do_not_specialize_on_alignment=["support", "response_ids", "logits"],
 )
 def ids_of_tiles_kernel(
-    # ids (N, K), (N,); scratch ordered (N, E + 2)
-    support, response_ids, ordered,
-    # results: first (2, tiles, N), following (N, E), logits (N, E)
-    first, following, logits,
+    # ids (N, K), (N,)
+    support, response_ids,
+    # results: links as the module's heading has them, logits (N, E)
+    links, logits,
     # sizes
     n_rows, k_support, n_entries, vocabulary, n_tiles,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """PyTorch: ``ids = cat([support, response_ids[:, None]], 1); logits[outside the vocabulary] = nan``; then
     ``ids.sort(1)`` cut where ``ids // COLUMNS`` changes."""
+    ordered = links.to(tl.pointer_type(tl.int64))
+    first = first_of_links(links, n_rows, n_entries)
+    following = following_of_links(links, n_rows, n_entries, n_tiles)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wide = rows.to(tl.int64)[:, None]
     present = (rows < n_rows)[:, None]
@@ -99,25 +109,19 @@ def ids_of_tiles_kernel(
     tl.store(following + wide * n_entries + position, _link(after, second_after, COLUMNS), mask=real)
 
 
-def ids_of_tiles(
-    support: Tensor, response_ids: Tensor | None, logits: Tensor, vocabulary: int, columns: int
-) -> IdsOfTiles:
-    """``support`` (N, K) and, as entry K, ``response_ids`` (N,), for tiles of ``columns``. ``logits`` (N, E)
-    float32, which the product will fill, becomes NaN where an id lies outside the vocabulary."""
+def ids_of_tiles(support: Tensor, response_ids: Tensor | None, logits: Tensor, vocabulary: int, columns: int) -> Tensor:
+    """The links of ``support`` (N, K) and, as entry K, ``response_ids`` (N,), for tiles of ``columns``. ``logits``
+    (N, E) float32, which the product will fill, becomes NaN where an id lies outside the vocabulary."""
     n_rows, n_entries = logits.shape
     n_tiles = ceil_div(vocabulary, columns)
-    device = logits.device
-    found = IdsOfTiles(
-        torch.empty((2, n_tiles, n_rows), dtype=torch.int32, device=device),
-        torch.empty((n_rows, n_entries), dtype=torch.int32, device=device),
-    )
-    ordered = torch.empty((n_rows, n_entries + 2), dtype=torch.int64, device=device)
+    size = n_rows * (2 * (n_entries + 2) + 2 * n_tiles + n_entries)
+    links = torch.empty(size, dtype=torch.int32, device=logits.device)
     entries = next_power_of_2(n_entries + 2)
     rows = max(1, min(64, 2**12 // entries, next_power_of_2(n_rows))) if INTERPRETED else max(1, 512 // entries)
     ids_of_tiles_kernel[(ceil_div(n_rows, rows),)](
-        support, support if response_ids is None else response_ids, ordered, found.first, found.following, logits,
+        support, support if response_ids is None else response_ids, links, logits,
         n_rows, support.shape[1], n_entries, vocabulary, n_tiles,
         ROWS=rows, ENTRIES=entries, TILES=min(256, next_power_of_2(n_tiles)), COLUMNS=columns,
         CHOSEN=response_ids is not None, num_warps=4 if entries <= 1024 else 8,
     )  # fmt: skip
-    return found
+    return links

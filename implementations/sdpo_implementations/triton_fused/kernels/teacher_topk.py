@@ -29,18 +29,21 @@ def hidden_topk(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
     stretches = padded // SUBTILE
     buffer = torch.empty((block, padded), dtype=torch.float32, device=device)
     maxima = torch.empty((block, stretches), dtype=torch.float32, device=device)
-    row_max = torch.empty(n_rows, dtype=torch.float32, device=device)
-    log_sum = torch.empty_like(row_max)
-    values = torch.empty((n_rows, k), dtype=torch.float32, device=device)
-    indices = torch.empty((n_rows, k), dtype=torch.int64, device=device)
+    found: list[Tensor] = []
     for start in range(0, n_rows, block):
         rows = slice(start, min(start + block, n_rows))
         held = slice(0, rows.stop - start)
         logits, parts = some_rows(buffer, held), some_rows(maxima, held)
         statistics = tile_logits(some_rows(hidden, rows), head, tiles, Logits(logits, parts))
-        combine(statistics, None, some_rows(row_max, rows), some_rows(log_sum, rows))
+        if not found:
+            # Allocated while the first product runs: before it the GPU would wait.
+            found = [torch.empty(n_rows, dtype=torch.float32, device=device) for _ in range(2)]
+            values = torch.empty((n_rows, k), dtype=torch.float32, device=device)
+            indices = torch.empty((n_rows, k), dtype=torch.int64, device=device)
+        combine(statistics, None, *(some_rows(x, rows) for x in found))
         if k <= min(stretches, MOST_SELECTED):
             select_largest(logits, parts, k, some_rows(values, rows), some_rows(indices, rows))
         else:
             values[rows], indices[rows] = logits[:, :vocabulary].topk(k, dim=-1)
+    row_max, log_sum = found
     return (values - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1), indices

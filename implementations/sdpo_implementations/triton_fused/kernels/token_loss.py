@@ -17,10 +17,12 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2
 
 import triton  # isort: skip
@@ -47,6 +49,7 @@ def _renormalise(logprobs, LOG_FLOOR: tl.constexpr):
     return logprobs - tl.where(log_mass < LOG_FLOOR, LOG_FLOOR, log_mass)[:, None], log_mass
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
@@ -170,17 +173,21 @@ class TokenTerms:
     floor_rows: Tensor
     floor_count: Tensor
 
+    @cached_property
+    def _each_slope(self) -> tuple[Tensor, ...]:
+        return self.slopes.unbind()
+
     @property
     def support_scale(self) -> Tensor:
-        return self.slopes[0]
+        return self._each_slope[0]
 
     @property
     def chosen_weight(self) -> Tensor:
-        return self.slopes[1]
+        return self._each_slope[1]
 
     @property
     def floor_weight(self) -> Tensor:
-        return self.slopes[2]
+        return self._each_slope[2]
 
 
 def token_terms(
@@ -188,7 +195,7 @@ def token_terms(
     teacher_logprobs: Tensor, support: Tensor, mask: Tensor, alpha: float, policy: PolicyTerms | None,
 ) -> TokenTerms:  # fmt: skip
     """``support_logits`` (N, K) of any row stride, None for alpha >= 1; ``chosen_logits`` (N,) of any stride;
-    ``mask`` float32."""
+    ``teacher_logprobs`` contiguous, in any shape; ``mask`` float32."""
     n_rows, k_support = support.shape
     device = support.device
     reverse_kl = alpha >= 1

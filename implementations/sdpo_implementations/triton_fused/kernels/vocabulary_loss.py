@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdpo_implementations.triton_fused.kernels.category_loss import FORWARD_KL, MIXTURE, REVERSE_KL
 from sdpo_implementations.triton_fused.kernels.row_statistics import RowStatistics
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import INTERPRETED, ceil_div, next_power_of_2, storage_dtype
 
 import triton  # isort: skip
@@ -61,6 +62,7 @@ def _two_rows(student, teacher, columns, vocabulary, teacher_vocabulary, read):
     return tl.where(columns < vocabulary, z, x), tl.where(columns < teacher_vocabulary, x, z)
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["counted", "teacher_rows"],
 )  # fmt: skip
@@ -108,6 +110,7 @@ def extended_statistics_kernel(
     tl.store(teacher_rest + rows, tl.log(total), mask=present)
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[
@@ -157,6 +160,7 @@ def vocabulary_loss_kernel(
     tl.store(values + 2 * n_rows + rows, tl.sum(through_p, 1), mask=present)
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows"],
     do_not_specialize_on_alignment=[

@@ -26,9 +26,11 @@ from sdpo_implementations.triton_fused.kernels.support_order import (
     COLUMN_MASK,
     MORE,
     POSITION_MASK,
-    IdsOfTiles,
+    first_of_links,
+    following_of_links,
     ids_of_tiles,
 )
+from sdpo_implementations.triton_fused.launching import repeated
 from sdpo_implementations.triton_fused.runtime import (
     INTERPRETED,
     ceil_div,
@@ -163,19 +165,20 @@ def _take_logits(logits, first, second, following, taken, wide_rows, n_entries, 
         link = tl.load(following + place, mask=(link >= 0) & ((link & MORE) != 0), other=-1)
 
 
+@repeated
 @triton.jit(
     do_not_specialize=["n_rows", "column_start", "column_end"],
     do_not_specialize_on_alignment=[
-        "counted", "response_ids", "row_max", "log_sum", "reference", "first_of_tile", "following", "taken",
+        "counted", "response_ids", "row_max", "log_sum", "reference", "taken",
     ],
 )  # fmt: skip
 def vocabulary_product_kernel(
     # operands (N, H), (V, H), counted (N,)
     hidden, head, counted,
-    # statistics (tiles, N) each; buffer (N, whole tiles), subtile_max (N, whole tiles / SUBTILE)
-    tile_max, tile_sum, buffer, subtile_max,
-    # taken logits: first_of_tile (2, tiles, N), following and taken (N, E)
-    first_of_tile, following, taken,
+    # statistics (2, tiles, N); buffer (N, whole tiles), subtile_max (N, whole tiles / SUBTILE)
+    statistics, buffer, subtile_max,
+    # taken logits: links as ``support_order`` has them, taken (N, E)
+    links, taken,
     # per row (N,)
     row_max, log_sum, chosen_weight, floor_weight, scale, response_ids, reference, most_above,
     # sizes and strides
@@ -184,8 +187,8 @@ def vocabulary_product_kernel(
     SUBTILE: tl.constexpr, EPILOGUE: tl.constexpr, MASKED: tl.constexpr, TAKES: tl.constexpr,
     DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """PyTorch, tile by tile: ``z = hidden.float() @ head[start:end].float().T; tile_max = z.amax(1);
-    tile_sum = (z - tile_max).exp().sum(1)``, and as the epilogue says ``buffer = -(z - reference).exp()``,
+    """PyTorch, tile by tile: ``z = hidden.float() @ head[start:end].float().T; m = z.amax(1);
+    statistics = stack([m, (z - m).exp().sum(1)])``, and as the epilogue says ``buffer = -(z - reference).exp()``,
     ``buffer = z; subtile_max = z.view(N, -1, SUBTILE).amax(-1)`` or ``buffer = scale * (chosen_weight *
     (onehot(y) - softmax) - floor_weight * softmax)``; ``taken = z.gather(1, ids)``."""
     row_tiles = (n_rows + ROWS - 1) // ROWS
@@ -211,7 +214,8 @@ def vocabulary_product_kernel(
             needed = tl.max(((c_chosen != 0) | (c_floor != 0)).to(tl.float32), 0)
         if needed != 0:
             if TAKES:
-                first_link = first_of_tile + column_tile.to(tl.int64) * n_rows + rows
+                first_link = first_of_links(links, n_rows, n_entries) + column_tile.to(tl.int64) * n_rows + rows
+                following = following_of_links(links, n_rows, n_entries, column_tiles)
                 first = tl.load(first_link, mask=present, other=-1)
                 second = tl.load(first_link + column_tiles * n_rows, mask=present, other=-1)
             logits = _tile_of_product(
@@ -265,9 +269,9 @@ def vocabulary_product_kernel(
                 # Subtract, then scale: a logit of 1e4 keeps its low bits.
                 finite = tl.where(maximum == float("-inf"), 0.0, maximum)
                 exponentials = tl.exp2((logits - finite[:, None]) * LOG2_E)
-                statistic = column_tile.to(tl.int64) * n_rows + rows
-                tl.store(tile_max + statistic, maximum, mask=present)
-                tl.store(tile_sum + statistic, tl.sum(exponentials, 1), mask=present)
+                statistic = statistics + column_tile.to(tl.int64) * n_rows + rows
+                tl.store(statistic, maximum, mask=present)
+                tl.store(statistic + n_rows.to(tl.int64) * column_tiles, tl.sum(exponentials, 1), mask=present)
                 if EPILOGUE == "exponentials":
                     _store_tile(
                         buffer, (-exponentials).to(STORED), row0, column0, n_rows, stride_buffer,
@@ -281,19 +285,11 @@ def vocabulary_product_kernel(
 
 
 @dataclass(frozen=True)
-class TileStatistics:
-    """Row maxima and sums of exp(logit - maximum) of every tile, each (column tiles, rows) float32."""
-
-    maxima: Tensor
-    sums: Tensor
-
-
-@dataclass(frozen=True)
 class Take:
-    """Logits to take on the way: ``logits`` (N, E) float32 gets those at ``ids``, whose tiles are the
-    product's. Rows of tiles without a counted token stay unwritten."""
+    """Logits to take on the way: ``logits`` (N, E) float32 gets those that ``links`` name. Rows of tiles without
+    a counted token stay unwritten."""
 
-    ids: IdsOfTiles
+    links: Tensor
     logits: Tensor
 
 
@@ -348,10 +344,8 @@ def _launch(
     take: Take | None = tensors.get("take")
     vocabulary_product_kernel[(min(n_tiles, processors(device)),)](
         a, b, unused if counted is None else counted,
-        tensors.get("tile_max", unused), tensors.get("tile_sum", unused), place,
-        tensors.get("subtile_max", unused),
-        unused if take is None else take.ids.first, unused if take is None else take.ids.following,
-        unused if take is None else take.logits,
+        tensors.get("statistics", unused), place, tensors.get("subtile_max", unused),
+        unused if take is None else take.links, unused if take is None else take.logits,
         tensors.get("row_max", unused), tensors.get("log_sum", unused),
         tensors.get("chosen_weight", unused), tensors.get("floor_weight", unused), scale,
         tensors.get("response_ids", unused), tensors.get("reference", unused), tensors.get("most_above", 0.0),
@@ -365,12 +359,9 @@ def _launch(
     )  # fmt: skip
 
 
-def _empty_statistics(hidden: Tensor, vocabulary: int, tiles: Tiling) -> TileStatistics:
-    shape = (ceil_div(vocabulary, tiles.columns), hidden.shape[0])
-    return TileStatistics(
-        torch.empty(shape, dtype=torch.float32, device=hidden.device),
-        torch.empty(shape, dtype=torch.float32, device=hidden.device),
-    )
+def _empty_statistics(hidden: Tensor, vocabulary: int, tiles: Tiling) -> Tensor:
+    shape = (2, ceil_div(vocabulary, tiles.columns), hidden.shape[0])
+    return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
 
 @dataclass(frozen=True)
@@ -411,8 +402,9 @@ def _overlapping_product_of(hidden: Tensor, head: Tensor, tiles: Tiling) -> Any:
 def tile_statistics(
     hidden: Tensor, head: Tensor, tiles: Tiling, counted: Tensor | None,
     exponentials: Exponentials | None = None, take: Take | None = None,
-) -> TileStatistics:  # fmt: skip
-    """Statistics of hidden (N, H) @ head (V, H).T; row tiles without a counted token are left unwritten."""
+) -> Tensor:  # fmt: skip
+    """Row maxima and sums of exp(logit - maximum) of every tile of hidden (N, H) @ head (V, H).T, (2, column tiles, N)
+    float32; row tiles without a counted token are left unwritten."""
     statistics = _empty_statistics(hidden, head.shape[0], tiles)
     overlapped = _overlapping_product_of(hidden, head, tiles)
     if overlapped is not None:
@@ -420,18 +412,18 @@ def tile_statistics(
     elif exponentials is None:
         _launch(
             "statistics", hidden, head, tiles, (0, head.shape[0]), counted,
-            tile_max=statistics.maxima, tile_sum=statistics.sums, take=take,
+            statistics=statistics, take=take,
         )  # fmt: skip
     else:
         _launch(
             "exponentials", hidden, head, tiles, (0, head.shape[0]), counted,
-            tile_max=statistics.maxima, tile_sum=statistics.sums, take=take, buffer=exponentials.buffer,
+            statistics=statistics, take=take, buffer=exponentials.buffer,
             reference=exponentials.reference, most_above=exponentials.most_above,
         )  # fmt: skip
     return statistics
 
 
-def tile_logits(hidden: Tensor, head: Tensor, tiles: Tiling, logits: Logits) -> TileStatistics:
+def tile_logits(hidden: Tensor, head: Tensor, tiles: Tiling, logits: Logits) -> Tensor:
     """The same of every row, and the logits."""
     statistics = _empty_statistics(hidden, head.shape[0], tiles)
     overlapped = _overlapping_product_of(hidden, head, tiles)
@@ -439,8 +431,8 @@ def tile_logits(hidden: Tensor, head: Tensor, tiles: Tiling, logits: Logits) -> 
         overlapped.hopper_product(hidden, head, None, statistics, logits=logits)
     else:
         _launch(
-            "logits", hidden, head, tiles, (0, head.shape[0]), None, tile_max=statistics.maxima,
-            tile_sum=statistics.sums, buffer=logits.buffer, subtile_max=logits.subtile_max,
+            "logits", hidden, head, tiles, (0, head.shape[0]), None, statistics=statistics,
+            buffer=logits.buffer, subtile_max=logits.subtile_max,
         )  # fmt: skip
     return statistics
 
