@@ -17,7 +17,7 @@ from sdpo_implementations.triton_fused.runtime import INTERPRETED
 
 import triton  # isort: skip
 
-LARGEST_INT32 = 2**31 - 1
+INT32 = range(-(2**31), 2**31)
 
 
 class RepeatedLaunch:
@@ -51,12 +51,12 @@ class RepeatedLaunch:
                 key.append(argument.dtype)
                 if by_alignment:
                     key.append(argument.data_ptr() % 16 == 0)
+            elif isinstance(argument, bool | float):
+                key.append(type(argument))
             elif isinstance(argument, int):
-                key.append(argument if by_value else argument > LARGEST_INT32)
+                key.append(argument if by_value else argument in INT32)
             elif argument is None:
                 key.append(None)
-            elif isinstance(argument, float):
-                key.append(float)
             else:
                 key.append((argument.base.dtype, *argument.block_shape))
         return tuple(key)
