@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from sdpo_conformance.audit import audit_run
 from sdpo_conformance.audit.findings import Evidence, Severity, judge
@@ -184,3 +185,54 @@ def test_any_refreshed_converging_run(
     metrics = RunMetrics(Path("x"), "made", (Batch(tuple(steps)),), "explicit")
     findings, _ = judge(Evidence(metrics=metrics))
     assert findings == ()
+
+
+def test_a_sample_without_a_counted_token_has_a_ratio_of_zero(write_run: WriteRun) -> None:
+    """Its sums are 0 and its divisor is 1, so that the mean over four samples is three quarters."""
+    rows = altered(mean_is_ratio=[0.7467, 0.75, 0.75, 0.75])
+    for row in rows:
+        row["per_sample_metrics"] = [
+            {"sample": n, "mean_is_ratio": 0.0 if n == 2 else row["mean_is_ratio"] / 0.75} for n in range(4)
+        ]
+    assert alarms(write_run(rows)) == []
+    stale = [{**row, "mean_is_ratio": 0.6, "per_sample_metrics": row["per_sample_metrics"]} for row in rows]
+    assert "behaviour-not-refreshed" in alarms(write_run(stale))
+
+
+def test_rows_of_micro_batches_have_no_rate_and_no_norm(tmp_path: Path) -> None:
+    rows = [
+        {"iter": n, "loss": 0.9 - 0.01 * n, "grad_norm": None if n % 4 else 0.5, "lr": None if n % 4 else 2e-5}
+        for n in range(1, 17)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert alarms(tmp_path) == []
+    rows[7]["grad_norm"] = None  # the rate is there: no norm is a NaN
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert alarms(tmp_path) == ["metrics-nonfinite"]
+
+
+def test_a_spreadsheet_that_writes_commas(tmp_path: Path) -> None:
+    rows = ["step;distill_loss;total_loss;mean_is_ratio"]
+    rows += [f"{n};0,05419{n};0,05419{n};0,99818{n}" for n in range(1, 5)]
+    (tmp_path / "verlauf.csv").write_text("\n".join(rows))
+    report = audit_run(tmp_path, sampler="same")
+    assert report.evidence.metrics is not None
+    assert report.evidence.metrics.steps[0].values["distill_loss"] == 0.054191
+
+
+def test_pissa_saved_as_plain_lora(tmp_path: Path) -> None:
+    start, names = adapter(), {"A": 0, "B": 1}
+    trained = moved(start)
+    after = {
+        key: torch.cat([trained[key], start[key] if "lora_A" in key else -start[key]], names[key.split("lora_")[1][0]])
+        for key in start
+    }
+    for name, tensors, rank in (("before", start, 4), ("after", after, 8)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": rank}))
+    (finding,) = audit_run(tmp_path).findings
+    assert (finding.id, finding.severity) == ("tensor-mismatch", Severity.NOTE)
+    after = {key: torch.cat([trained[key]] * 2, names[key.split("lora_")[1][0]]) for key in start}
+    save_file(after, tmp_path / "after" / "adapter_model.safetensors")
+    assert {"tensor-mismatch", "config-changed"} <= set(alarms(tmp_path))

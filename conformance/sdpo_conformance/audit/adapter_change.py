@@ -77,7 +77,9 @@ class ModuleChange:
 
 @dataclass(frozen=True)
 class AdapterChange:
-    """The whole comparison. `before` is None where only the finished adapter is there."""
+    """The whole comparison. `before` is None where only the finished adapter is there. `converted`: every pair holds
+    the start with its sign turned beside what was trained, as PEFT saves PiSSA, OLoRA and CorDA as plain LoRA.
+    """
 
     before: Adapter | None
     after: Adapter
@@ -88,6 +90,7 @@ class AdapterChange:
     dtype_changes: Mapping[str, int]
     scale: float | None
     renamed: str = ""
+    converted: bool = False
 
     @property
     def tensors(self) -> tuple[TensorChange, ...]:
@@ -145,6 +148,7 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
             _module(keys, before, after, old_reader, new_reader, set(mismatch), 1.0 if scale is None else scale)
             for keys in by_module.values()
         )
+        converted = compared is not None and _converted(mismatch, compared, after, old_reader, new_reader)
     finally:
         new_reader.close()
         if old_reader:
@@ -159,7 +163,28 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
         dtype_changes=dtype_changes,
         scale=scale,
         renamed=renamed,
+        converted=converted,
     )
+
+
+def _converted(
+    mismatch: tuple[str, ...], before: Adapter, after: Adapter, old: TensorReader | None, new: TensorReader
+) -> bool:
+    """Whether each lora_A of another shape ends in that of the start, and each lora_B in the start's, negated."""
+    import torch
+
+    for key in mismatch:
+        part, was, now = place_of(key).part, before.tensors[key].shape, after.tensors[key].shape
+        axis = 0 if part == "A" else 1
+        if old is None or part not in ("A", "B") or len(was) != 2 or len(now) != 2 or now[axis] != 2 * was[axis]:
+            return False
+        if now[1 - axis] != was[1 - axis] or after.tensors[key].numel > _LARGEST_FACTOR:
+            return False
+        start = old.whole(key).double() * (1 if part == "A" else -1)
+        kept = new.whole(key).double().narrow(axis, was[axis], was[axis])
+        if not torch.allclose(kept, start, rtol=2**-7, atol=0.0):
+            return False
+    return bool(mismatch)
 
 
 def _rekeyed(before: Adapter | None, after: Adapter) -> tuple[Adapter | None, str]:

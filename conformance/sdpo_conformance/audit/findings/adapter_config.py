@@ -150,6 +150,8 @@ def config_changed(evidence: Evidence) -> Verdicts:
     ]
     if _differs(old.get("r"), new.get("r"), "r"):
         grave.append(_said("r", old, new))
+    if change.converted and change.before.scale == change.after.scale:
+        grave = [text for text in grave if text.split(" ", 1)[0] not in ("lora_alpha", "r")]
     base_severity = other_base(old.get("base_model_name_or_path"), new.get("base_model_name_or_path"))
     if grave:
         scales = [s for s in (change.before.scale, change.after.scale) if s is not None]

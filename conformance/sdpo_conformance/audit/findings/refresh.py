@@ -14,7 +14,7 @@ from itertools import pairwise
 from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.findings.ratio import HALF_ROUNDING, ROUNDING, ratio_cap, ratio_trace
-from sdpo_conformance.audit.metrics import RunMetrics
+from sdpo_conformance.audit.metrics import RunMetrics, Step
 
 _VISIBLE_MISMATCH = 5e-3
 _WITH_DROPOUT = 0.1
@@ -128,13 +128,20 @@ def _other_ratio(metrics: RunMetrics) -> str:
 def _later_steps(metrics: RunMetrics, target: float) -> list[_Later]:
     later = []
     for b, batch in enumerate(metrics.batches):
-        first = batch.steps[0].values.get("mean_is_ratio", math.nan) if batch.steps else math.nan
+        first = _deviation(batch.steps[0], target) if batch.steps else math.nan
         for position, step in enumerate(batch.steps[1:], start=1):
-            ratio = step.values.get("mean_is_ratio", math.nan)
-            if math.isfinite(ratio):
-                name = metrics.label(b, step)
-                later.append(_Later(name, position, ratio, ratio - target, first - target))
+            deviation = _deviation(step, target)
+            if math.isfinite(deviation):
+                ratio = step.values["mean_is_ratio"]
+                later.append(_Later(metrics.label(b, step), position, ratio, deviation, first))
     return later
+
+
+def _deviation(step: Step, target: float) -> float:
+    """How far the mean ratio lies from where a refresh puts it. A sample of which no token counts has a mean of 0."""
+    ratios = [sample["mean_is_ratio"] for sample in step.samples.values() if "mean_is_ratio" in sample]
+    counted = sum(ratio != 0 for ratio in ratios) / len(ratios) if any(ratios) else 1.0
+    return step.values.get("mean_is_ratio", math.nan) - target * counted
 
 
 def _drifts(later: Sequence[_Later]) -> bool:

@@ -76,8 +76,17 @@ def tensor_mismatch(evidence: Evidence) -> Verdicts:
     told = [
         *_some("only before", change.only_before),
         *_some("only after", change.only_after),
-        *_some("another shape", change.shape_mismatch),
+        *(() if change.converted else _some("another shape", change.shape_mismatch)),
     ]
+    if change.converted:
+        yield Finding(
+            id="tensor-mismatch",
+            severity=Severity.NOTE,
+            statement="the adapter after the run holds its start with the sign turned: twice the rank",
+            evidence=(f"{len(change.shape_mismatch)} tensors of twice the rank",),
+            cause="PEFT's conversion to plain LoRA (path_initial_model_for_weight_conversion), as for PiSSA",
+            next_step="load it on the unchanged base model",
+        )
     if not told:
         return
     parts = shard_of(change)

@@ -225,10 +225,14 @@ class RowReader:
 
     def values(self, row: Mapping[str, Any], place: str) -> dict[str, float]:
         found: dict[str, float] = {}
+        # No rate is NaN: where it is null the row is of a micro-batch, and so are other nulls of its optimizer step.
+        no_update = any(row[key] is None and field_of(key) == "learning_rate" for key in row)
         chosen: dict[str, str] = {}
         for key, value in row.items():
             name = field_of(key)
             if name is None or isinstance(value, list) or (value is None and key in self.unreported):
+                continue
+            if value is None and no_update and name in ("learning_rate", "grad_norm"):
                 continue
             if name in chosen and preference(chosen[name]) <= preference(key):
                 continue

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.run_files import read_text
 
 _NAME_COLUMNS = ("metric", "key", "tag", "name", "variable")
+_COMMA = re.compile(r"\s*[-+]?\d+,\d+(?:[eE][-+]?\d+)?\s*")
+_POINT = re.compile(r"\s*[-+]?\d*\.\d+(?:[eE][-+]?\d+)?\s*")
 _STEP_COLUMNS = ("step", "Step", "_step", "global_step", "train/global_step", "iteration", "iter")
 
 
@@ -33,6 +36,9 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         parsed = list(csv.DictReader(io.StringIO(text), delimiter=separator))
     except csv.Error as error:
         raise AuditError(f"{shown(path)}: is not a table that can be read: {shown(error)}") from None
+    if separator != "," and not any(_POINT.fullmatch(cell) for cell in _cells(parsed)):
+        for record in parsed:  # a spreadsheet of a language that writes 0,5
+            record.update({k: v.replace(",", ".") for k, v in record.items() if _is_cell(v) and _COMMA.fullmatch(v)})
     rows = []
     tag = re.search(r"tag-(.+)$", path.stem)
     for record in parsed:
@@ -49,6 +55,15 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         if row:
             rows.append(_numbered(row))
     return _widened(rows)
+
+
+def _cells(records: list[dict[str, Any]]) -> Iterator[str]:
+    return (value for record in records for value in record.values() if _is_cell(value))
+
+
+def _is_cell(value: object) -> TypeGuard[str]:
+    """Not the list of what stands past the header's columns."""
+    return isinstance(value, str)
 
 
 def _widened(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
