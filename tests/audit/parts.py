@@ -50,6 +50,10 @@ SOUND = (
 """per_step_metrics of upstream's own run four_steps_two_samples_kl, kl_reg_weight 0.1."""
 
 
+FROM_BASE = tuple({**row, "kl_reg": 0.0, "total_loss": row["distill_loss"]} for row in SOUND)
+"""The same of an adapter that is fresh: its policy is the base policy at first."""
+
+
 def altered(**columns: Sequence[Any]) -> list[dict[str, Any]]:
     """The sound steps with columns replaced."""
     rows = [dict(row) for row in SOUND]

@@ -14,7 +14,7 @@ import torch
 from sdpo_conformance.audit import audit_run
 from sdpo_conformance.audit.findings import Finding, Severity
 
-from .parts import SOUND, adapter, altered, moved
+from .parts import FROM_BASE, SOUND, adapter, altered, moved
 
 WriteRun = Callable[..., Path]
 NAN = float("nan")
@@ -116,7 +116,7 @@ def test_identical_steps_of_weights_that_stood_still_have_another_cause(write_ru
 def test_weight_decay_alone_is_no_movement(write_run: WriteRun) -> None:
     before = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in adapter().items()}
     after = {k: v * (1 - 1e-6) for k, v in before.items()}
-    rows = [{**SOUND[0], "step": n, "mean_is_ratio": 1.0} for n in (1, 2)]
+    rows = [{**FROM_BASE[0], "step": n, "mean_is_ratio": 1.0} for n in (1, 2)]
     assert set(findings(write_run(rows, before=before, after=after))) == {"lora-b-zero"}
 
 

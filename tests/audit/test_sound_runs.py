@@ -17,7 +17,7 @@ from sdpo_conformance.audit import audit_run
 from sdpo_conformance.audit.findings import Evidence, Severity, judge
 from sdpo_conformance.audit.metrics import Batch, RunMetrics, Step
 
-from .parts import SOUND, adapter, altered, moved
+from .parts import FROM_BASE, SOUND, adapter, altered, moved
 
 WriteRun = Callable[..., Path]
 
@@ -35,11 +35,11 @@ def test_upstreams_own_run(write_run: WriteRun) -> None:
 def test_fresh_adapter_with_zero_lora_b_before(write_run: WriteRun) -> None:
     before = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in adapter().items()}
     after = {k: v + 1e-4 if "lora_B" in k else v for k, v in before.items()}  # A's first gradient is exactly 0
-    assert alarms(write_run(SOUND, before=before, after=after)) == []
+    assert alarms(write_run(FROM_BASE, before=before, after=after)) == []
 
 
 def test_fresh_adapter_that_is_a_config_alone(write_run: WriteRun) -> None:
-    folder = write_run(SOUND, after=adapter())
+    folder = write_run(FROM_BASE, after=adapter())
     (folder / "before").mkdir()
     (folder / "before" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
     report = audit_run(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,8 @@ from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.run_files import parse_json, read_text
 
 _LARGEST = 1e15
+SERVING_NAMES = ("serving.json", "engine.json", "sampler.json", "rollout.json")
+_ENGINE = re.compile(r"(vllm|sglang|tensorrt|trt-?llm|lmdeploy|tgi)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class TrainingSettings:
     is_clip: float | None = None
     kl_reg_weight: float | None = None
     steps_per_batch: int | None = None
+    max_grad_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,18 @@ class RequestSample:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """The settings and samples of a run (either may be empty) and the file they came from."""
+    """The settings and samples of a run (either may be empty) and the file they came from. `engine`: the
+    sampler's software, where something names one that is not the trainer's."""
 
     path: Path | None
     training: TrainingSettings
     samples: tuple[RequestSample, ...] = ()
+    engine: str = ""
+
+    @property
+    def recorded(self) -> bool:
+        """Whether every sample carries the sampler's log-probs."""
+        return bool(self.samples) and all(sample.response_logprobs is not None for sample in self.samples)
 
 
 NO_REQUEST = RunRequest(path=None, training=TrainingSettings())
@@ -73,7 +84,25 @@ def read_request(path: Path) -> RunRequest:
             values[field.name] = int(value)
         else:
             values[field.name] = float(value)
-    return RunRequest(path=path, training=TrainingSettings(**values), samples=_samples(document, where))
+    training = TrainingSettings(**values)
+    return RunRequest(path, training, _samples(document, where), _engine(document) or _engine(settings))
+
+
+def engine_beside(folder: Path) -> str:
+    """The engine that a folder's serving settings name."""
+    for name in SERVING_NAMES:
+        try:
+            document = parse_json(read_text(folder / name), name) if (folder / name).is_file() else None
+        except AuditError:
+            continue
+        if isinstance(document, Mapping) and (engine := _engine(document)):
+            return engine
+    return ""
+
+
+def _engine(document: Mapping[str, Any]) -> str:
+    values = [document.get(key) for key in ("engine", "sampler", "rollout_engine", "inference_engine", "backend")]
+    return next((value for value in values if isinstance(value, str) and _ENGINE.match(value)), "")
 
 
 def _samples(document: Mapping[str, Any], where: str) -> tuple[RequestSample, ...]:

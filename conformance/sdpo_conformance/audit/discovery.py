@@ -154,7 +154,8 @@ def _settings_in_config(run: Path) -> Path | None:
         document = parse_json(read_text(path), shown(path)) if path.is_file() else None
     except AuditError:
         return None
-    own = isinstance(document, Mapping) and not OF_THIS_ALGORITHM.isdisjoint(document)
+    nested = document.get("training") if isinstance(document, Mapping) else None
+    own = any(isinstance(one, Mapping) and not OF_THIS_ALGORITHM.isdisjoint(one) for one in (document, nested))
     return path if own else None
 
 

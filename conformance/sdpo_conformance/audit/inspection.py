@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdpo_conformance.audit.adapter import Adapter, open_adapter
 from sdpo_conformance.audit.adapter_change import compare_adapters
 from sdpo_conformance.audit.checkpoints import identical_neighbours
-from sdpo_conformance.audit.config import NO_REQUEST, RequestSample, read_request
+from sdpo_conformance.audit.config import NO_REQUEST, RequestSample, engine_beside, read_request
 from sdpo_conformance.audit.discovery import RunFiles, discover
 from sdpo_conformance.audit.errors import AuditError, NoStepsError, PickledError, shown
 from sdpo_conformance.audit.findings import Evidence, Finding, NotJudged, Severity, judge
@@ -72,6 +72,8 @@ def audit_run(
     """Audit a run's folder, or the parts named. Reads only; raises AuditError when it cannot look."""
     files = discover(run, metrics=metrics, before=before, after=after, request=config, prompts=prompts)
     request = read_request(files.request) if files.request else NO_REQUEST
+    if run is not None and not request.engine:
+        request = replace(request, engine=engine_beside(run) if run.is_dir() else "")
     run_metrics, refused, empty = _metrics(files)
     if run_metrics is not None and request.training.steps_per_batch is not None:
         run_metrics = run_metrics.split(request.training.steps_per_batch)

@@ -93,6 +93,11 @@ def canonical_key(key: str) -> str:
     return re.sub(r"\.(lora_\w+)\.(?!weight$|bias$)[^.]+(?=\.weight$|$)", r".\1", key)
 
 
+def holds_adapter_name(key: str) -> bool:
+    """Whether a tensor's name holds the adapter's, as PEFT's does in memory: `lora_A.default.weight`."""
+    return bool(re.search(r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.weight$", key))
+
+
 def unwrapped(key: str) -> tuple[str, tuple[str, ...]]:
     """The name without the wrappers' parts, and those parts."""
     parts = key.split(".")

@@ -42,6 +42,7 @@ def config_mismatch(evidence: Evidence) -> Verdicts:
             next_step="put the config that was trained with beside the tensors: alpha / r scales every update",
             data={"modules": len(ranks)},
         )
+    yield from _not_targeted(change.before, adapter) if kind == "LORA" else ()
     told = [*(_targets(adapter) if kind == "LORA" else ()), *_saved_modules(adapter)]
     if told:
         yield Finding(
@@ -123,6 +124,33 @@ def _targets(adapter: Adapter) -> list[str]:
         {t for t in targets for group in _SIBLINGS if t in group and t not in have and have & group and "." not in t}
     )
     return [f"target_modules names {shown(name)}, of which there is no tensor" for name in lost]
+
+
+def _not_targeted(before: Adapter | None, adapter: Adapter) -> Verdicts:
+    """Tensors of modules that the config does not target: a loader drops them."""
+    targets = adapter.config.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets) or not targets:
+        return
+    if adapter.config.get("target_parameters") or any("*" in t or "\\" in t or "all-linear" in t for t in targets):
+        return
+    places = [place_of(key) for key in adapter.tensors]
+    modules = {p.module for p in places if p.part in ("A", "B") and not p.grouped}
+    left = sorted(m for m in modules if not any(m == t or m.endswith(f".{t}") for t in targets))
+    if not left or len(left) == len(modules):
+        return  # all of them: names of another kind of model
+    old = before.config.get("target_modules") if before is not None else None
+    named = isinstance(old, list) and all(any(m.endswith(f".{t}") for t in old) for m in left)
+    kinds = sorted({m.rsplit(".", 1)[-1] for m in left})
+    yield Finding(
+        id="config-mismatch",
+        severity=Severity.ERROR if named else Severity.WARNING,
+        statement=f"adapter_config.json does not target {len(left)} module(s) of which there are tensors",
+        evidence=(f"not in target_modules: {', '.join(map(shown, kinds[:_SHOWN]))}",)
+        + (("the config before the run targets them",) if named else ()),
+        cause="the config of another adapter, or targets lost in saving: a loader drops what it does not target",
+        next_step="put the targets that were trained into adapter_config.json",
+        data={"modules": len(left)},
+    )
 
 
 def _saved_modules(adapter: Adapter) -> list[str]:

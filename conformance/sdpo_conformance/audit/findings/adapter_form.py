@@ -8,7 +8,7 @@ from sdpo_conformance.audit.adapter import Adapter
 from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, Severity, Verdicts
 from sdpo_conformance.audit.header import TensorEntry
-from sdpo_conformance.audit.names import WRAPPED_BY, place_of, shared_rank
+from sdpo_conformance.audit.names import WRAPPED_BY, holds_adapter_name, place_of, shared_rank
 
 _SHOWN = 5
 #: What PEFT puts before every name of an adapter that it saves.
@@ -172,7 +172,29 @@ def checkpoints_identical(evidence: Evidence) -> Verdicts:
     )
 
 
+def adapter_name_in_keys(evidence: Evidence) -> Verdicts:
+    """Names that hold the adapter's own name, as in memory: PEFT puts it in itself, and finds none of them."""
+    change = evidence.change
+    if change is None or not change.after.config or "peft_type" not in change.after.config:
+        return
+    named = [entry.name for entry in change.after.tensors.values() if holds_adapter_name(entry.name)]
+    if not named or len(named) != sum(".lora_" in entry.name for entry in change.after.tensors.values()):
+        return
+    before = change.before.tensors.values() if change.before is not None else ()
+    lost = bool(before) and not any(holds_adapter_name(entry.name) for entry in before)
+    yield Finding(
+        id="adapter-name-in-keys",
+        severity=Severity.ERROR if lost else Severity.WARNING,
+        statement=f"{len(named)} tensors are saved under the names of the live model, with the adapter's own in them",
+        evidence=(shown(named[0]), *(("before the run they were not",) if lost else ())),
+        cause="the state dict was saved as it is in memory, not through PEFT's get_peft_model_state_dict",
+        next_step="take the adapter's name out of the keys: PEFT adds it when it loads, and only warns of keys missed",
+        data={"tensors": len(named)},
+    )
+
+
 CHECKS = (
+    Check("adapter-name-in-keys", "names as in memory, which PEFT does not find", adapter_name_in_keys),
     Check("tensor-empty", "tensors without elements", tensor_empty),
     Check("wrapper-prefix", "names that carry a wrapper's prefix, or lost one", wrapper_prefix),
     Check("pair-lost", "lora_A without lora_B, or the reverse", pair_lost),

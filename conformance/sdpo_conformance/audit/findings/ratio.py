@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 from sdpo_conformance.audit.findings.resolution import resolution
 from sdpo_conformance.audit.metrics import Batch, RunMetrics, labelled_steps
@@ -32,7 +33,8 @@ def ratio_dropped(evidence: Evidence) -> Verdicts:
     if metrics.digits is not None and metrics.digits < _EXACT_DIGITS:
         yield NotJudged("ratio-dropped", f"the ratio is printed to {metrics.digits} digits: 1 may be as near as that")
         return
-    if evidence.sampler == "unknown":
+    foreign = metrics.native and evidence.request.recorded and bool(evidence.request.engine)
+    if evidence.sampler == "unknown" and not foreign:
         yield NotJudged(
             "ratio-dropped",
             "the ratio is 1 where each batch starts: right where the sampler is the trainer; "
@@ -41,8 +43,12 @@ def ratio_dropped(evidence: Evidence) -> Verdicts:
         return
     yield Finding(
         id="ratio-dropped",
-        severity=Severity.ERROR,
-        statement="mean_is_ratio is exactly 1 although the sampler's log-probs differ from the trainer's",
+        severity=Severity.ERROR if evidence.sampler == "differs" else Severity.WARNING,
+        statement=(
+            "mean_is_ratio is exactly 1 although the sampler's log-probs differ from the trainer's"
+            if evidence.sampler == "differs"
+            else f"mean_is_ratio is exactly 1 although {shown(evidence.request.engine)} recorded the log-probs"
+        ),
         evidence=(ratio_trace(metrics),),
         cause=(
             "the importance ratio is not computed from the recorded log-probs: dropped in a fused kernel, or"

@@ -18,6 +18,8 @@ from sdpo_conformance.audit.metrics import RunMetrics, Step
 
 _VISIBLE_MISMATCH = 5e-3
 _WITH_DROPOUT = 0.1
+#: Among many samples some drift by chance in one batch.
+_FEWEST_BATCHES = 3
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
         return
     target = min(1.0, ratio_cap(evidence) or math.inf)
     later = _later_steps(metrics, target)
+    dropout = evidence.change.after.dropout if evidence.change else 0.0
+    if not dropout:
+        yield from _samples_not_refreshed(metrics, target, later)
     if not later:
         yield NotJudged("behaviour-not-refreshed", "mean_is_ratio is not reported as a number after the first step")
         return
-    dropout = evidence.change.after.dropout if evidence.change else 0.0
     limit = _WITH_DROPOUT if dropout else HALF_ROUNDING
     worst = max(later, key=lambda step: abs(step.deviation))
     clipped = _clipped_after_refresh(metrics, ratio_cap(evidence))
@@ -99,6 +103,31 @@ def behaviour_not_refreshed(evidence: Evidence) -> Verdicts:
     )
 
 
+def _samples_not_refreshed(metrics: RunMetrics, target: float, later: Sequence[_Later]) -> Verdicts:
+    """Single samples whose ratio drifts in most of several batches though the mean's does not, where they cancel."""
+    if _drifts(later) or any(abs(step.deviation) > HALF_ROUNDING for step in later):
+        return
+    names = sorted({name for step in metrics.steps for name in step.samples})
+    drifting = []
+    for name in names:
+        own = _later_steps(metrics, target, name)
+        batches = sum(step.position == 1 for step in own)
+        worst = max((abs(step.deviation) for step in own), default=0.0)
+        if batches >= _FEWEST_BATCHES and worst > HALF_ROUNDING and _drifts(own):
+            drifting.append((name, worst))
+    if drifting:
+        told = ", ".join(f"sample {shown(name)} by up to {worst:.3g}" for name, worst in drifting[:5])
+        yield Finding(
+            id="behaviour-not-refreshed",
+            severity=Severity.ERROR,
+            statement=f"the importance ratio of {len(drifting)} of {len(names)} samples drifts from step to step",
+            evidence=(told, "in the mean over the samples these cancel"),
+            cause="only some of the samples get new behaviour log-probs after a step",
+            next_step="recompute every sample's behaviour log-probs after every step but the last",
+            data={"samples": [name for name, _ in drifting]},
+        )
+
+
 def _why_not_judged(metrics: RunMetrics | None) -> str:
     if metrics is None:
         return "no metrics"
@@ -125,20 +154,23 @@ def _other_ratio(metrics: RunMetrics) -> str:
     return f"{who} reports its ratio as {names}: of batches sampled anew, which shows nothing of a refresh"
 
 
-def _later_steps(metrics: RunMetrics, target: float) -> list[_Later]:
+def _later_steps(metrics: RunMetrics, target: float, sample: str | None = None) -> list[_Later]:
+    """Of the mean over the samples, or of one of them."""
     later = []
     for b, batch in enumerate(metrics.batches):
-        first = _deviation(batch.steps[0], target) if batch.steps else math.nan
+        first = _deviation(batch.steps[0], target, sample) if batch.steps else math.nan
         for position, step in enumerate(batch.steps[1:], start=1):
-            deviation = _deviation(step, target)
+            deviation = _deviation(step, target, sample)
             if math.isfinite(deviation):
-                ratio = step.values["mean_is_ratio"]
+                ratio = target + deviation if sample else step.values["mean_is_ratio"]
                 later.append(_Later(metrics.label(b, step), position, ratio, deviation, first))
     return later
 
 
-def _deviation(step: Step, target: float) -> float:
+def _deviation(step: Step, target: float, sample: str | None) -> float:
     """How far the mean ratio lies from where a refresh puts it. A sample of which no token counts has a mean of 0."""
+    if sample is not None:
+        return step.samples.get(sample, {}).get("mean_is_ratio", math.nan) - target
     ratios = [sample["mean_is_ratio"] for sample in step.samples.values() if "mean_is_ratio" in sample]
     counted = sum(ratio != 0 for ratio in ratios) / len(ratios) if any(ratios) else 1.0
     return step.values.get("mean_is_ratio", math.nan) - target * counted

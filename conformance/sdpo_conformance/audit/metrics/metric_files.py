@@ -86,6 +86,7 @@ def _read_file(path: Path) -> RunMetrics:
         notes=tuple(reader.notes),
         numbered=numbered,
         digits=digits,
+        evaluations=tuple(sorted(reader.evaluations.items())),
     )
 
 

@@ -25,13 +25,18 @@ _EVALUATION = re.compile(
 #: Full names, lower case, of the tools that are known, and what they mean here.
 _MEANINGS: Mapping[str, str] = {
     "loss": "total_loss", "train_loss": "total_loss", "lr": "learning_rate", "gradient_norm": "grad_norm",
-    "global_grad_norm": "grad_norm",
+    "global_grad_norm": "grad_norm", "response_tokens": "tokens",
+    # loops of one's own: clip_grad_norm_ returns the norm before, so what is measured after it says so
+    "grad_norm_clipped": "clipped_norm", "clipped_grad_norm": "clipped_norm", "grad_norm_after_clip": "clipped_norm",
+    "grad_norm_after_clipping": "clipped_norm", "grad_norm_post_clip": "clipped_norm",
+    "post_clip_grad_norm": "clipped_norm",
     # TRL: trainer/grpo_trainer.py and the SDPO trainers of its experimental part
     "sampling/importance_sampling_ratio/mean": "sampler_ratio",
     "sampling/sampling_logp_difference/mean": "sampler_gap",
     "sdpo/distillation_loss": "distill_loss", "sdft/distillation_loss": "distill_loss",
     "self_distillation/distillation_loss": "distill_loss", "distillation_loss": "distill_loss",
     "kl": "kl_reg", "objective/kl": "kl_reg", "loss/policy_avg": "total_loss",
+    "completions/clipped_ratio": "completions_cut", "response_length/clip_ratio": "completions_cut",
     # verl: trainer/ppo/metric_utils.py, workers/actor, rollout correction
     "actor/pg_loss": "total_loss", "actor/loss": "total_loss", "actor/kl_loss": "kl_reg",
     "actor/grad_norm": "grad_norm", "actor/lr": "learning_rate",

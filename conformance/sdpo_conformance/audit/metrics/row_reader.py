@@ -43,6 +43,7 @@ class RowReader:
         self.notes: list[str] = []
         self.seen: set[str] = set()
         self.unreported: set[str] = set()
+        self.evaluations: dict[int, float] = {}
 
     @property
     def tool(self) -> str:
@@ -114,6 +115,7 @@ class RowReader:
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 raise AuditError(f"{self.where}: entry {index + 1} is {shown(repr(row))}, not an object of metrics")
+            self._evaluation(row)
             if _is_evaluation(row):
                 continue
             number = self.step_number(_step_of(row), index)
@@ -128,6 +130,12 @@ class RowReader:
         if repeated:
             self.notes.append(f"the log goes back {repeated} time(s), as a resumed run's does: the last account counts")
         return [Batch(tuple(self.step(by_number[number], number) for number in sorted(by_number)))]
+
+    def _evaluation(self, row: Mapping[str, Any]) -> None:
+        """Keep the loss of an evaluation whose step is told."""
+        number, value = _whole(_step_of(row)), next((row[k] for k in ("eval_loss", "eval/loss") if k in row), None)
+        if number is not None and isinstance(value, float):
+            self.evaluations[number] = value
 
     def response(self, document: Mapping[str, Any]) -> Batch | None:
         """A DistillResponse, or the metadata of one. Older ones carry the last step's metrics alone."""

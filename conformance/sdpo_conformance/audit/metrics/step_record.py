@@ -39,6 +39,7 @@ class RunMetrics:
     stands for, where that is more than one; `unknown_fields` are names that no known tool uses, `ratio_names` those of
     an importance ratio or of what follows from one, and `problems` faults of the record itself, in words. `numbered`:
     the rows say which step they are of. `digits`: significant ones of the most precise number, where they were printed.
+    `evaluations`: steps and the eval_loss there.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class RunMetrics:
     notes: tuple[str, ...] = ()
     numbered: bool = True
     digits: int | None = None
+    evaluations: tuple[tuple[int, float], ...] = ()
 
     @property
     def steps(self) -> tuple[Step, ...]:
