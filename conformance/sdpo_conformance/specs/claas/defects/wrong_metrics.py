@@ -214,6 +214,15 @@ def round_to(key: str, digits: int, entry: Metrics, training: Any) -> float:
     return round(entry[key], digits)
 
 
+_ENTRIES: list[Metrics] = []
+
+
+def with_entries_kept(model: Any, samples: Sequence[Any], training: Any, optimizer_cls: Any) -> Any:
+    """The list of metrics is one for all calls."""
+    _ENTRIES.extend(right.distill(TrainerParts(), model, samples, training, optimizer_cls)["per_step_metrics"])
+    return {"per_step_metrics": list(_ENTRIES)}
+
+
 def reported(
     name: str,
     sentence: str,
@@ -373,4 +382,13 @@ DEFECTS = (
         OWN_NORM,
     ),
     reported("steps-from-zero", "Steps are counted from 0.", steps_from_zero, "Count from 1."),
+    loop(
+        "metrics-kept-across-calls",
+        "per_step_metrics has the entries of earlier calls before its own, as a list in a default argument keeps them.",
+        ("STEP-6",),
+        "Begin with an empty list in every call.",
+        with_entries_kept,
+        (),
+        "The first call of a process; training: the adapter is right, the metrics are not.",
+    ),
 )

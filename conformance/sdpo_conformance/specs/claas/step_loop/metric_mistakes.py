@@ -15,7 +15,7 @@ from typing import Any
 from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.parameter import simplest
-from sdpo_conformance.specs.claas.step_loop.explanations import PROMISING
+from sdpo_conformance.specs.claas.step_loop.explanations import PROMISING, StepExplanation, outcomes, step_loops
 from sdpo_conformance.specs.claas.step_loop.forced_replay import RightSteps, parts_of, replaced
 from sdpo_conformance.specs.claas.step_loop.gradients import JudgedRun, StepJudgement, forced_along
 from sdpo_conformance.trainer.observation import METRICS
@@ -54,10 +54,12 @@ class MetricMistake:
 
 @dataclass(frozen=True)
 class MetricMistakes:
-    """``named``: the mistakes found; ``rest``: metrics that are wrong otherwise."""
+    """``named``: the mistakes found; ``rest``: metrics that are wrong otherwise; ``anchor``: where kl_reg is one of
+    them, the loop with a wrong anchor that all its values are: with kl_reg_weight = 0 no gradient shows it."""
 
     named: tuple[MetricMistake, ...] = ()
     rest: tuple[str, ...] = ()
+    anchor: StepExplanation | None = None
 
     def of(self, key: str) -> MetricMistake | None:
         """The mistake that a metric is."""
@@ -181,7 +183,28 @@ def metric_mistakes(runs: Sequence[JudgedRun]) -> MetricMistakes:
     if set(wrong) - named:
         found = [one for one in found if set(one.keys) != COARSE]
         named = {key for one in found for key in one.keys}
-    return MetricMistakes(tuple(found), tuple(key for key in wrong if key not in named))
+    rest = tuple(key for key in wrong if key not in named)
+    return MetricMistakes(tuple(found), rest, other_anchor(held, telling["kl_reg"]) if "kl_reg" in rest else None)
+
+
+def other_anchor(held: Held, wrong: int) -> StepExplanation | None:
+    """The wrong anchor whose kl_reg is reported at every step of every run, ``wrong`` of them in full precision."""
+    if wrong < FEWEST:
+        return None
+    off = [not set(wrong_values([run])).isdisjoint({"kl_reg"}) for run in held.runs]
+    order = sorted(range(len(held.runs)), key=lambda index: not off[index])
+    for candidate in step_loops():
+        if candidate.defect.name.startswith("base-") and all(reports_anchor(candidate, held, index) for index in order):
+            return candidate
+    return None
+
+
+def reports_anchor(candidate: StepExplanation, held: Held, index: int) -> bool:
+    """Whether a run's values of kl_reg are those of a loop."""
+    run, forced = held.runs[index], held.right[index].forced
+    made = [outcome.metrics for _, outcome in outcomes(candidate, forced, range(1, len(run.steps) + 1))]
+    alone = Held([run], [])
+    return len(made) == len(run.steps) and alone.misfit([made], "kl_reg") <= 1
 
 
 def complete(run: JudgedRun) -> bool:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from sdpo_conformance.judging.compare import number
-from sdpo_conformance.specs.claas.step_loop.explanations import StepExplanation, outcomes, step_loops, words_of
+from sdpo_conformance.specs.claas.step_loop.explanations import words_of
 from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
-from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced
 from sdpo_conformance.specs.claas.step_loop.gradients import StepJudgement
 from sdpo_conformance.specs.claas.step_loop.metric_mistakes import MetricMistakes
+from sdpo_conformance.specs.claas.step_loop.update_mistakes import METRICS_KEPT
 from sdpo_conformance.trainer.observation import METRICS, Observation
 
 
@@ -21,13 +21,12 @@ def shape_findings(observation: Observation, known: MetricMistakes, mistake: str
     """One entry per step, counted from 1, every key there; one optimizer step each."""
     steps, entries = observation.scenario.steps, observation.metrics
     if len(entries) != steps:
-        yield finding(
-            observation, "STEP-6", "per_step_metrics", f"{steps} entries", f"{len(entries)}", extra={"mistake": mistake}
-        )
+        extra = {"mistake": mistake, **({"shows": "update"} if mistake == METRICS_KEPT else {})}
+        yield finding(observation, "STEP-6", "per_step_metrics", f"{steps} entries", f"{len(entries)}", extra=extra)
     if observation.observed and len(observation.steps) != steps:
-        taken, extra = f"{len(observation.steps)}", {"shows": "update", "mistake": mistake}
+        taken, extra = f"{len(observation.steps)}", {"mistake": mistake, "shows": "update"}
         yield finding(observation, "STEP-10", "optimizer steps", f"{steps}", taken, extra=extra)
-    for index, entry in enumerate(entries, start=1):
+    for index, entry in enumerate(entries[-steps:], start=1):
         if missing := [key for key in ("step", *METRICS) if key not in entry]:
             expected, got = f"the keys step, {', '.join(METRICS)}", f"no {', '.join(missing)}"
             yield finding(observation, "STEP-6", "per_step_metrics", expected, got, index)
@@ -49,7 +48,10 @@ def metric_findings(
     observation: Observation, judgements: Sequence[StepJudgement], known: MetricMistakes
 ) -> Iterator[StepFinding]:
     """Each step's metrics; those of a step whose gradient is wrong and unexplained are passed over, for there
-    is nothing to hold them against. ``known``: what the wrong metrics of all runs are."""
+    is nothing to hold them against, and so are more entries than steps, which belong to none. ``known``: what the wrong
+    metrics of all runs are."""
+    if len(observation.metrics) > observation.scenario.steps:
+        return
     for index, (entry, judgement) in enumerate(zip(observation.metrics, judgements, strict=False)):
         step = index + 1
         if index and repeated(observation, index):
@@ -70,7 +72,7 @@ def metric_findings(
             if key in entry and not accepted(entry[key], key, judgement):
                 truth, bound = judgement.moment.truth.metrics[key], judgement.bounds.metrics[key]
                 named = known.of(key)
-                anchor = other_anchor(entry[key], judgement) if key == "kl_reg" and named is None else None
+                anchor = known.anchor if key == "kl_reg" and named is None else None
                 words = words_of(anchor) if anchor else named.words if named else ""
                 yield finding(
                     observation,
@@ -90,21 +92,6 @@ def metric_findings(
                         "metrics": known.as_kept(),
                     },
                 )
-
-
-def other_anchor(got: float, judgement: StepJudgement) -> StepExplanation | None:
-    """The wrong anchor whose kl_reg this is: with kl_reg_weight = 0 no gradient shows it."""
-    moment = judgement.moment
-    forced = Forced(moment.ground, moment.history, moment.history[-1])
-    for candidate in step_loops():
-        if not candidate.defect.name.startswith("base-"):
-            continue
-        for _, outcome in outcomes(candidate, forced, [moment.step]):
-            mistaken = outcome.metrics["kl_reg"]
-            scale = max(1.0, mistaken / max(moment.truth.metrics["kl_reg"], 1e-12))
-            if abs(got - mistaken) <= scale * judgement.bounds.metrics["kl_reg"]:
-                return candidate
-    return None
 
 
 def accepted(got: float, key: str, judgement: StepJudgement) -> bool:

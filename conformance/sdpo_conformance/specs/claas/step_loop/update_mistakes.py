@@ -201,6 +201,15 @@ def base_moved(runs: Runs) -> bool:
     return left("frozen weight")(runs) and any(moved([run]) for run in runs)
 
 
+def with_earlier_entries(runs: Runs) -> bool:
+    """Whether every run reports its own steps, and some have others before them."""
+    own = [[entry.get("step") for entry in run.metrics[-run.scenario.steps :]] for run in runs]
+    mine = all(steps == list(range(1, run.scenario.steps + 1)) for steps, run in zip(own, runs, strict=True))
+    return mine and as_set(runs) and any(len(run.metrics) > run.scenario.steps for run in runs)
+
+
+METRICS_KEPT = "metrics-kept-across-calls"
+
 STRUCTURAL: Mapping[str, Callable[[Runs], bool]] = {
     "one-step-only": steps_taken(lambda run: 1),
     "one-step-more": steps_taken(lambda run: run.scenario.steps + 1),
@@ -256,6 +265,7 @@ MISTAKES: Mapping[str, Callable[[Runs], bool]] = {
     "optimizer-rebuilt": rebuilt,
     "optimizer-kept-across-calls": kept_from_earlier,
     "last-step-lost": last_lost,
+    METRICS_KEPT: with_earlier_entries,
     "samples-written": left("of sample", "changed"),
     "adapter-left-frozen": left("no longer asks for a gradient"),
     "base-left-trainable": left("now asks for a gradient"),
