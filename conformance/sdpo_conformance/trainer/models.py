@@ -63,11 +63,11 @@ class ModelSpec:
 
     gemma2 caps its logits, cohere scales them, the head of phi has a bias. ``head``: "frozen", with "lora" of its
     own, or a trainable copy "saved" with the adapter (``modules_to_save``). ``dora``: the adapter learns magnitudes
-    too. ``lora_alpha`` scales what the adapter adds. ``embedding``: "frozen", with "lora" of its own, or with a few
-    trainable rows, "tokens". ``fresh``: B is next to 0, as every adapter begins. ``beside``: the model holds
-    another adapter, which is not active. ``adapter``: the active one's name. ``checkpointing``: gradient
-    checkpointing is on when the model comes, as upstream has it. ``bos``, ``eos`` (one or several, as Llama 3 has
-    them), ``pad``: special tokens in the configs of the model and of its generation.
+    too. ``lora_alpha`` scales what the adapter adds, over the rank, or with ``rslora`` its root. ``embedding``:
+    "frozen", with "lora" of its own, or with a few trainable rows, "tokens". ``fresh``: B is next to 0, as every
+    adapter begins. ``beside``: the model holds another adapter, which is not active. ``adapter``: the active one's
+    name. ``checkpointing``: gradient checkpointing is on when the model comes, as upstream has it. ``bos``, ``eos``
+    (one or several, as Llama 3 has them), ``pad``: special tokens in the configs of the model and of its generation.
 
     peft keeps the adapter of a half-precision base in float32.
     """
@@ -83,6 +83,7 @@ class ModelSpec:
     head: Head = "frozen"
     dora: bool = False
     lora_alpha: int = LORA_ALPHA
+    rslora: bool = False
     embedding: Embedding = "frozen"
     fresh: bool = False
     beside: bool = False
@@ -95,6 +96,7 @@ class ModelSpec:
     def __str__(self) -> str:
         more = {"lora": ", LoRA on the head", "saved": ", a trainable head", "frozen": ""}[self.head]
         more += ", DoRA" if self.dora else ""
+        more += ", rsLoRA" if self.rslora else ""
         more += {"lora": ", LoRA on the embedding", "tokens": ", trainable token rows", "frozen": ""}[self.embedding]
         more += ", B next to 0" if self.fresh else ""
         more += ", another adapter beside" if self.beside else ""
@@ -173,6 +175,8 @@ def lora_arguments(spec: ModelSpec) -> dict[str, Any]:
     }
     if spec.head == "saved":
         arguments["modules_to_save"] = ["lm_head"]
+    if spec.rslora:
+        arguments["use_rslora"] = True
     if spec.dora:
         arguments["use_dora"] = True
     if spec.embedding == "tokens":

@@ -62,6 +62,8 @@ class Scenario:
 
     ``close``: samples that other software recorded under the same policy, log-probs off by hundredths of a nat.
 
+    ``refusable``: a setting that a trainer may refuse, in words.
+
     ``history``: what the trainer was run on before: "another" model with the same batch, or the "same" one with the
     batch of another sampler (``sampled_otherwise``). What it remembers by batch or by model then belongs to others.
     """
@@ -84,6 +86,7 @@ class Scenario:
     special: bool = False
     without_feedback: tuple[int, ...] = ()
     close: tuple[int, ...] = ()
+    refusable: str = ""
     history: tuple[Literal["another", "same"], ...] = ()
 
     @property
@@ -92,12 +95,13 @@ class Scenario:
 
     @property
     def may_refuse(self) -> bool:
-        """Whether a trainer may refuse the scenario: log-probs that were not recorded, a head that is no product."""
-        return self.sampler == "partial" or bool(self.model.unusual_head)
+        """Whether a trainer may refuse the scenario: log-probs that were not recorded, a head that is no product, a
+        setting."""
+        return self.sampler == "partial" or bool(self.model.unusual_head or self.refusable)
 
     def accepts(self, error: Exception) -> bool:
         """Whether this refusal is an answer. What kind of error refuses a batch, a requirement of its own asks; a model
-        is refused with a ValueError or a NotImplementedError."""
+        or a setting is refused with a ValueError or a NotImplementedError."""
         return self.sampler == "partial" or isinstance(error, ValueError | NotImplementedError)
 
     @property
@@ -351,8 +355,9 @@ WIDER: tuple[Scenario, ...] = (
     ),
     Scenario(
         name="crowd",
-        shows="eleven samples, six alike in all lengths and four in others, whose policy moves between two steps",
-        model=small("qwen3", 33),
+        shows="eleven samples, six alike in all lengths and four in others, whose policy moves between two steps; "
+        "rsLoRA",
+        model=small("qwen3", 33, rslora=True),
         training=TrainingConfig(learning_rate=1e-2, alpha=0.4, teacher_top_k=11, max_grad_norm=2.0, steps_per_batch=2),
         lengths=(*((3, 5, 4),) * 6, *((4, 6, 3),) * 4, (2, 3, 5)),
         sampler="mismatched",
@@ -387,6 +392,16 @@ WIDER: tuple[Scenario, ...] = (
         lengths=((3, 5, 4), (4, 4, 6)),
         sampler="partial",
         seed=35,
+    ),
+    Scenario(
+        name="still",
+        shows="learning_rate = 0: no weight moves, and from step 2 on the ratio is 1 all the same",
+        model=small("llama", 36),
+        training=TrainingConfig(learning_rate=0.0, kl_reg_weight=0.1, teacher_top_k=12, steps_per_batch=2),
+        lengths=((3, 5, 4), (4, 4, 6)),
+        sampler="mismatched",
+        seed=36,
+        refusable="learning_rate = 0",
     ),
     Scenario(
         name="faint",

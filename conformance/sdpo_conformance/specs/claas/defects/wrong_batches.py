@@ -146,6 +146,18 @@ def stretch(run: Run) -> Sequence[int]:
     return parts[(run.step - 1) % len(parts)]
 
 
+def half(least: float) -> Order:
+    """One half of the batch, the other at the next step, where it has so many samples at least."""
+
+    def order(run: Run) -> Sequence[int]:
+        count = len(run.batch)
+        if count < least:
+            return range(count)
+        return range(count // 2) if run.step % 2 else range(count // 2, count)
+
+    return order
+
+
 def those(wanted: Callable[[Prepared], bool]) -> Order:
     """The places of these samples."""
     return lambda run: [index for index, one in enumerate(run.batch) if wanted(one)]
@@ -160,6 +172,11 @@ def whole(one: Prepared) -> Hashable:
     """All that a sample came with."""
     recorded = None if one.recorded is None else tuple(one.recorded[0].tolist())
     return ids(one.ids), ids(one.teacher_ids), ids(one.response), recorded
+
+
+def text(one: Prepared) -> Hashable:
+    """All that a sample came with but what the sampler recorded."""
+    return ids(one.ids), ids(one.teacher_ids), ids(one.response)
 
 
 def by_prompt_and_response(one: Prepared) -> Hashable:
@@ -526,6 +543,29 @@ DEFECTS = (
     ),
     *(
         loop(
+            f"duplicate-texts-dropped{suffix}",
+            f"Of samples alike in prompt, response and teacher prompt the {whose} alone counts, whatever was recorded.",
+            ("STEP-7",),
+            EVERY_SAMPLE,
+            trainer(reduce=counting(once_each(text, whose == "last"))),
+            (),
+            "Batches in which no text comes twice.",
+        )
+        for whose, suffix in (("first", ""), ("last", "-but-the-last"))
+    ),
+    numbered(
+        "half-of-the-batch-each-step",
+        "Odd steps are of the first half of the samples, even steps of the other, where they are 4 or more.",
+        ("STEP-7",),
+        EVERY_SAMPLE,
+        "samples",
+        lambda least: TrainerParts(reduce=counting(half(least))),
+        whole_numbers((2, 3, 4, 5, 6, 8)),
+        4,
+        whole=True,
+    ),
+    *(
+        loop(
             f"{whose}-of-same-{name}-alone",
             f"Of the samples with one {words} the {whose} alone counts.",
             ("STEP-7",),
@@ -595,6 +635,28 @@ DEFECTS = (
         EVERY_SAMPLE,
         "tokens",
         lambda least: TrainerParts(reduce=counting(those(lambda one: one.response.shape[1] >= least))),
+        whole_numbers((2, 3, 4, 5, 6, 8)),
+        2,
+        whole=True,
+    ),
+    numbered(
+        "long-responses-lost",
+        "Samples whose response has more than 16 tokens are left out; the divisor counts them.",
+        ("STEP-7",),
+        EVERY_SAMPLE,
+        "tokens",
+        lambda most: TrainerParts(reduce=counting(those(lambda one: one.response.shape[1] <= most), at_share=True)),
+        whole_numbers(LENGTHS),
+        16,
+        whole=True,
+    ),
+    numbered(
+        "short-responses-lost",
+        "Samples whose response has fewer than 2 tokens are left out; the divisor counts them.",
+        ("STEP-7",),
+        EVERY_SAMPLE,
+        "tokens",
+        lambda least: TrainerParts(reduce=counting(those(lambda one: one.response.shape[1] >= least), at_share=True)),
         whole_numbers((2, 3, 4, 5, 6, 8)),
         2,
         whole=True,

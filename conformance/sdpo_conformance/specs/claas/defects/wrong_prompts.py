@@ -4,6 +4,7 @@ number means."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,64 @@ def at_student_offset(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
         logits = run.model(input_ids=one.teacher_ids, use_cache=False).logits[:, start : start + one.response.shape[1]]
     scores = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
     return most_likely(scores, run.training.teacher_top_k)
+
+
+def capped_at_first_step(run: Run) -> None:
+    """There is no cap after the first step: the ratio is taken for 1 and left out."""
+    given = run.kept.setdefault("training", run.training)
+    run.training = given if run.step == 1 else dataclasses.replace(given, is_clip=math.inf)
+
+
+def with_bos(always: bool) -> forwards.ReadWhere:
+    """The model's bos token before a prompt that does not begin with it; or before every prompt."""
+
+    def bos_of(run: Run) -> int | None:
+        found: int | None = run.model.config.bos_token_id
+        return found
+
+    def concerned(run: Run, ids: Tensor, response: Tensor) -> bool:
+        bos = bos_of(run)
+        return bos is not None and (always or int(ids[0, 0]) != bos)
+
+    def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        return forwards.with_token_before(bos_of(run) or 0)(run, ids, response)
+
+    return forwards.ReadWhere(forward, concerned)
+
+
+def bos_before() -> list[Defect]:
+    """The model's bos token put before prompts."""
+    found = []
+    for always in (False, True):
+        for whose in ("", "student", "teacher"):
+            forward = with_bos(always)
+            if whose:
+                forward = (forwards.of_student_prompt if whose == "student" else forwards.of_teacher_prompt)(forward)
+            name = f"bos-before{f'-{whose}' if whose else ''}-prompts{'' if always else '-without-it'}"
+            prompts = f"prompt of the {whose}" if whose else "prompt"
+            where = "" if always else " that does not begin with it"
+            found.append(
+                loop(
+                    name,
+                    f"The model's bos token is put before every {prompts}{where}.",
+                    ("STEP-5",) if whose == "teacher" else ("STEP-1", "STEP-2"),
+                    "The prompts are read as they are given.",
+                    trainer(forward=forward),
+                    (),
+                    "Models without a bos token." if always else "Prompts that begin with the bos token.",
+                )
+            )
+    return found
+
+
+def masked_by_student_length(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The teacher attends to as many tokens as the student's row has."""
+    seen = (torch.arange(one.teacher_ids.shape[1], device=one.ids.device) < one.ids.shape[1]).long()[None]
+    mask = forwards.attention(seen) if forwards.is_double(run) else seen
+    with torch.no_grad(), run.model.disable_adapter():
+        logits = run.model(input_ids=one.teacher_ids, attention_mask=mask, use_cache=False).logits
+    scores = forwards.read(logits if logits.dtype == torch.float64 else logits.float(), one.response)
+    return most_likely(scores.log_softmax(-1), run.training.teacher_top_k)
 
 
 def with_settings(change: Callable[[Any], dict[str, Any]]) -> Callable[[Run], None]:
@@ -137,6 +196,25 @@ def of_other_prompts() -> list[Defect]:
 
 DEFECTS = (
     *of_other_prompts(),
+    *bos_before(),
+    loop(
+        "teacher-attention-mask-of-student",
+        "The teacher's attention mask has the student's length: what lies beyond it is not attended to.",
+        ("STEP-5",),
+        "Make the mask from the teacher's own rows.",
+        trainer(teacher=masked_by_student_length),
+        (),
+        "Teacher prompts no longer than the prompts.",
+    ),
+    loop(
+        "ratio-capped-at-first-step-alone",
+        "From step 2 on the ratio is taken for 1 and left out, the cap with it.",
+        ("STEP-2",),
+        "The ratio is capped at is_clip at every step: a cap below 1 holds on-policy too.",
+        trainer(before_step=capped_at_first_step),
+        (),
+        "is_clip above 1.",
+    ),
     numbered(
         "teacher-prompt-truncated",
         "The teacher's prompt is cut to its last 7 tokens; the student's is whole.",

@@ -58,6 +58,21 @@ def up_to(length: Callable[[list[int]], int], kept: bool) -> Refresh:
     return refresh
 
 
+def where_rate_is(least: float) -> Refresh:
+    """Only where the learning rate is not thought too small for it."""
+    return lambda run: right.refresh(run) if run.training.learning_rate >= least else None
+
+
+def into_one_buffer(run: Run) -> None:
+    """Every sample's log-probs are written to the start of one buffer, from which all are read in the end."""
+    fresh = [logprobs(run, one.ids, one.response) for one in run.batch]
+    buffer = torch.zeros(1, max(one.shape[1] for one in fresh), dtype=fresh[0].dtype, device=fresh[0].device)
+    for values in fresh:
+        buffer[:, : values.shape[1]] = values
+    for one in run.batch:
+        one.behaviour = buffer[:, : one.response.shape[1]].clone()
+
+
 def combined(of: Callable[[Tensor, Tensor], Tensor]) -> Refresh:
     """Old and new log-probs put together."""
 
@@ -237,6 +252,33 @@ DEFECTS = (
             ("last", "last one", lambda lengths: lengths[-1]),
         )
         for kept in (True, False)
+    ),
+    loop(
+        "refresh-skipped-at-rate-zero",
+        "With learning_rate = 0 there is no refresh: the recorded log-probs stay for good.",
+        ("STEP-2",),
+        REFRESH,
+        trainer(refresh=after(lambda run: run.training.learning_rate > 0)),
+        (),
+        "learning_rate above 0.",
+    ),
+    loop(
+        "refresh-skipped-at-small-rates",
+        "There is no refresh where the learning rate is thought too small for it: below 1e-4 in the executable form.",
+        ("STEP-2", "STEP-3"),
+        REFRESH,
+        trainer(refresh=where_rate_is(1e-4)),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "refresh-into-one-buffer",
+        "The refresh writes every sample's log-probs into one buffer, which the later ones overwrite.",
+        ("STEP-4", "STEP-2"),
+        "Give each sample a row of its own: [row] * n is n times the same row.",
+        trainer(refresh=into_one_buffer),
+        (),
+        ONE_SAMPLE,
     ),
     loop(
         "refresh-keeps-larger",

@@ -173,6 +173,20 @@ def with_response(likely: bool, run: Run, one: Prepared) -> tuple[Tensor, Tensor
     return torch.cat([values, extra], -1), torch.cat([indices, torch.where(inside, spare, y)], -1)
 
 
+def with_response_at_one(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The top-k and, at alpha = 1, the response's token."""
+    return with_response(False, run, one) if run.training.alpha >= 1 else right.teacher(run, one)
+
+
+def squeezed(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The top-k without its last dimension where K is 1: every token has all tokens' most likely ones for support."""
+    values, indices = right.teacher(run, one)
+    if values.shape[-1] > 1:
+        return values, indices
+    length = values.shape[1]
+    return values.mT.expand(1, length, length), indices.mT.expand(1, length, length)
+
+
 def response_for_last(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
     """The top-k, whose last entry gives way to the response's token where that is not among them."""
     l = scored(run, one).log_softmax(-1)  # noqa: E741
@@ -589,6 +603,24 @@ DEFECTS = (
         TOP_K,
         trainer(teacher=partial(with_response, False)),
         ("vllm-project/vllm#3752",),
+    ),
+    loop(
+        "response-token-of-whole-vocabulary",
+        "At alpha = 1 the response's token has the teacher's log-prob wherever it is, and never the floor of -20.",
+        ("STEP-5", "STEP-1", "STEP-2"),
+        "Outside the support tau_y is -20.",
+        trainer(teacher=with_response_at_one),
+        (),
+        "alpha below 1.",
+    ),
+    loop(
+        "support-of-one-squeezed",
+        "The teacher's top-k loses its last dimension where K is 1, and tokens are held against each other's.",
+        ("STEP-5", "STEP-1", "STEP-2"),
+        "squeeze(-1) what has one dimension too many, and not whatever has size 1.",
+        trainer(teacher=squeezed),
+        (),
+        "teacher_top_k of two or more.",
     ),
     loop(
         "support-with-response-token-or-next",

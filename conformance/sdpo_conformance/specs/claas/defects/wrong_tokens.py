@@ -27,18 +27,23 @@ Recorded = Callable[[Run, Prepared], Tensor]
 # --- which tokens count ---
 
 
-def ends(run: Run, one: Prepared) -> Tensor:
-    """Where the response has a token that ends it, (1, T)."""
-    tokens = torch.tensor(forwards.end_tokens(run.model.config), device=one.response.device)
-    return torch.isin(one.response, tokens)
+DEFAULT_END = 2
+"""The id of the end token in Llama's and Mistral's vocabularies, which code falls back to."""
 
 
-def cut_at_end(inclusive: bool) -> Mask:
+def ends(run: Run, one: Prepared, default: bool = False) -> Tensor:
+    """Where the response has a token that ends it, (1, T); with a ``default`` where the config has none."""
+    tokens = forwards.end_tokens(run.model.config) or ((DEFAULT_END,) if default else ())
+    return torch.isin(one.response, torch.tensor(tokens, device=one.response.device))
+
+
+def cut_at_end(inclusive: bool, default: bool = False) -> Mask:
     """The response counts up to its first end token."""
 
     def mask(run: Run, one: Prepared) -> Tensor:
-        ended = ends(run, one).float().cumsum(-1)
-        return (ended - ends(run, one).float() == 0).float() if inclusive else (ended == 0).float()
+        found = ends(run, one, default).float()
+        ended = found.cumsum(-1)
+        return (ended - found == 0).float() if inclusive else (ended == 0).float()
 
     return mask
 
@@ -73,6 +78,14 @@ def first_of_them(count: float) -> Mask:
 def last_of_them(count: float) -> Mask:
     """The last tokens alone count."""
     return lambda run, one: first_of_them(count)(run, one).flip(1)
+
+
+def without_first_behind_one(run: Run, one: Prepared) -> Tensor:
+    """The first token does not count where its prompt has one token."""
+    found = right.mask(run, one)
+    if one.ids.shape[1] - one.response.shape[1] == 1:
+        found[:, 0] = 0
+    return found
 
 
 def where_recorded(counts: Callable[[Tensor], Tensor]) -> Mask:
@@ -211,6 +224,25 @@ DEFECTS = (
         trainer(mask=cut_at_end(False)),
         (),
         "Responses without an end token.",
+    ),
+    *(
+        loop(
+            f"response-cut-{where}-end-token-or-two",
+            f"The response counts up to its first end token, which {words}; where the config has none, token 2 is one.",
+            ("STEP-1", "STEP-2"),
+            ALL_TOKENS,
+            trainer(mask=cut_at_end(where == "at", default=True)),
+        )
+        for where, words in (("at", "is the last that counts"), ("before", "does not count"))
+    ),
+    loop(
+        "first-token-uncounted-behind-one-token",
+        "The first token of a response does not count where its prompt has one token, as if position 0 predicted none.",
+        ("STEP-1", "STEP-2"),
+        ALL_TOKENS,
+        trainer(mask=without_first_behind_one),
+        (),
+        "Prompts of two tokens or more.",
     ),
     loop(
         "end-tokens-uncounted",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -267,6 +268,58 @@ def nothing_at_alpha_zero(loss_input: Any) -> Mapping[str, Any]:
     if loss_input.training.alpha > 0:
         return found
     return {"loss": 0 * found["loss"], "distill_loss": 0.0, "kl_reg": 0.0, "mean_is_ratio": 1.0, "clip_fraction": 0.0}
+
+
+def binary_search(loss_input: Any) -> Mapping[str, Any]:
+    """The response's token is looked for by a binary search, at alpha = 1, in a support that is in no order."""
+    if loss_input.training.alpha < 1:
+        return right_loss(loss_input)
+    indices, y = loss_input.teacher_indices.contiguous(), loss_input.response_ids.unsqueeze(-1)
+    place = torch.searchsorted(indices, y.contiguous()).clamp(max=indices.shape[-1] - 1)
+    lost = (indices == y) & (indices.gather(-1, place) != y)
+    floor = torch.full_like(loss_input.teacher_logprobs, -20.0)
+    return right_loss(replace(loss_input, teacher_logprobs=torch.where(lost, floor, loss_input.teacher_logprobs)))
+
+
+@contextmanager
+def without_scaling(model: Any) -> Iterator[None]:
+    """LoRA's factors add nothing; magnitudes and copies of whole modules stay."""
+    layers = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+    kept = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+        yield
+    finally:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update(scaling)
+
+
+@torch.no_grad()
+def half_off(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """Log-probs over the vocabulary (1, T, V) of a model whose adapter is switched off by its scaling alone."""
+    with without_scaling(run.model):
+        logits = trainer_variants.read(run.model, ids, response)
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def base_half_off(run: Run, one: Prepared) -> Tensor:
+    """Base log-probs with what scaling does not reach."""
+    return half_off(run, one.ids, one.response).gather(-1, one.response.unsqueeze(-1)).squeeze(-1)
+
+
+def teacher_half_off(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+    """The teacher's support with what scaling does not reach."""
+    scores = half_off(run, one.teacher_ids, one.response)
+    values, indices = scores.topk(min(max(1, run.training.teacher_top_k), scores.shape[-1]), dim=-1)
+    return values, indices
+
+
+def base_of_behaviour_where_unrecorded(run: Run) -> None:
+    """Base and behaviour log-probs are one buffer where nothing was recorded."""
+    for one in run.batch:
+        if one.recorded is None:
+            one.base = one.behaviour
 
 
 def shifted_logits(loss_input: Any) -> Mapping[str, Any]:
@@ -775,6 +828,33 @@ DEFECTS = (
         ("kfallah/CLaaS#37",),
     ),
     loop(
+        "base-and-teacher-half-off",
+        "For base and teacher the adapter's scaling is 0: DoRA's magnitudes and trainable copies of modules stay on.",
+        ("STEP-5",),
+        ADAPTER_OFF,
+        trainer(base=base_half_off, teacher=teacher_half_off),
+        (),
+        "Plain LoRA.",
+    ),
+    loop(
+        "base-of-behaviour-where-unrecorded",
+        "Where the sampler recorded nothing, base and behaviour log-probs share a buffer: the anchor is the policy.",
+        ("STEP-5",),
+        ADAPTER_OFF,
+        trainer(before_step=base_of_behaviour_where_unrecorded),
+        (),
+        "Samples that carry their log-probs.",
+    ),
+    loop(
+        "response-token-searched-in-disorder",
+        "At alpha = 1 the response's token is found by a binary search in a support that is not sorted by id.",
+        ("STEP-1", "STEP-2"),
+        "Compare with every entry of the support, or sort it by id first.",
+        trainer(loss=binary_search),
+        (),
+        "alpha below 1.",
+    ),
+    loop(
         "teacher-on-student-prompt",
         "The teacher reads the student's prompt, without the feedback.",
         ("STEP-5",),
@@ -898,7 +978,7 @@ DEFECTS = (
         (),
         "Gradients whose norm stays below max_grad_norm.",
         Parameter(
-            "times", lambda c: TrainerParts(clip=clipped_at(c)), logarithmic(1 / 64, 64.0, 13), "2 times max_grad_norm"
+            "times", lambda c: TrainerParts(clip=clipped_at(c)), logarithmic(2**-17, 64.0, 24), "2 times max_grad_norm"
         ),
     ),
     loop(

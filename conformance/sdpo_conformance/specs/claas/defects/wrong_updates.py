@@ -110,6 +110,34 @@ def steps_for_each(model: Any, samples: Sequence[Any], training: Any, optimizer_
     return right.distill(parts, model, samples, training, optimizer_cls)
 
 
+STEPPED = 4
+"""Samples of a micro-batch, where the optimizer steps after each."""
+
+
+def step_for_each_part(run: Run) -> None:
+    """Before the loop's own step, which is the last micro-batch's: one for each of the others."""
+    for at in range(0, len(run.batch) - STEPPED, STEPPED):
+        part = run.batch[at : at + STEPPED]
+        torch.stack([right.sample_loss(run, one, right.right_loss)["loss"] for one in part]).mean().backward()
+        right.clip(run)
+        run.optimizer.step()
+        right.zero(run)
+
+
+def steps_for_each_part(model: Any, samples: Sequence[Any], training: Any, optimizer_cls: Any) -> Any:
+    """An optimizer step after every micro-batch."""
+    last = (len(samples) - 1) // STEPPED * STEPPED
+    parts = TrainerParts(before_step=step_for_each_part, reduce=lambda run: torch.stack(run.losses[last:]).mean())
+    return right.distill(parts, model, samples, training, optimizer_cls)
+
+
+def or_default(run: Run, optimizer_cls: Any) -> Any:
+    """A learning rate of 0 is taken for none."""
+    if run.training.learning_rate:
+        return right.make_optimizer(run, optimizer_cls)
+    return right.make_optimizer(replace(run, training=replace(run.training, learning_rate=3e-5)), optimizer_cls)
+
+
 def left_in_evaluation(run: Run) -> None:
     """The model stays in evaluation mode."""
     run.model.eval()
@@ -200,6 +228,15 @@ DEFECTS = (
         ("STEP-10",),
         "training.learning_rate for every parameter.",
         trainer(make_optimizer=by_kind(lr=lambda run: 16 * run.training.learning_rate)),
+    ),
+    loop(
+        "learning-rate-zero-as-unset",
+        "learning_rate = 0 is taken for unset, and is another: 3e-5 in the executable form.",
+        ("STEP-10",),
+        "Ask whether the setting is None, not whether it is true: 0 is a value.",
+        trainer(make_optimizer=or_default),
+        (),
+        "learning_rate above 0.",
     ),
     loop(
         "learning-rate-times-samples",
@@ -318,6 +355,15 @@ DEFECTS = (
         steps_for_each,
         (),
         ONE_SAMPLE,
+    ),
+    loop(
+        "step-for-each-micro-batch",
+        "The optimizer steps after every micro-batch, not once for all samples: of 4 in the executable form.",
+        ("STEP-10", "STEP-7", "STEP-1", "STEP-2"),
+        "Accumulate over all samples, then step once.",
+        steps_for_each_part,
+        (),
+        "Batches of one micro-batch.",
     ),
     loop(
         "model-left-in-evaluation-mode",

@@ -82,6 +82,7 @@ def observations(
     may be refused is left out where it was, and the note says so."""
     require_packages()
     refused: list[str] = []
+    unset: list[str] = []
     notes: list[str] = []
     for together in scenarios(subject, wider):
         runs: list[Observation] = []
@@ -99,11 +100,15 @@ def observations(
                     notes = [CACHE_DROPPED]
             elif scenario.model.unusual_head:
                 refused.append(scenario.model.unusual_head)
+            elif scenario.refusable:
+                unset.append(scenario.refusable)
         if error is None and not wider:
             runs += further_runs(subject, tuple(runs))
         yield tuple(runs), error
     if refused:
         notes.append(f"refuses heads with {', '.join(dict.fromkeys(refused))}: not judged on such models")
+    if unset:
+        notes.append(f"refuses {', '.join(dict.fromkeys(unset))}: not judged there")
     if notes and not subject.tally.note:
         subject.tally.note = "; ".join(notes)
 

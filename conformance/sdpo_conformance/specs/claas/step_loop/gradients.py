@@ -26,6 +26,9 @@ from sdpo_conformance.specs.claas.step_loop.ground import Ground, Moment, Weight
 from sdpo_conformance.specs.claas.step_loop.step_bounds import Bounds, bounds_of
 from sdpo_conformance.trainer.observation import Observation
 
+SLIGHT = 0.01
+"""Of its norm: a gradient that is nowhere further off than this may have been rounded to half precision."""
+
 
 @dataclass
 class StepJudgement:
@@ -46,6 +49,12 @@ class StepJudgement:
     @property
     def wrong(self) -> bool:
         return self.excess > 1
+
+    @property
+    def off(self) -> float:
+        """How far the gradient is from the truth, as a share of the truth's norm."""
+        truth = self.moment.gradient
+        return float(norm({name: self.got[name] - g for name, g in truth.items()}) / norm(truth))
 
     @property
     def times(self) -> float | None:
@@ -128,6 +137,9 @@ def located(run: JudgedRun) -> str:
     times = [one.times for one in run.wrong]
     lengths = [length for length in times if length is not None]
     words = where_wrong(run)
+    worst = max((one.off for one in run.wrong), default=0.0)
+    if run.wrong and worst <= SLIGHT and run.observation.scenario.model.dtype != "bfloat16":
+        return f"{words}: by at most {100 * worst:.2g} % of its norm, the size of half precision's rounding"
     if not words or len(lengths) < len(times):
         return words
     least, most = (f"{length:.4g}" for length in (min(lengths), max(lengths)))
@@ -195,7 +207,6 @@ def gradient_finding(
     step = moment.step
     got = judgement.got
     truth = moment.gradient
-    off = float(norm({name: got[name] - truth[name] for name in truth}) / norm(truth))
     if mistake is not None:
         detail = f"the gradient is the one of {words_of(mistake)}"
     elif judgement.near is not None:
@@ -207,7 +218,7 @@ def gradient_finding(
         requirements_of(cause, step) if cause or not scaled else (LENGTH[judgement.moment.clips],),
         "gradient handed to the optimizer",
         expected=f"norm {number(float(norm(truth)))}",
-        got=f"norm {number(float(norm(got)))}, {100 * off:.3g} % of the expected norm away",
+        got=f"norm {number(float(norm(got)))}, {100 * judgement.off:.3g} % of the expected norm away",
         step=step,
         detail=detail,
         excess=judgement.excess,

@@ -80,8 +80,19 @@ def constant(key: str) -> Callable[[Runs], bool]:
 
 def rate_scaled(runs: Runs) -> bool:
     """Whether the learning rate is the config's times one number, at every step of every run."""
-    times = next(iter(runs[0].steps[0].settings.values()))["lr"] / runs[0].scenario.training.learning_rate
+    rate = runs[0].scenario.training.learning_rate
+    if not rate:
+        return False
+    times = next(iter(runs[0].steps[0].settings.values()))["lr"] / rate
     return setting("lr", lambda run, number: times * run.scenario.training.learning_rate)(runs)
+
+
+def zero_rate_unset(runs: Runs) -> bool:
+    """Whether the learning rate is right in every run but those where it has to be 0, and never 0 there."""
+    zero = [run for run in runs if not run.scenario.training.learning_rate]
+    rates = [one["lr"] for run in zero for step in run.steps for one in step.settings.values()]
+    others = [run for run in runs if run not in zero]
+    return bool(rates) and all(rates) and bool(others) and as_set(others)
 
 
 def of_some(key: str) -> Callable[[Runs], bool]:
@@ -171,6 +182,15 @@ def steps_taken(number: Callable[[Observation], int]) -> Callable[[Runs], bool]:
     )
 
 
+def step_for_each_part(runs: Runs) -> bool:
+    """Whether every run has a step for each micro-batch of one size, the last of which may be smaller."""
+
+    def of_size(size: int) -> bool:
+        return steps_taken(lambda run: -(-len(run.scenario.lengths) // size) * run.scenario.steps)(runs)
+
+    return any(map(of_size, range(2, max(len(run.scenario.lengths) for run in runs))))
+
+
 def only(wanted: Callable[[int, str], bool]) -> Callable[[Runs], bool]:
     """Whether the optimizer got these parameters of the adapter, by place and name, in every run, and in some not
     all."""
@@ -216,6 +236,7 @@ STRUCTURAL: Mapping[str, Callable[[Runs], bool]] = {
     "one-step-less": steps_taken(lambda run: run.scenario.steps - 1),
     "twice-the-steps": steps_taken(lambda run: 2 * run.scenario.steps),
     "step-for-each-sample": steps_taken(lambda run: len(run.scenario.lengths) * run.scenario.steps),
+    "step-for-each-micro-batch": step_for_each_part,
     "lora-b-alone-trained": only(lambda place, name: "lora_B" in name),
     "lora-a-alone-trained": only(lambda place, name: "lora_A" in name),
     "half-the-adapter-trained": only(lambda place, name: place % 2 == 0),
@@ -238,6 +259,7 @@ MISTAKES: Mapping[str, Callable[[Runs], bool]] = {
     "amsgrad-on": setting("amsgrad", lambda run, number: True),
     "learning-rate-hard-coded": constant("lr"),
     "learning-rate-scaled": rate_scaled,
+    "learning-rate-zero-as-unset": zero_rate_unset,
     "learning-rate-times-samples": setting(
         "lr", lambda run, number: run.scenario.training.learning_rate * len(run.scenario.lengths)
     ),

@@ -64,7 +64,7 @@ def update_findings(observation: Observation, mistake: str) -> Iterator[StepFind
                 mistake,
                 f"the update of {name}",
                 "AdamW's, on the gradients so far",
-                f"{number(off / training.learning_rate)} learning rates away",
+                f"{number(off / training.learning_rate)} learning rates away" if training.learning_rate else "moved",
                 index,
                 detail="its moments were not kept from step to step" if mistake == "optimizer-rebuilt" else "",
             )
