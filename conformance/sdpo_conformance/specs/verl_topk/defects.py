@@ -38,6 +38,15 @@ def students_support(flow: Flow, loss_input: Any) -> None:
     flow.support = flow.z.detach().topk(flow.support.shape[-1], dim=-1).indices
 
 
+def mask_from_lengths(flow: Flow, loss_input: Any) -> None:
+    """1 up to the lengths where these are given."""
+    if loss_input.response_lengths is not None:
+        places = torch.arange(flow.mask.shape[1], device=flow.mask.device)
+        flow.mask = (places < loss_input.response_lengths.unsqueeze(1)).to(flow.mask.dtype)
+        flow.z = loss_input.student_logits.to(flow.z.dtype)
+        flow.teacher = loss_input.teacher_logprobs.detach().to(flow.teacher.dtype)
+
+
 def renormalising(*sides: str) -> Change:
     """The log-probs of these sides renormalised over the support."""
 
@@ -510,6 +519,13 @@ REDUCTION = (
         "RED-2",
         "Multiply by the mask.",
         wrong.accepting_mask(lambda flow: torch.ones_like(flow.mask)),
+    ),
+    defect(
+        "mask-from-lengths",
+        "Where response_lengths is given the mask is made from it: weights and holes inside a response are lost.",
+        "RED-2",
+        "Multiply by response_mask.",
+        accepting(mask_from_lengths),
     ),
     defect(
         "mask-shifted",

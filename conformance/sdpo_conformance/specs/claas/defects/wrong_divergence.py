@@ -432,6 +432,15 @@ DEFECTS = (
         capabilities=DIVERGENCES,
     ),
     Defect(
+        name="faint-entries-dropped",
+        sentence="Entries of the support that the teacher gives less than e^-50 are taken for padding, and leave the "
+        "student's sum too.",
+        violates=("GJS-2",),
+        fix="Take every entry of the support: it has no padding.",
+        change=around("student_at_support", lambda before, w: before(w).masked_fill(w.tau < -50.0, LOG_ZERO)),
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
         name="single-token-support",
         sentence="A support of one token is not renormalised, so its divergence is not 0.",
         violates=("GJS-6", "GJS-2"),

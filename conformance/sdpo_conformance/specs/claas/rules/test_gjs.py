@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -53,6 +54,17 @@ def test_gjs_1(subject: Subject) -> None:
 def test_gjs_2(subject: Subject) -> None:
     corner = NEUTRAL.but(support=("few", "one"), mass=("shifted", "normal"), logits=("flat", "normal"), head="frozen")
     subject.for_all(corner, lambda case: _agree(subject, case))
+    if subject.widest is not torch.float16:  # e^-60 is 0 there, which NUM-3 is about
+        case = neutral_case(subject)
+        subject.each(faint_entries(case), lambda faint: _agree(subject, faint, case))
+
+
+def faint_entries(case: LossCase) -> Iterator[LossCase]:
+    """An entry that the teacher all but rules out and the student does not: its mass is in the student's sum."""
+    for depth in (-25.0, -60.0):
+        tau = case.loss_input.teacher_logprobs.clone()
+        tau[..., 0] = depth
+        yield case.with_fields(teacher_logprobs=tau)
 
 
 @requirement(

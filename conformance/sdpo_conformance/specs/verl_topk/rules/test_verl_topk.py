@@ -82,8 +82,11 @@ def token_mean(case: Any) -> Any:
 
 
 def garbage_counts_for_nothing(subject: Subject, case: Any) -> None:
-    """Wild values where nothing counts change nothing."""
+    """Wild values where nothing counts change nothing, inside the lengths too where these are given."""
     subject.agrees(with_garbage(case), ALL, control=[full_mask(case)])
+    rows, positions = case.loss_input.response_mask.shape
+    whole = case.with_fields(response_lengths=torch.full((rows,), positions))
+    subject.agrees(whole, ALL, control=[full_mask(whole)])
 
 
 def nothing_reaches(subject: Subject, case: Any) -> None:

@@ -21,6 +21,7 @@ from sdpo_conformance.specs.requirement import Level
 ANY = ("dp", "cp", "tp")
 FIRST = ("VP-1", "VP-3", "VP-8", "DP-1", "DP-3", "CP-1")
 SMALL = NEUTRAL.but(size="small", ratio=("mild", "above_cap"), anchor=("on", "off"), alpha=("half", "inside", "one"))
+OF_PADDING = Cuts(vocabulary=("chunk", "aligned:4", "aligned:64"), filling=("zero", "high"))
 WIDEST = Cuts(rows=("even", "lopsided", "none_first"))
 
 
@@ -59,7 +60,7 @@ def mesh_2(subject: ShardedSubject) -> None:
                     f"inputs after the call on rank {rank}", "unmodified", f"{found} modified", case=case
                 )
 
-    subject.for_all_cuts(SMALL, check, share=0.3)
+    subject.for_all_cuts(SMALL, check, OF_PADDING, share=0.3)
 
 
 @sharded_rule(
