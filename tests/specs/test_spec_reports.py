@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from tests.evidence.spec_scores import known_defects
 
 from sdpo_conformance.inputs.choices import SeededSource
 from sdpo_conformance.judging.compare import Disagreement
+from sdpo_conformance.judging.records import Record, Status
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.report.explaining import explanations
+from sdpo_conformance.report.results import diagnosed
 from sdpo_conformance.reproduction.failure import failure_of
 from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.rule_index import defect_index
@@ -42,6 +45,11 @@ def test_a_missing_refusal_leaves_a_program(tmp_path: Path) -> None:
     found = failure_of(tmp_path, "defect:lasgroup-no-tail", "cpu", spec, requirement, Capability.LOSS, error)
     assert (tmp_path / found["reproduction"]).is_file()
     assert (tmp_path / found["observed"]).is_file()
+    record = Record(requirement.id, Capability.LOSS.value, requirement.level, Status.FAILED, failure=found)
+    implementation: Any = SimpleNamespace(offered=[Capability.LOSS])
+    said = diagnosed(tmp_path, [record], implementation, spec)
+    assert said is not None
+    assert not any("itself failed" in line for line in said["lines"])
 
 
 @pytest.mark.parametrize("name", NAMES)
