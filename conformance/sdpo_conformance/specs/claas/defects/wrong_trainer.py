@@ -281,14 +281,19 @@ def binary_search(loss_input: Any) -> Mapping[str, Any]:
     return right_loss(replace(loss_input, teacher_logprobs=torch.where(lost, floor, loss_input.teacher_logprobs)))
 
 
+def scaled_layers(model: Any) -> list[Any]:
+    """The layers with LoRA's factors."""
+    return [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+
+
 @contextmanager
-def without_scaling(model: Any) -> Iterator[None]:
-    """LoRA's factors add nothing; magnitudes and copies of whole modules stay."""
-    layers = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+def rescaled(model: Any, scaling_of: Callable[[Any, str], float]) -> Iterator[None]:
+    """What LoRA's factors add has another scaling, by layer and adapter; magnitudes and copies of modules stay."""
+    layers = scaled_layers(model)
     kept = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:
-            layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+            layer.scaling.update({name: scaling_of(layer, name) for name in layer.scaling})
         yield
     finally:
         for layer, scaling in zip(layers, kept, strict=True):
@@ -298,9 +303,26 @@ def without_scaling(model: Any) -> Iterator[None]:
 @torch.no_grad()
 def half_off(run: Run, ids: Tensor, response: Tensor) -> Tensor:
     """Log-probs over the vocabulary (1, T, V) of a model whose adapter is switched off by its scaling alone."""
-    with without_scaling(run.model):
+    with rescaled(run.model, lambda layer, name: 0.0):
         logits = trainer_variants.read(run.model, ids, response)
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def plain_scaling(layer: Any, name: str) -> float:
+    """lora_alpha / r."""
+    return float(layer.lora_alpha[name] / layer.r[name])
+
+
+def plainly_scaled(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+    """The logits of an adapter scaled by lora_alpha / r."""
+    with rescaled(run.model, plain_scaling):
+        return trainer_variants.read(run.model, ids, response)
+
+
+def otherwise_scaled(run: Run, ids: Tensor, response: Tensor) -> bool:
+    """Whether the adapter has another scaling."""
+    layers = scaled_layers(run.model)
+    return any(scaling != plain_scaling(layer, name) for layer in layers for name, scaling in layer.scaling.items())
 
 
 def base_half_off(run: Run, one: Prepared) -> Tensor:
@@ -833,6 +855,15 @@ DEFECTS = (
         ("STEP-5",),
         ADAPTER_OFF,
         trainer(base=base_half_off, teacher=teacher_half_off),
+        (),
+        "Plain LoRA.",
+    ),
+    loop(
+        "adapter-scaled-by-rank",
+        "The adapter is scaled by lora_alpha / r, which is not what rsLoRA, or an adapter scaled since, has.",
+        ("STEP-1", "STEP-2"),
+        "Put back the scaling that each layer had, or disable the adapter instead.",
+        trainer(forward=trainer_variants.ReadWhere(plainly_scaled, otherwise_scaled)),
         (),
         "Plain LoRA.",
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -35,6 +35,10 @@ from sdpo_conformance.specs.claas.step_loop.step_bounds import Bounds
 
 SEARCHES = 2
 """Runs of which a step is searched for: the first by the whole catalogue, the next without fitting numbers."""
+
+PROBES = 2
+PROBE_COST = 4
+"""So many right runs, of at most this part of a searched run's cost, are asked first whether a mistake can be it."""
 
 PROMISING = 0.5
 """Of the truth's distance: a number that does not come nearer than this is not refined."""
@@ -201,11 +205,13 @@ def explain(runs: Sequence[TakenRun]) -> Explained:
             break
         index, step = places[0]
         searched.add(index)
+        run = runs[index]
+        search = Search(run.forced, run.taken, step, refuted_by(probes(runs, total, run)))
         for stage in STAGES if len(searched) == 1 else WITHOUT_NUMBERS:
             # The same gradient with another loss reported: another mistake may report it, but no number is fitted.
             if any(one.rank[0] == -total for one in tried.values()) and stage not in WITHOUT_NUMBERS:
                 continue
-            for found in stage(runs[index].forced, runs[index].taken, step):
+            for found in stage(search):
                 for candidate in found:
                     key = candidate.defect.name, candidate.defect.value
                     if key not in tried:
@@ -215,6 +221,26 @@ def explain(runs: Sequence[TakenRun]) -> Explained:
         if any(one.rank[0] == -total for one in tried.values()):
             break
     return chosen_of(tried.values(), total)
+
+
+def probes(runs: Sequence[TakenRun], total: int, searched: TakenRun) -> list[TakenRun]:
+    """Right runs that are much cheaper to replay than the one that is searched, where a mistake is out that would get
+    one right step wrong: there so few steps are wrong that it could not be named any more."""
+    if total >= ENOUGH * (total + 1):
+        return []
+    cheap = [run for run in runs if not run.wrong and not run.in_half and len(run.taken) > 1]
+    cheap = [run for run in cheap if PROBE_COST * run.cost[1] <= searched.cost[1]]
+    return sorted(cheap, key=lambda run: run.cost)[:PROBES]
+
+
+def refuted_by(right: Sequence[TakenRun]) -> Callable[[StepExplanation], bool]:
+    """Whether a candidate gets a step of these right runs wrong."""
+
+    def refuted(candidate: StepExplanation) -> bool:
+        made = ((run.taken[step], one) for run in right for step, one in outcomes(candidate, run.forced, (1, 2)))
+        return any(misfit(taken, one.gradient) > allowed(taken) for taken, one in made)
+
+    return refuted
 
 
 def chosen_of(tried: Iterable[Tried], total: int) -> Explained:
@@ -249,9 +275,25 @@ def on_all(candidate: StepExplanation, runs: Sequence[TakenRun]) -> Tried:
     return Tried(candidate, fitting, frozenset(explained), frozenset(nearly), against, misreported)
 
 
-def matching(
-    candidates: Iterable[StepExplanation], forced: Forced, wrong: Mapping[int, TakenStep], step: int
-) -> Iterator[list[StepExplanation]]:
+@dataclass(frozen=True)
+class Search:
+    """A step of a run whose mistake is looked for; ``refuted``: whether right runs rule a candidate out."""
+
+    forced: Forced
+    taken: Mapping[int, TakenStep]
+    step: int
+    refuted: Callable[[StepExplanation], bool]
+
+    @property
+    def wrong(self) -> TakenStep:
+        """The step."""
+        return self.taken[self.step]
+
+
+Found = Iterator[list[StepExplanation]]
+
+
+def matching(candidates: Iterable[StepExplanation], search: Search) -> Found:
     """Candidates whose gradient one step has, closest first. Once one fits closely, those that break a rule of its come
     first, for what cannot be told from it; the others after that, where these do not explain the other steps."""
     later: list[StepExplanation] = []
@@ -262,14 +304,14 @@ def matching(
         if rules and not candidate.in_loss and not rules & set(candidate.defect.violates):
             later.append(candidate)
             continue
-        off = fit_of(candidate, forced, wrong[step])
+        off = fit_of(candidate, search)
         if off is None:
             continue
         fits.append((off, candidate))
         if off <= CLOSE and not rules:
             rules = set(candidate.defect.violates)
     yield closest(fits)
-    offs = ((fit_of(candidate, forced, wrong[step]), candidate) for candidate in later)
+    offs = ((fit_of(candidate, search), candidate) for candidate in later)
     yield closest([(off, candidate) for off, candidate in offs if off is not None])
 
 
@@ -278,10 +320,19 @@ def closest(fits: Iterable[tuple[float, StepExplanation]]) -> list[StepExplanati
     return [candidate for _, candidate in sorted(fits, key=lambda pair: pair[0])]
 
 
-def fit_of(candidate: StepExplanation, forced: Forced, taken: TakenStep) -> float | None:
+def idle(candidate: StepExplanation, step: int) -> bool:
+    """Whether what a loop replaces comes after this step, or is over by then."""
+    other = replaced(candidate.parts) - {"accept", "report", "finish"}
+    return other <= {"refresh", "zero"} if step == 1 else other == {"first_behaviour"}
+
+
+def fit_of(candidate: StepExplanation, search: Search) -> float | None:
     """How far a step's gradient is from a candidate's; None where it is not that one."""
+    taken = search.wrong
+    if idle(candidate, search.step) or search.refuted(candidate):
+        return None
     near = min(allowed(taken), NEARER * misfit(taken, taken.moment.gradient))
-    for _, outcome in outcomes(candidate, forced, [taken.moment.step]):
+    for _, outcome in outcomes(candidate, search.forced, [search.step]):
         off = misfit(taken, outcome.gradient)
         if off <= near and not contradicted(taken, outcome):
             return off
@@ -309,34 +360,38 @@ def contradicted(step: TakenStep, outcome: ReplayOutcome) -> bool:
     return not any(abs(got - loss) <= bound for loss in losses)
 
 
-def numbers(
-    defects: Iterable[Defect], forced: Forced, wrong: Mapping[int, TakenStep], step: int
-) -> Iterator[list[StepExplanation]]:
+def numbers(defects: Iterable[Defect], search: Search) -> Found:
     """Defects with a number in them, of the loop or of its loss, at the number that fits one step; fitted by several
     processes."""
-    taken = wrong[step]
-    start = misfit(taken, taken.moment.gradient)
+    start = misfit(search.wrong, search.wrong.moment.gradient)
     fitted = [defect for defect in defects if defect.parameter is not None]
     if fitted:
-        forced.student(step)  # run here, or each process would
+        search.forced.student(search.step)  # run here, or each process would
 
     def values(part: Sequence[int]) -> list[tuple[int, float]]:
-        return [(index, value) for index in part for value in values_that_fit(fitted[index], forced, taken, start)]
+        return [(index, value) for index in part for value in values_that_fit(fitted[index], search, start)]
 
     pairs = [pair for part in shared_out(values, range(len(fitted))) for pair in part]
     found = sorted(pairs, key=lambda pair: pair[0])
     yield [explanation_of(fitted[index].at(value)) for index, value in found]
 
 
-def values_that_fit(defect: Defect, forced: Forced, taken: TakenStep, start: float) -> Iterator[float]:
+def values_that_fit(defect: Defect, search: Search, start: float) -> Iterator[float]:
     """The numbers, with as few digits as do it, at which a defect has a step's gradient. ``start``: how far the truth
     is from it."""
-    parameter = defect.parameter
+    parameter, taken = defect.parameter, search.wrong
     assert parameter is not None
+    if idle(explanation_of(defect.at(parameter.values[0])), search.step):
+        return
+    possible = [value for value in parameter.values if not search.refuted(explanation_of(defect.at(value)))]
+    if not possible:
+        return
+    if parameter.whole:
+        parameter = replace(parameter, values=tuple(possible))
 
     def distance(value: float) -> float:
-        candidate = explanation_of(defect.at(value))
-        return next((misfit(taken, o.gradient) for _, o in outcomes(candidate, forced, [taken.moment.step])), math.inf)
+        made = outcomes(explanation_of(defect.at(value)), search.forced, [search.step])
+        return next((misfit(taken, one.gradient) for _, one in made), math.inf)
 
     for value, off in parameter.fitting(distance, allowed(taken), PROMISING * start):
         enough = max(off, CLOSE)
@@ -369,28 +424,27 @@ def losses_with_a_number(step: TakenStep) -> Iterator[Defect]:
                 yield defect
 
 
-Found = Iterator[list[StepExplanation]]
-Stage = Callable[[Forced, Mapping[int, TakenStep], int], Found]
+Stage = Callable[[Search], Found]
 
 
-def as_a_loop(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> Found:
+def as_a_loop(search: Search) -> Found:
     """Catalogued loops that a step fits."""
-    return matching(step_loops(), forced, taken, step)
+    return matching(step_loops(), search)
 
 
-def as_a_loop_with_a_number(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> Found:
+def as_a_loop_with_a_number(search: Search) -> Found:
     """Catalogued loops at the numbers that fit a step."""
-    return numbers(loops_with_a_number(), forced, taken, step)
+    return numbers(loops_with_a_number(), search)
 
 
-def as_a_loss(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> Found:
+def as_a_loss(search: Search) -> Found:
     """The right loop around the catalogued losses that a step fits."""
-    return matching(wrong_losses(), forced, taken, step)
+    return matching(wrong_losses(), search)
 
 
-def as_a_loss_with_a_number(forced: Forced, taken: Mapping[int, TakenStep], step: int) -> Found:
+def as_a_loss_with_a_number(search: Search) -> Found:
     """The right loop around catalogued losses at the numbers that fit a step."""
-    return numbers(losses_with_a_number(taken[step]), forced, taken, step)
+    return numbers(losses_with_a_number(search.wrong), search)
 
 
 STAGES: tuple[Stage, ...] = (as_a_loop, as_a_loop_with_a_number, as_a_loss, as_a_loss_with_a_number)

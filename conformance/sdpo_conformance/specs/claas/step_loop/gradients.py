@@ -29,6 +29,9 @@ from sdpo_conformance.trainer.observation import Observation
 SLIGHT = 0.01
 """Of its norm: a gradient that is nowhere further off than this may have been rounded to half precision."""
 
+SEVERAL = 6
+"""Steps, all of them off, from which on that is said."""
+
 
 @dataclass
 class StepJudgement:
@@ -132,13 +135,20 @@ def complete(gradient: Weights, moment: Moment) -> dict[str, Tensor]:
     return {name: gradient.get(name, 0 * g) for name, g in moment.gradient.items()}
 
 
-def located(run: JudgedRun) -> str:
-    """Which steps are wrong, and which are right, in words; what is right about the wrong ones."""
+def slight_everywhere(runs: Sequence[JudgedRun]) -> bool:
+    """Whether in full precision every step of every run is wrong, and none by more than rounding to half."""
+    steps = [one for run in runs if run.observation.scenario.model.dtype != "bfloat16" for one in run.steps]
+    return len(steps) >= SEVERAL and all(one.wrong and one.off <= SLIGHT for one in steps)
+
+
+def located(run: JudgedRun, rounded: bool) -> str:
+    """Which steps are wrong, and which are right, in words; what is right about the wrong ones; ``rounded``: all are
+    slightly wrong."""
     times = [one.times for one in run.wrong]
     lengths = [length for length in times if length is not None]
     words = where_wrong(run)
-    worst = max((one.off for one in run.wrong), default=0.0)
-    if run.wrong and worst <= SLIGHT and run.observation.scenario.model.dtype != "bfloat16":
+    if rounded and run.wrong:
+        worst = max(one.off for one in run.wrong)
         return f"{words}: by at most {100 * worst:.2g} % of its norm, the size of half precision's rounding"
     if not words or len(lengths) < len(times):
         return words
@@ -165,13 +175,14 @@ def evidence(runs: Sequence[JudgedRun]) -> Mapping[str, Any]:
     """What a failure keeps for the diagnosis: the mistake that the runs' wrong steps show, and how many of them."""
     wrong = [one for run in runs for one in run.wrong]
     explained = [one for one in wrong if one.mistake is not None]
+    rounded = slight_everywhere(runs)
     return {
         "mistake": as_reported(explained[0].mistake) if explained and explained[0].mistake else None,
         "alike": list(dict.fromkeys(one.defect.shown for one in explained[0].alike)) if explained else [],
         "explained": len(explained),
         "nearly": sum(one.near is not None for one in wrong),
         "wrong": len(wrong),
-        "located": {run.observation.scenario.name: located(run) for run in runs if run.wrong},
+        "located": {run.observation.scenario.name: located(run, rounded) for run in runs if run.wrong},
     }
 
 
