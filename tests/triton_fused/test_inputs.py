@@ -98,3 +98,21 @@ def test_triton_imported_before_the_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("cap", [0.3, 0.7, 1.1, 5.0])
+def test_ratios_at_the_cap_are_clipped(device: torch.device, cap: float) -> None:
+    """Whether float32 rounds the cap up or down: two kernels compare with it."""
+    batch = make_batch((2, 5), 90, 20, 6).to(device)
+    batch.training = SimpleNamespace(**{**vars(batch.training), "is_clip": cap})
+    batch.old_student_logprobs.fill_(-30.0)
+    metrics = triton_fused.compute_fused_sdpo_loss(batch)
+    assert float(metrics["clip_fraction"]) == 1.0
+    assert float(metrics["mean_is_ratio"]) == pytest.approx(cap)
+
+
+def test_before_triton_3_3_the_import_says_what_is_needed() -> None:
+    program = "import triton\ntriton.__version__ = '3.2.0'\nfrom sdpo_implementations import triton_fused\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert "ImportError: triton_fused needs Triton 3.3 or later, found 3.2.0" in done.stderr

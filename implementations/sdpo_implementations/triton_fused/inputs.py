@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +165,8 @@ def read_tokens(loss_input: Any, features_name: str, features: Tensor, vocabular
         check_floats(name, getattr(loss_input, name))
     training = loss_input.training
     alpha = _hyperparameter(training, "alpha")
-    is_clip = _hyperparameter(training, "is_clip")
+    # As every kernel gets it: a ratio at the cap equals the cap wherever the two are compared.
+    is_clip = ctypes.c_float(_hyperparameter(training, "is_clip")).value
     require(alpha >= 0, f"training.alpha must be at least 0, got {alpha}")
     return Tokens(
         teacher_logprobs=loss_input.teacher_logprobs,

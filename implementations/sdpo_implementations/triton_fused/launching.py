@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_implementations.triton_fused.runtime import INTERPRETED
+from sdpo_implementations.triton_fused.runtime import INTERPRETED, TRITON_VERSION
 
 import triton  # isort: skip
 
@@ -79,5 +79,4 @@ class RepeatedLaunch:
 def repeated(kernel: Any) -> Any:
     """The kernel, its launches remembered where Triton compiles: from 3.5 on a compiled kernel is launched with all of
     its arguments, constants among them."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return kernel if INTERPRETED or version < (3, 5) else RepeatedLaunch(kernel)
+    return kernel if INTERPRETED or TRITON_VERSION < (3, 5) else RepeatedLaunch(kernel)

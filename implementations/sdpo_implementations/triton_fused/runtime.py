@@ -20,8 +20,14 @@ if not torch.cuda.is_available():
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
+import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+if TRITON_VERSION < (3, 3):
+    raise ImportError(f"triton_fused needs Triton 3.3 or later, found {triton.__version__}: PyTorch 2.7 brings it")
 
 
 def _interpret_standard_library() -> None:

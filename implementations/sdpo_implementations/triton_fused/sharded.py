@@ -9,7 +9,6 @@ Ids are local here: id - vocab_start. The kernels leave out ids outside the head
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -270,9 +269,7 @@ def terms_of(found: Statistics, tokens: Tokens, policy: PolicyTerms | None) -> T
 def reduced(terms: TokenTerms, tokens: Tokens, shard: Shard) -> Tensor:
     """(6,) float32: loss and metrics of the whole batch, and what a token's gradient is multiplied by: dp cp / n."""
     mask = tokens.mask.double()
-    # A ratio at the cap is the cap as the kernel got it: in float32 on a GPU.
-    cap = min(tokens.is_clip, ctypes.c_float(tokens.is_clip).value)
-    clipped = ((terms.values[2] >= cap) * mask).sum()
+    clipped = ((terms.values[2] >= tokens.is_clip) * mask).sum()
     sums = torch.stack([*(torch.where(mask != 0, terms.values, 0.0) * mask).sum(1), clipped, mask.sum()])
     sums = batch_sum(sums, shard.mesh)
     count = sums[4].clamp(min=1.0)

@@ -28,12 +28,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sdpo_implementations.triton_fused.launching import repeated
-from sdpo_implementations.triton_fused.runtime import ceil_div, processors
+from sdpo_implementations.triton_fused.runtime import TRITON_VERSION, ceil_div, processors
 
 if TYPE_CHECKING:
     from sdpo_implementations.triton_fused.kernels.vocabulary_product import Exponentials, Logits, Take
 
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+if TRITON_VERSION < (3, 6):
     raise ImportError(f"Gluon's warp_specialize took other arguments in Triton {triton.__version__}: 3.6 is needed")
 
 # Bulk tensor copies by the names of Triton 3.8 and later, else by those of 3.6.
