@@ -121,3 +121,24 @@ def test_output_without_metrics_is_one_line(tmp_path: Path) -> None:
         audit_run(tmp_path / "train.log")
     with pytest.raises(AuditError, match="nothing to look at"):
         audit_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "step 1 loss=" + "1" * 500_000 + "x",
+        "step 1 loss" + " " * 500_000 + "x",
+        "step" + " " * 500_000 + "x",
+        "step 1 np.a(" + "x" * 500_000,
+        "step 1 {" + " " * 500_000 + "'",
+        "{'" * 200_000,
+        "step 1 " + "a." * 250_000,
+        "\x1b[" + "0;" * 250_000,
+        "|" + " " * 500_000 + "1",
+    ],
+)
+def test_lines_made_to_take_for_ever_do_not(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.log").write_text(f"{line}\nstep 2 loss=0.5\nstep 3 loss=0.4\n")
+    metrics = audit_run(tmp_path).evidence.metrics
+    assert metrics is not None
+    assert [step.number for step in metrics.steps][-2:] == [2, 3]

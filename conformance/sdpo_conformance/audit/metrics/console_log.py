@@ -24,16 +24,21 @@ _HEAD_BYTES = 2**22
 """Of a file of any name, so much is looked at for metrics."""
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|nan|inf(?:inity)?)"
+# Every repeat is bounded: on a line that somebody made for it, two that may share text take for ever.
+_NUMBER = r"[-+]?(?:(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d{1,4})?|nan|inf(?:inity)?)"
 _END = r"(?![\w.%])"
-_DICT = re.compile(r"\{\s*['\"][^{}]*\}")
+_DICT = re.compile(r"\{\s{0,9}['\"][^{}]*\}")
 _ENTRY = re.compile(rf"(['\"])([^'\"]{{1,200}})\1\s*:\s*(['\"]?)({_NUMBER})\3\s*(?=[,}}])", re.IGNORECASE)
 _VERL = re.compile(r"\bstep:(\d{1,12}) - ")
-_STEP = re.compile(r"\b(?:global[ _])?(?:step|iteration|iter)\b[ \t]*[:=#]?[ \t]*(\d{1,12})\b(?!\.\d)", re.IGNORECASE)
-_PAIR = re.compile(rf"(?<![\w/.-])([A-Za-z][\w/.-]{{0,199}})[ \t]*([:=]?)[ \t]*({_NUMBER}){_END}", re.IGNORECASE)
-_BAR = re.compile(r"\| *(\d{1,12})/(\d{1,12}) \[")
+_STEP = re.compile(
+    r"\b(?:global[ _])?(?:step|iteration|iter)\b[ \t]{0,9}[:=#]?[ \t]{0,9}(\d{1,12})\b(?!\.\d)", re.IGNORECASE
+)
+_PAIR = re.compile(
+    rf"(?<![\w/.-])([A-Za-z][\w/.-]{{0,199}})[ \t]{{0,9}}([:=]?)[ \t]{{0,9}}({_NUMBER}){_END}", re.IGNORECASE
+)
+_BAR = re.compile(r"\| {0,12}(\d{1,12})/(\d{1,12}) \[")
 _NOT_TRAINING = re.compile(r"\b(eval\w*|valid\w*|val|test\w*)\b", re.IGNORECASE)
-_WRAPPED = re.compile(r"\b(?:np\.\w+|numpy\.\w+|tensor)\(([^(),]*)[^()]*\)")
+_WRAPPED = re.compile(r"\b(?:np\.\w+|numpy\.\w+|tensor)\(([^(),]{1,60})(?:,[^()]{0,200})?\)")
 _WORDS = (
     (re.compile(r"\bgrad(?:ient)?[ -]norm\b", re.IGNORECASE), "grad_norm"),
     (re.compile(r"\blearning[ -]rate\b", re.IGNORECASE), "learning_rate"),
