@@ -133,11 +133,11 @@ def verdict(
 
 def scope_of(offered: Sequence[Capability], run: Mapping[str, Any]) -> str:
     """What alone was judged; empty for all rules of an implementation with a loss or a trainer."""
+    only = f"only {', '.join(run['only'])}" if run.get("only") else ""
     if run.get("mesh"):
-        only = f", only {', '.join(run['only'])}," if run.get("only") else ""
-        return f"sharding on {run['mesh']}{only}"
-    if run.get("only"):
-        return f"only {', '.join(run['only'])}"
+        return f"sharding on {run['mesh']}, {only}," if only else f"sharding on {run['mesh']}"
+    if only:
+        return only
     if run.get("first_cause") or run.get("profile") == "check":
         return "the check, not the whole suite,"
     whole = {Capability.LOSS, Capability.FUSED, Capability.DISTILL}

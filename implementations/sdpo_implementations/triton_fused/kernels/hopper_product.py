@@ -227,7 +227,7 @@ def _multiply(
                     place = following + _place_of(link, wide_rows, n_entries)
                     next_link = gl.load(place, mask=(link >= 0) & ((link & MORE) != 0), other=-1)
             if STORED == "logits":
-                first_of_row = subtile_max + (rows.to(gl.int64) * column_tiles + column_tile) * 4
+                first_of_row = subtile_max + (rows.to(gl.int64) * column_tiles + column_tile) * (PARTS // 2)
                 parts = _parts(logits, PARTS)
                 maximum = gl.full((HALF,), float("-inf"), gl.float32, row_layout)
                 for part in gl.static_range(PARTS):
