@@ -236,3 +236,42 @@ def test_pissa_saved_as_plain_lora(tmp_path: Path) -> None:
     after = {key: torch.cat([trained[key]] * 2, names[key.split("lora_")[1][0]]) for key in start}
     save_file(after, tmp_path / "after" / "adapter_model.safetensors")
     assert {"tensor-mismatch", "config-changed"} <= set(alarms(tmp_path))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_batch_that_was_run_again(write_run: WriteRun, told: bool) -> None:
+    """Put back and run again, its first steps are bit-identical; where the log does not say so, they are stale."""
+    rows = [{**row, "batch": 0, "attempt": 1} for row in SOUND]
+    rows = [*rows[:2], *({**row, "attempt": 2} if told else row for row in rows)]
+    folder = write_run(rows, before=adapter(), after=moved(adapter()))
+    report = audit_run(folder)
+    found = [finding.id for finding in report.alarms]
+    assert found == [] if told else "stale-metrics" in found
+    assert len(report.evidence.metrics.steps) == len(SOUND) + 2 * (not told)  # type: ignore[union-attr]
+
+
+def test_alpha_zero_distils_nothing(write_run: WriteRun) -> None:
+    rows = [{**row, "distill_loss": 0.0, "total_loss": 0.1 * row["kl_reg"]} for row in SOUND]
+    settings_ = {"kl_reg_weight": 0.1}
+    folder = write_run(rows, before=adapter(), after=moved(adapter()), training={**settings_, "alpha": 0.0})
+    assert alarms(folder) == []
+    (folder / "training.json").write_text(json.dumps({**settings_, "alpha": 0.5}))
+    assert alarms(folder) == ["distill-range"]
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "LORA"])
+def test_ranks_that_adalora_pruned(write_run: WriteRun, kind: str) -> None:
+    before = adapter()
+    after = moved(before)
+    first = next(iter(after)).partition(".lora_")[0]
+    for key, value in after.items():
+        rank = 0 if key.startswith(first) else 2
+        after[key] = value[:rank].clone() if "lora_A" in key else value[:, :rank].clone()
+    folder = write_run(SOUND)
+    for name, tensors in (("before", before), ("after", after)):
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "adapter_model.safetensors")
+        content = {"r": 4, "target_r": 2, "lora_alpha": 8, "peft_type": kind}
+        (folder / name / "adapter_config.json").write_text(json.dumps(content))
+    found = alarms(folder)
+    assert found == [] if kind == "ADALORA" else "tensor-empty" in found

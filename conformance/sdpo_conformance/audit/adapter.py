@@ -48,8 +48,12 @@ class Adapter:
 
     @property
     def empty(self) -> tuple[str, ...]:
-        """Tensors without elements, as ZeRO-3 leaves parameters that were not gathered."""
-        return tuple(key for key, entry in self.tensors.items() if entry.numel == 0)
+        """Tensors without elements, as ZeRO-3 leaves parameters that were not gathered. Not those of a module that
+        AdaLoRA has pruned to rank 0: [0, in], [out, 0] and [0, 1]."""
+        pruned = self.config.get("peft_type") == "ADALORA"
+        return tuple(
+            key for key, entry in self.tensors.items() if entry.numel == 0 and not (pruned and len(entry.shape) == 2)
+        )
 
     @property
     def fresh(self) -> bool:

@@ -159,12 +159,21 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
         modules=tuple(sorted(modules, key=lambda m: (m.place.stack, m.place.layer or 0, m.place.kind))),
         only_before=tuple(k for k in compared.tensors if k not in after.tensors) if compared else (),
         only_after=tuple(k for k in after.tensors if k not in compared.tensors) if compared else (),
-        shape_mismatch=mismatch,
+        shape_mismatch=tuple(k for k in mismatch if not (compared and _pruned(k, compared, after))),
         dtype_changes=dtype_changes,
         scale=scale,
         renamed=renamed,
         converted=converted,
     )
+
+
+def _pruned(key: str, before: Adapter, after: Adapter) -> bool:
+    """Whether AdaLoRA has taken ranks away: lora_A and lora_E have fewer rows, lora_B fewer columns."""
+    axis = {"A": 0, "E": 0, "B": 1}.get(key.rpartition("lora_")[2].partition(".")[0])
+    was, now = before.tensors[key].shape, after.tensors[key].shape
+    if after.config.get("peft_type") != "ADALORA" or axis is None or len(was) != 2 or len(now) != 2:
+        return False
+    return now[axis] <= was[axis] and now[1 - axis] == was[1 - axis]
 
 
 def _converted(

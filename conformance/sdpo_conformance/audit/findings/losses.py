@@ -177,17 +177,20 @@ def distill_range(evidence: Evidence) -> Verdicts:
     rows = [(label, values) for label, values in rows if math.isfinite(values["distill_loss"])]
     if not metrics.native:
         return  # another loss under the same word, or 0 where a batch had nothing to distil
+    alpha = evidence.request.training.alpha
     if rows and all(values["distill_loss"] == 0 for _, values in rows):
+        if alpha == 0:
+            return  # the divergence is 0 by its definition, and the anchor alone trains
         yield Finding(
             id="distill-range",
             severity=Severity.WARNING,
             statement="distill_loss is exactly 0 at every step: nothing was distilled",
             evidence=(f"{len(rows)} step(s)",),
-            cause="alpha = 0, a support of one token, an all-zero mask, or a teacher that is the student",
+            cause="a support of one token, an all-zero mask, or a teacher that is the student"
+            + ("" if alpha else "; or alpha = 0"),
             next_step="check alpha, teacher_top_k, the response mask and the teacher's prompt",
         )
         return
-    alpha = evidence.request.training.alpha
     if alpha is None:
         if rows:
             yield NotJudged("distill-range", "alpha is unknown; name the settings with --config")

@@ -92,7 +92,9 @@ def modules_untouched(evidence: Evidence) -> Verdicts:
         return
     # Untouched experts of a whole layer are lora-b-zero's where they are zeros; VeRA's frozen A and B are no module.
     saved = change.after.config.get("modules_to_save") or ()
-    able = [m for m in change.modules if not all(t.place.frozen for t in m.tensors) and not _base_weight(m, saved)]
+    # A module that AdaLoRA has pruned to rank 0 has nothing that could move.
+    held = [m for m in change.modules if any(t.numel for t in m.tensors)]
+    able = [m for m in held if not all(t.place.frozen for t in m.tensors) and not _base_weight(m, saved)]
     idle = [m for m in able if _idle(m)]
     whole = {m.place.module for m in _whole_layers(able, idle)}
     whole |= {m.place.module for m in idle if _all_experts_at_once(m)}

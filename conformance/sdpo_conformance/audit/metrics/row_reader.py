@@ -24,6 +24,8 @@ from sdpo_conformance.audit.metrics.sample_rows import mean, merge_samples, numb
 from sdpo_conformance.audit.metrics.step_record import Batch, Batching, Step
 
 _SAMPLE_KEYS = ("sample", "sample_id", "sample_idx", "sample_index")
+_BATCH_KEYS = ("batch", "batch_id", "batch_idx", "batch_index")
+_ATTEMPT_KEYS = ("attempt", "retry")
 _SAMPLE_LISTS = ("per_sample_metrics", "per_sample", "samples")
 _STEP_KEYS = (
     "step", "step_idx", "global_step", "train/global_step", "trainer/global_step", "training/global_step",
@@ -195,11 +197,16 @@ class RowReader:
         if ascending and 1 < len(set(numbers)) < len(numbers) and len(set(Counter(numbers).values())) == 1:
             return merge_samples(number_samples(read))
         batches: list[list[Step]] = []
-        for number, _, step in read:
+        firsts: list[Mapping[str, Any]] = []
+        for (number, _, step), row in zip(read, rows, strict=True):
             if not batches or number <= batches[-1][-1].number:
                 batches.append([])
+                firsts.append(row)
             batches[-1].append(step)
-        return [Batch(tuple(steps)) for steps in batches]
+        again = [index for index, (a, b) in enumerate(pairwise(firsts)) if _run_again(a, b)]
+        if again:
+            self.notes.append(f"{len(again)} batch(es) were run again: the last account counts")
+        return [Batch(tuple(steps)) for index, steps in enumerate(batches) if index not in again]
 
     def step_number(self, value: object, index: int) -> int:
         if value is None:
@@ -272,6 +279,16 @@ def _has_metrics(row: Mapping[str, Any]) -> bool:
 
 def _fields(row: Mapping[str, Any]) -> set[str]:
     return {name for key in row if (name := field_of(key))}
+
+
+def _run_again(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> bool:
+    """Whether two first rows are attempts at one batch: same batch, a later attempt."""
+    batch = next((key for key in _BATCH_KEYS if earlier.get(key) is not None), None)
+    attempt = next((key for key in _ATTEMPT_KEYS if _whole(earlier.get(key)) is not None), None)
+    if batch is None or attempt is None or earlier[batch] != later.get(batch):
+        return False
+    before, after = _whole(earlier[attempt]), _whole(later.get(attempt))
+    return before is not None and after is not None and before < after
 
 
 def _step_of(row: Mapping[str, Any]) -> Any:
