@@ -29,6 +29,10 @@ TRAINER = (
 OLDER = "{{'loss': 0.5{0}3, 'grad_norm': 1.2{0}, 'learning_rate': 2e-05, 'epoch': 0.{0}}}"
 TORCHTUNE = "Step {0} | loss:1.379{0} lr:0.0003 tokens_per_second_per_gpu:2051.0 grad_norm:0.83{0} "
 OWN = "[2026-11-20 09:13:03,146][INFO] step {0}/400 | loss 0.10{0}8 | kl_reg 0.000 | is_ratio 0.99 | grad_norm 0.8{0}"
+NEMO = (
+    "Training epoch 0, iteration {0}/59 | lr: 1.{0}00e-05 | global_batch_size: 8 | global_step: {0} | "
+    "reduced_train_loss: 2.{0}759 | train_step_timing in s: 1.768"
+)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +44,7 @@ OWN = "[2026-11-20 09:13:03,146][INFO] step {0}/400 | loss 0.10{0}8 | kl_reg 0.0
         (TRAINER, {"total_loss", "grad_norm", "learning_rate"}, "transformers"),
         (OLDER, {"total_loss", "grad_norm", "learning_rate"}, "transformers"),
         (TORCHTUNE, {"total_loss", "grad_norm", "learning_rate"}, "another tool"),
+        (NEMO, {"total_loss", "learning_rate"}, "another tool"),
         (OWN, {"total_loss", "grad_norm"}, "another tool"),
     ],
 )

@@ -169,3 +169,15 @@ def test_event_files_without_tensorboard_have_one_clear_line(tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
     with pytest.raises(AuditError, match="pip install tensorboard, or export the scalars as CSV"):
         audit_run(tmp_path)
+
+
+def test_checkpoints_without_one_adapter_still_have_a_record(tmp_path: Path) -> None:
+    for number in (5, 10):
+        for name in ("code", "math"):
+            put(tmp_path / f"checkpoint-{number}" / name, moved(adapter(), number * 1e-4))
+        state = {"log_history": [{"step": step, "loss": 2.0 / step} for step in range(1, number + 1)]}
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(json.dumps(state))
+    report = audit_run(tmp_path)
+    assert report.evidence.metrics is not None
+    assert len(report.evidence.metrics.steps) == 10
+    assert report.findings == ()

@@ -151,7 +151,7 @@ def test_a_signal_leaves_the_rows_that_are_done_on_the_terminal(
     process = subprocess.Popen(
         [sys.executable, "-m", "sdpo_conformance", "bench", *targets, *settings],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

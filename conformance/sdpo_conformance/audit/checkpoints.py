@@ -37,6 +37,13 @@ def find_checkpoints(run: Path) -> tuple[Path, ...]:
     return tuple(folder for _, folder in sorted(found))
 
 
+def last_trainer_state(run: Path) -> Path | None:
+    """transformers' record in the last checkpoint that has one, whether or not an adapter lies beside it."""
+    found = [(int(match[1]), path) for path in run.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+    states = [folder / "trainer_state.json" for _, folder in sorted(found)]
+    return next((state for state in reversed(states) if state.is_file()), None)
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is called as a checkpoint is."""
     return bool(_FOLDER.fullmatch(path.name))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sdpo_conformance.audit.adapter import WEIGHTS_FILE
-from sdpo_conformance.audit.checkpoints import find_checkpoints, holds_weights, is_checkpoint
+from sdpo_conformance.audit.checkpoints import find_checkpoints, holds_weights, is_checkpoint, last_trainer_state
 from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.metrics.console_log import console_log
 from sdpo_conformance.audit.metrics.log_places import METRICS_NAMES, event_folder, mlflow_folder, unnamed_log
@@ -92,8 +92,8 @@ def discover(
 
 
 def _metrics(run: Path, checkpoints: Sequence[Path], ignored: list[str], adapter: bool) -> Path | None:
-    """By name; else of the last checkpoint; else any file in RUN that reads like a log; else the same below RUN; else
-    what a terminal saw.
+    """By name; else of the last checkpoint, of an adapter or not; else any file in RUN that reads like a log; else the
+    same below RUN; else what a terminal saw.
 
     Raises AuditError where several runs have one, unless there is an adapter to judge all the same.
     """
@@ -103,6 +103,8 @@ def _metrics(run: Path, checkpoints: Sequence[Path], ignored: list[str], adapter
     for checkpoint in reversed(checkpoints):
         if (checkpoint / "trainer_state.json").exists():
             return checkpoint / "trainer_state.json"
+    if state := last_trainer_state(run):
+        return state
     here = unnamed_log(run) or mlflow_folder(run) or event_folder(run)
     try:
         return here or _below(run, _log_in, "logs") or console_log(run)

@@ -24,8 +24,8 @@ _EVALUATION = re.compile(
 )
 #: Full names, lower case, of the tools that are known, and what they mean here.
 _MEANINGS: Mapping[str, str] = {
-    "loss": "total_loss", "train_loss": "total_loss", "lr": "learning_rate", "gradient_norm": "grad_norm",
-    "global_grad_norm": "grad_norm", "response_tokens": "tokens",
+    "loss": "total_loss", "train_loss": "total_loss", "reduced_train_loss": "total_loss", "lr": "learning_rate",
+    "gradient_norm": "grad_norm", "global_grad_norm": "grad_norm", "response_tokens": "tokens",
     # loops of one's own: clip_grad_norm_ returns the norm before, so what is measured after it says so
     "grad_norm_clipped": "clipped_norm", "clipped_grad_norm": "clipped_norm", "grad_norm_after_clip": "clipped_norm",
     "grad_norm_after_clipping": "clipped_norm", "grad_norm_post_clip": "clipped_norm",
