@@ -169,7 +169,7 @@ def compare_adapters(before: Adapter | None, after: Adapter) -> AdapterChange:
 
 def _pruned(key: str, before: Adapter, after: Adapter) -> bool:
     """Whether AdaLoRA has taken ranks away: lora_A and lora_E have fewer rows, lora_B fewer columns."""
-    axis = {"A": 0, "E": 0, "B": 1}.get(key.rpartition("lora_")[2].partition(".")[0])
+    axis = {"A": 0, "lora_E": 0, "B": 1}.get(place_of(key).part)
     was, now = before.tensors[key].shape, after.tensors[key].shape
     if after.config.get("peft_type") != "ADALORA" or axis is None or len(was) != 2 or len(now) != 2:
         return False
