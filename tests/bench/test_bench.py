@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from sdpo_conformance.bench import bench_judging as judging
 from sdpo_conformance.bench import bench_results as results
-from sdpo_conformance.bench import comparing, memory, plots, truth, wording, workloads
+from sdpo_conformance.bench import comparing, measuring, memory, plots, truth, workloads
 from sdpo_conformance.bench.bench_cells import cells_of
 from sdpo_conformance.bench.bench_inputs import forget, inputs_of, rotation
 from sdpo_conformance.bench.markdown import markdown
@@ -312,7 +313,50 @@ def test_markdown_marks_wrong_answers_and_says_why_rows_are_absent() -> None:
     assert "No change beyond the noise." in text
     assert "| d |" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert {line.replace("\\|", "").count("|") for line in rows} == {len(wording.HEADERS) + 1}
+    assert {line.replace("\\|", "").count("|") for line in rows} == {8}
+    assert "queued" not in rows[0]
+
+
+def test_a_row_timed_behind_a_full_queue_has_a_column() -> None:
+    run = document(row_document("a", queued_ratio=1.125), row_document("b"), unmeasured=(failed("c", 8),))
+    header, _, limit, first, second, third = [
+        [cell.strip() for cell in line.split("|")]
+        for line in markdown(run, ["a", "b", "c"]).splitlines()
+        if "|" in line
+    ]
+    place = header.index("queued")
+    assert [row[place] for row in (limit, first, second, third)] == ["1", "1.12", "–", "–"]
+    assert {len(row) for row in (limit, first, second, third)} == {len(header)}
+
+
+class Clock:
+    """An event whose time is the number of events and calls before it."""
+
+    calls = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.time = 0
+
+    def record(self) -> None:
+        self.time = Clock.calls
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: Clock) -> int:
+        return later.time - self.time
+
+
+def test_behind_a_full_queue_a_call_is_held_to_the_product_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def spend(calls: int) -> None:
+        Clock.calls += calls
+
+    limit = SimpleNamespace(run=lambda inputs: spend(2))
+    assert measuring.queued_ratio(lambda inputs: spend(3), None, limit, ahead=4) == 1.5
+    assert Clock.calls == 4 * 2 + 2 + 3
 
 
 def test_plots_are_written_where_there_is_a_curve(tmp_path: Path) -> None:

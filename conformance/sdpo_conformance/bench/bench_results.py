@@ -15,7 +15,8 @@ from sdpo_conformance.bench.workloads import Workload
 @dataclass(frozen=True)
 class BenchRow:
     """One implementation on one work. Times in ms (None where not measured), quartiles of the rounds; ``ratio``
-    to the bare product, paired round by round. ``wrong`` and ``nonconforming``: one line, or empty."""
+    to the bare product, paired round by round; ``queued``: the same behind a full queue, on CUDA. ``wrong`` and
+    ``nonconforming``: one line, or empty."""
 
     target: str
     work: Workload
@@ -29,6 +30,7 @@ class BenchRow:
     ratio: float = math.nan
     ratio_q1: float = math.nan
     ratio_q3: float = math.nan
+    queued: float | None = None
     peak_mib: float | None = None
     error: float | None = None
     error_of: str = ""
@@ -78,6 +80,7 @@ def measured_row(benchmark: Mapping[str, Any]) -> BenchRow:
         ratio=record["limit_ratio"],
         ratio_q1=record["limit_ratio_q1"],
         ratio_q3=record["limit_ratio_q3"],
+        queued=record.get("queued_ratio"),
         peak_mib=record["peak_mib"],
         error=record["error"],
         error_of=record["error_of"],
@@ -108,6 +111,11 @@ class Group:
     @property
     def measured(self) -> bool:
         return any(row.measured for row in self.rows)
+
+    @property
+    def queued(self) -> bool:
+        """Whether rows were timed behind a full queue, too."""
+        return any(row.queued is not None for row in self.rows)
 
     def to_first(self, row: BenchRow) -> float:
         """Time relative to the first implementation, through the product that both were paired with."""

@@ -13,10 +13,10 @@ from rich.text import Text
 from sdpo_conformance.bench.bench_results import Group, groups_of, rows_of
 from sdpo_conformance.bench.comparing import Change
 from sdpo_conformance.bench.wording import (
-    HEADERS,
     READING,
     absences,
     figures,
+    headers,
     limit_figures,
     machine,
     notes,
@@ -44,7 +44,7 @@ def print_run(document: Mapping[str, Any], targets: Sequence[str], console: Cons
 def print_group(group: Group, console: Console) -> None:
     console.print(Text(title(group), style="bold"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
-    for index, header in enumerate(HEADERS):
+    for index, header in enumerate(headers(group)):
         table.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)
     if group.measured:
         table.add_row(*limit_figures(group), style="dim")

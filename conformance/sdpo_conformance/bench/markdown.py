@@ -8,10 +8,10 @@ from typing import Any
 from sdpo_conformance.bench.bench_results import groups_of, rows_of
 from sdpo_conformance.bench.comparing import Change
 from sdpo_conformance.bench.wording import (
-    HEADERS,
     READING,
     absences,
     figures,
+    headers,
     limit_figures,
     machine,
     notes,
@@ -33,7 +33,8 @@ def lines_of(document: Mapping[str, Any], targets: Sequence[str], changes: Seque
     for group in groups_of(rows, targets):
         if not shown(group):
             continue
-        yield from ("", f"## {title(group)}", "", line(HEADERS), line(("---", *("---:",) * (len(HEADERS) - 1))))
+        columns = headers(group)
+        yield from ("", f"## {title(group)}", "", line(columns), line(("---", *("---:",) * (len(columns) - 1))))
         if group.measured:
             yield line(limit_figures(group))
         said = []

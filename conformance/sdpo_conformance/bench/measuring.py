@@ -3,6 +3,9 @@
 A GPU's clock follows its power, so that single times drift by some per cent while a run goes on. Every round
 therefore times the product ``h @ W.T`` right before the implementation, and a row's ratio to the limit is the median
 of the rounds' own ratios. The product also sweeps the cache.
+
+A synchronised round begins with a GPU that has nothing to do, and the host's time before the first kernel counts. In a
+training step the GPU is behind, and that time is hidden: on CUDA a row is timed behind a full queue, too.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
+from math import ceil
 from statistics import median, quantiles
 from typing import Any
 
@@ -75,10 +79,12 @@ class Limit:
 
 @dataclass(frozen=True)
 class Timing:
-    """``seconds`` per round and the product's beside it, in the order they were taken."""
+    """``seconds`` per round and the product's beside it, in the order they were taken; ``queued``: ratios to the
+    product behind a full queue, on CUDA."""
 
     seconds: tuple[float, ...]
     limit_seconds: tuple[float, ...]
+    queued: tuple[float, ...] = ()
 
     @property
     def ratios(self) -> list[float]:
@@ -93,6 +99,7 @@ class Timing:
             "limit_ratio_q1": low,
             "limit_ratio_q3": high,
             "limit_data": list(self.limit_seconds),
+            **({"queued_ratio": median(self.queued), "queued_data": list(self.queued)} if self.queued else {}),
         }
 
 
@@ -130,4 +137,25 @@ def time_row(benchmark: Any, run: Callable[[Inputs], Any], copies: list[Inputs],
         run(inputs)
 
     benchmark.pedantic(one, setup=setup, rounds=rounds)
-    return Timing(tuple(benchmark.stats.stats.data), tuple(limit.seconds))
+    seconds = tuple(benchmark.stats.stats.data)
+    queued: tuple[float, ...] = ()
+    if budget is not STEP and copies[0].head.is_cuda:
+        ahead = ceil(median(seconds) / median(limit.seconds))
+        queued = tuple(queued_ratio(run, next(turns), limit, ahead) for _ in range(rounds))
+    return Timing(seconds, tuple(limit.seconds), queued)
+
+
+def queued_ratio(run: Callable[[Inputs], Any], inputs: Inputs, limit: Limit, ahead: int) -> float:
+    """The device's time for a call to its time for a product right before, behind ``ahead`` further products: as long
+    as a synchronised call takes, so that the host is done before the device begins."""
+    start, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    torch.cuda.synchronize()
+    for _ in range(ahead):
+        limit.run(inputs)
+    start.record()
+    limit.run(inputs)
+    between.record()
+    run(inputs)
+    end.record()
+    end.synchronize()
+    return between.elapsed_time(end) / start.elapsed_time(between)

@@ -9,7 +9,7 @@ from typing import Any
 from sdpo_conformance.bench.bench_results import BenchRow, Group
 from sdpo_conformance.bench.rows import NOT_OFFERED, NOT_RUN, UNAVAILABLE
 
-HEADERS = ("", "ms", "± %", "× h·Wᵀ", "× first", "peak MiB", "error")
+BEFORE_QUEUED, QUEUED, AFTER_QUEUED = ("", "ms", "± %", "× h·Wᵀ"), "queued", ("× first", "peak MiB", "error")
 LIMIT = "h @ W.T, the limit"
 
 
@@ -19,16 +19,22 @@ def title(group: Group) -> str:
     return f"{group.work.group} · {head.model} head {head.hidden} × {head.vocabulary}"
 
 
+def headers(group: Group) -> tuple[str, ...]:
+    """The columns of a group's table."""
+    return (*BEFORE_QUEUED, *((QUEUED,) if group.queued else ()), *AFTER_QUEUED)
+
+
 def figures(group: Group, row: BenchRow) -> tuple[str, ...]:
-    """The cells under ``HEADERS``."""
+    """The cells under ``headers``."""
     name = f"{row.label} †" if row.other else row.label
     if row.ms is None:
-        return (name, *("–",) * 6)
+        return (name, *("–",) * (len(headers(group)) - 1))
     return (
         name,
         number(row.ms),
         f"{50 * (row.q3_ms - row.q1_ms) / row.ms:.1f}",
         number(row.ratio),
+        *(("–" if row.queued is None else number(row.queued),) if group.queued else ()),
         number(group.to_first(row)),
         "not measured" if row.peak_mib is None else f"{row.peak_mib:.0f}",
         "–" if row.error is None else f"{row.error:.1e}",
@@ -36,7 +42,7 @@ def figures(group: Group, row: BenchRow) -> tuple[str, ...]:
 
 
 def limit_figures(group: Group) -> tuple[str, ...]:
-    return LIMIT, number(group.limit_ms), "", "1", "", "", ""
+    return (LIMIT, number(group.limit_ms), "", "1", *(("1",) if group.queued else ()), "", "", "")
 
 
 def number(value: float) -> str:
@@ -115,6 +121,7 @@ def machine(document: Mapping[str, Any]) -> str:
 
 READING = (
     "ms: median of synchronised rounds; ± %: half the interquartile range; × h·Wᵀ: ratio to the bare product timed "
-    "in the same rounds; peak MiB: beyond the inputs; error: relative, of the gradient (median token) or the loss, "
-    "in nats for log-probs, against the float64 oracle"
+    "in the same rounds; queued: that ratio of the device's time where the host is ahead, as in a training step; "
+    "peak MiB: beyond the inputs; error: relative, of the gradient (median token) or the loss, in nats for log-probs, "
+    "against the float64 oracle"
 )

@@ -35,6 +35,19 @@ METRICS = ("distill_loss", "kl_reg", "mean_is_ratio", "clip_fraction")
 
 
 @dataclass(frozen=True)
+class VocabularyLogits:
+    """What the product of hidden states and head leaves of the vocabulary: logits at the ``support`` (N, K), None for
+    alpha >= 1, and at the response, ``chosen`` (N,); the logsumexp as ``row_max`` + ``log_sum`` (N,); ``expected`` e
+    where the dense term was asked for."""
+
+    support: Tensor | None
+    chosen: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    expected: ExpectedRows | None
+
+
+@dataclass(frozen=True)
 class Forward:
     """What the backward needs of the forward; ``expected`` e where the dense term was asked for."""
 
@@ -54,39 +67,49 @@ def policy_terms(tokens: Tokens) -> PolicyTerms:
     )
 
 
-def forward_from_hidden(hidden: Tensor, head: Tensor, tokens: Tokens, with_policy: bool, dense: bool) -> Forward:
-    """Per-token terms of hidden (N, H), head (V, H). ``dense``: make e as well, in two products instead of one."""
-    counted, support, ids = tokens.mask, tokens.support, tokens.response_ids
-    n_rows, k_support = support.shape
-    logits: Tensor | None = None
-    wanted: Wanted | None = None
-    expected: ExpectedRows | None = None
-    if tokens.alpha < 1:
-        # The product has the support's logits. But float32 products are summed one by one: taken, they would cost a
-        # divergence of near-equal distributions a digit. And rows of a narrow head are read sooner than taken.
-        narrow = hidden.shape[1] <= NARROW and not INTERPRETED
-        taken = hidden.dtype != torch.float32 and k_support < MOST_ENTRIES and not narrow
-        with_response = taken and not dense
-        logits = torch.empty((n_rows, k_support + with_response), dtype=torch.float32, device=hidden.device)
-        if taken:
-            wanted = Wanted(support, ids if with_response else None, logits)
+@torch.no_grad()
+def vocabulary_logits(hidden: Tensor, head: Tensor, tokens: Tokens, dense: bool) -> VocabularyLogits:
+    """Launch the product of hidden (B, T, H) and head (V, H). ``dense``: make e as well, by a second product.
+
+    Until the product is launched the GPU waits, so that all that can come later does.
+    """
+    with on_device(hidden):
+        hidden = flat(hidden)
+        counted, support, ids = tokens.mask, tokens.support, tokens.response_ids
+        n_rows, k_support = support.shape
+        logits: Tensor | None = None
+        wanted: Wanted | None = None
+        expected: ExpectedRows | None = None
+        if tokens.alpha < 1:
+            # The product has the support's logits. But float32 products are summed one by one: taken, they would cost
+            # a divergence of near-equal distributions a digit. And rows of a narrow head are read sooner than taken.
+            narrow = hidden.shape[1] <= NARROW and not INTERPRETED
+            taken = hidden.dtype != torch.float32 and k_support < MOST_ENTRIES and not narrow
+            with_response = taken and not dense
+            logits = torch.empty((n_rows, k_support + with_response), dtype=torch.float32, device=hidden.device)
+            if taken:
+                wanted = Wanted(support, ids if with_response else None, logits)
+            else:
+                fill_token_logits(hidden, head, support, counted, logits)
+        if wanted is not None and not dense:
+            row_max, log_sum = hidden_logsumexp(hidden, head, counted, wanted)
+            chosen = wanted.logits[:, k_support]
+        elif dense:
+            chosen = chosen_token_logits(hidden, head, ids, counted)
+            expected, row_max, log_sum = expected_rows(hidden, head, ids, chosen, counted, wanted)
         else:
-            fill_token_logits(hidden, head, support, counted, logits)
-    if wanted is not None and not dense:
-        row_max, log_sum = hidden_logsumexp(hidden, head, counted, wanted)
-        chosen = wanted.logits[:, k_support]
-    elif dense:
-        chosen = chosen_token_logits(hidden, head, ids, counted)
-        expected, row_max, log_sum = expected_rows(hidden, head, ids, chosen, counted, wanted)
-    else:
-        row_max, log_sum = hidden_logsumexp(hidden, head, counted)
-        chosen = chosen_token_logits(hidden, head, ids, counted)
-    # The product runs. What comes before it keeps the GPU waiting, so that all else is left until now.
+            row_max, log_sum = hidden_logsumexp(hidden, head, counted)
+            chosen = chosen_token_logits(hidden, head, ids, counted)
+        return VocabularyLogits(logits, chosen, row_max, log_sum, expected)
+
+
+def forward_from_logits(product: VocabularyLogits, tokens: Tokens, policy: PolicyTerms | None) -> Forward:
+    """Per-token terms, of the divergence alone without ``policy``."""
     terms = token_terms(
-        logits, chosen, row_max, log_sum, flat_constant(tokens.teacher_logprobs), support, counted, tokens.alpha,
-        policy_terms(tokens) if with_policy else None,
+        product.support, product.chosen, product.row_max, product.log_sum, flat_constant(tokens.teacher_logprobs),
+        tokens.support, tokens.mask, tokens.alpha, policy,
     )  # fmt: skip
-    return Forward(terms, row_max, log_sum, expected)
+    return Forward(terms, product.row_max, product.log_sum, product.expected)
 
 
 def backward_to_hidden(
@@ -110,15 +133,14 @@ def backward_to_hidden(
 
 
 class FusedLoss(torch.autograd.Function):
-    """(hidden (B, T, H), head (V, H), tokens, dense) -> loss () and the metrics (4,).
-
-    ``dense``: a gradient to the hidden states will be wanted that has a dense term.
-    """
+    """(hidden (B, T, H), head (V, H), tokens, their ``vocabulary_logits``) -> loss () and the metrics (4,)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, tokens: Tokens, dense: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, tokens: Tokens, product: VocabularyLogits
+    ) -> tuple[Tensor, Tensor]:
         with on_device(hidden):
-            state = forward_from_hidden(flat(hidden), head, tokens, True, dense)
+            state = forward_from_logits(product, tokens, policy_terms(tokens))
             results = reduce_tokens(state.terms, tokens.mask, tokens.is_clip, tokens.kl_reg_weight)
         ctx.save_for_backward(hidden, head)
         ctx.tokens, ctx.state, ctx.inverse_count = tokens, state, results[5]
@@ -146,7 +168,7 @@ class FusedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, tokens: Tokens) -> Tensor:
         with on_device(hidden):
-            ctx.state = forward_from_hidden(flat(hidden), head, tokens, False, dense=False)
+            ctx.state = forward_from_logits(vocabulary_logits(hidden, head, tokens, dense=False), tokens, None)
         ctx.save_for_backward(hidden, head)
         ctx.tokens = tokens
         return ctx.state.terms.values[0].to(torch.float32)

@@ -15,13 +15,16 @@ from sdpo_implementations.triton_fused.autograd import (
     LogitsLoss,
     empty_result,
     result,
+    vocabulary_logits,
 )
 from sdpo_implementations.triton_fused.inputs import (
     Tokens,
     check_features,
     check_head,
+    check_logprobs,
     check_response_ids,
     check_support,
+    check_teacher_logprobs,
     flat,
     flat_head,
     read_tokens,
@@ -49,12 +52,17 @@ def compute_fused_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
     hidden, head = loss_input.student_hidden, loss_input.lm_head_weight
     check_features("student_hidden", hidden)
     check_head(head, "student_hidden", hidden)
-    tokens = read_tokens(loss_input, "student_hidden", hidden, head.shape[0])
+    head = flat_head(head)
+    tokens = read_tokens(loss_input, hidden, head.shape[0])
     if tokens.mask.numel() == 0:
+        check_logprobs(loss_input)
         return empty_result(hidden)
     differentiated = torch.is_grad_enabled() and hidden.requires_grad
     dense = differentiated and (tokens.alpha >= 1 or tokens.kl_reg_weight != 0)
-    return result(*FusedLoss.apply(hidden, flat_head(head), tokens, dense))
+    # Autograd's own entrance and the other checks take place while the GPU has work.
+    product = vocabulary_logits(hidden, head, tokens, dense)
+    check_logprobs(loss_input)
+    return result(*FusedLoss.apply(hidden, head, tokens, product))
 
 
 def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
@@ -63,7 +71,8 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
         return sharded.compute_sdpo_loss(loss_input)
     logits = loss_input.student_logits
     check_features("student_logits", logits)
-    tokens = read_tokens(loss_input, "student_logits", logits, logits.shape[-1])
+    tokens = read_tokens(loss_input, logits, logits.shape[-1])
+    check_logprobs(loss_input)
     if tokens.mask.numel() == 0:
         return empty_result(logits)
     return result(*LogitsLoss.apply(flat(logits), tokens))
@@ -92,7 +101,8 @@ def compute_divergence(
         )
     check_features("student_hidden", student_hidden)
     check_head(lm_head_weight, "student_hidden", student_hidden)
-    check_support(teacher_logprobs, teacher_indices, student_hidden, lm_head_weight.shape[0], None)
+    check_support(teacher_indices, student_hidden, lm_head_weight.shape[0], None)
+    check_teacher_logprobs(teacher_logprobs, teacher_indices)
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be in [0, 1) for the divergence alone, got {alpha}")
     shape = student_hidden.shape[:2]

@@ -50,7 +50,7 @@ def check_tensor(name: str, value: Any, dims: tuple[int, ...] | int, device: tor
         if value.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
     elif value.shape != dims:
-        raise ValueError(f"{name} must have shape {dims}, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape {tuple(dims)}, got {tuple(value.shape)}")
     if integers and value.dtype not in INTEGERS:
         raise ValueError(f"{name} must be int64 or int32, got {value.dtype}")
 
@@ -100,24 +100,26 @@ def check_head(head: Any, hidden_name: str, hidden: Tensor) -> None:
         raise ValueError(f"lm_head_weight is {head.dtype}, {hidden_name} {hidden.dtype}: both must have the same dtype")
 
 
-def check_support(
-    teacher_logprobs: Any, support: Any, student: Tensor, vocabulary: int, counted: Tensor | None
-) -> None:
-    """(B, T, K) log-probs at (B, T, K) token ids, 1 <= K <= V."""
+def check_support(support: Any, student: Tensor, vocabulary: int, counted: Tensor | None) -> None:
+    """(B, T, K) token ids, 1 <= K <= V."""
     check_tensor("teacher_indices", support, 3, student.device, integers=True)
     batch, length, _ = student.shape
     k = support.shape[-1]
     if support.shape[:2] != student.shape[:2]:
         raise ValueError(f"teacher_indices must have shape {(batch, length, k)}, got {tuple(support.shape)}")
-    check_tensor("teacher_logprobs", teacher_logprobs, (batch, length, k), student.device, integers=False)
-    check_floats("teacher_logprobs", teacher_logprobs)
     if not 1 <= k <= vocabulary:
         raise ValueError(f"teacher_indices must hold 1 to {vocabulary} entries a token, got {k}")
     check_range("teacher_indices", support, vocabulary, counted)
 
 
+def check_teacher_logprobs(teacher_logprobs: Any, support: Tensor) -> None:
+    """(B, T, K) log-probs at as many ids."""
+    check_tensor("teacher_logprobs", teacher_logprobs, support.shape, support.device, integers=False)
+    check_floats("teacher_logprobs", teacher_logprobs)
+
+
 def check_response_ids(response_ids: Any, student: Tensor, vocabulary: int, counted: Tensor | None) -> None:
-    check_tensor("response_ids", response_ids, tuple(student.shape[:2]), student.device, integers=True)
+    check_tensor("response_ids", response_ids, student.shape[:2], student.device, integers=True)
     check_range("response_ids", response_ids, vocabulary, counted)
 
 
@@ -150,19 +152,14 @@ def flat_head(head: Tensor) -> Tensor:
     return head if head.stride(1) == 1 and head.stride(0) >= head.shape[1] else head.contiguous()
 
 
-def read_tokens(loss_input: Any, features_name: str, features: Tensor, vocabulary: int) -> Tokens:
-    """Check the fields beside the student's (B, T, width)."""
-    shape = tuple(features.shape[:2])
-    device = features.device
+def read_tokens(loss_input: Any, features: Tensor, vocabulary: int) -> Tokens:
+    """Check what the first kernels read beside the student's (B, T, width); ``check_logprobs`` checks the rest."""
     mask = loss_input.response_mask
-    check_tensor("response_mask", mask, shape, device, integers=False)
+    check_tensor("response_mask", mask, features.shape[:2], features.device, integers=False)
     # Only where ids are checked: on a GPU the comparison would be a kernel for nothing.
-    counted = mask != 0 if device.type == "cpu" else None
-    check_support(loss_input.teacher_logprobs, loss_input.teacher_indices, features, vocabulary, counted)
+    counted = mask != 0 if features.device.type == "cpu" else None
+    check_support(loss_input.teacher_indices, features, vocabulary, counted)
     check_response_ids(loss_input.response_ids, features, vocabulary, counted)
-    for name in ("old_student_logprobs", "base_logprobs"):
-        check_tensor(name, getattr(loss_input, name), shape, device, integers=False)
-        check_floats(name, getattr(loss_input, name))
     training = loss_input.training
     alpha = _hyperparameter(training, "alpha")
     # As every kernel gets it: a ratio at the cap equals the cap wherever the two are compared.
@@ -179,3 +176,13 @@ def read_tokens(loss_input: Any, features_name: str, features: Tensor, vocabular
         is_clip=is_clip,
         kl_reg_weight=_hyperparameter(training, "kl_reg_weight"),
     )
+
+
+def check_logprobs(loss_input: Any) -> None:
+    """Check what no kernel reads before the vocabulary's product has been launched."""
+    mask = loss_input.response_mask
+    check_teacher_logprobs(loss_input.teacher_logprobs, loss_input.teacher_indices)
+    for name in ("old_student_logprobs", "base_logprobs"):
+        value = getattr(loss_input, name)
+        check_tensor(name, value, mask.shape, mask.device, integers=False)
+        check_floats(name, value)

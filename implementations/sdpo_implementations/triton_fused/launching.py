@@ -47,16 +47,15 @@ class RepeatedLaunch:
         """At least as fine as what Triton specialises on: a tensor's dtype and 16-byte alignment, an integer."""
         key = [device, *constants.values()]
         for argument, (by_value, by_alignment) in zip(arguments, self._specialised, strict=True):
-            if isinstance(argument, Tensor):
+            kind = type(argument)
+            if kind is int:
+                key.append(argument if by_value else argument in INT32)
+            elif isinstance(argument, Tensor):
                 key.append(argument.dtype)
                 if by_alignment:
                     key.append(argument.data_ptr() % 16 == 0)
-            elif isinstance(argument, bool | float):
-                key.append(type(argument))
-            elif isinstance(argument, int):
-                key.append(argument if by_value else argument in INT32)
-            elif argument is None:
-                key.append(None)
+            elif kind is float or kind is bool or argument is None:
+                key.append(kind)
             else:
                 key.append((argument.base.dtype, *argument.block_shape))
         return tuple(key)

@@ -24,8 +24,10 @@ from sdpo_implementations.triton_fused.inputs import (
     Tokens,
     check_features,
     check_head,
+    check_logprobs,
     check_response_ids,
     check_support,
+    check_teacher_logprobs,
     flat,
     flat_constant,
     flat_head,
@@ -347,7 +349,8 @@ def compute_fused_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
     check_features("student_hidden", hidden)
     check_head(head, "student_hidden", hidden)
     shard = Shard.of(loss_input.mesh, loss_input.vocab_start, loss_input.vocab_size, head.shape[0], hidden.device)
-    tokens = localised(read_tokens(loss_input, "student_hidden", hidden, loss_input.vocab_size), shard)
+    tokens = localised(read_tokens(loss_input, hidden, loss_input.vocab_size), shard)
+    check_logprobs(loss_input)
     if tokens.mask.numel() == 0:
         return empty_result(hidden)
     differentiated = torch.is_grad_enabled() and hidden.requires_grad
@@ -361,7 +364,8 @@ def compute_sdpo_loss(loss_input: Any) -> Mapping[str, Tensor]:
     check_features("student_logits", logits)
     shard = Shard.of(loss_input.mesh, loss_input.vocab_start, loss_input.vocab_size, logits.shape[-1], logits.device)
     kept = logits[..., : max(1, shard.held)]
-    tokens = localised(read_tokens(loss_input, "student_logits", kept, loss_input.vocab_size), shard)
+    tokens = localised(read_tokens(loss_input, kept, loss_input.vocab_size), shard)
+    check_logprobs(loss_input)
     if tokens.mask.numel() == 0:
         return empty_result(logits)
     features = flat(kept)
@@ -381,7 +385,8 @@ def compute_divergence(
     """``triton_fused.compute_divergence`` on one rank."""
     check_features("student_hidden", hidden)
     check_head(head, "student_hidden", hidden)
-    check_support(logprobs, support, hidden, size, None)
+    check_support(support, hidden, size, None)
+    check_teacher_logprobs(logprobs, support)
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be in [0, 1) for the divergence alone, got {alpha}")
     shard = Shard.of(mesh, start, size, head.shape[0], hidden.device)
