@@ -130,14 +130,15 @@ def edge_cases(shapes: Sequence[HeadShape], dtypes: Sequence[torch.dtype], seed:
 
 SPECIAL = (
     *("raised", "sunk", "zero_row", "zero_hidden", "certain", "sure", "equal_rows", "uniform", "one_id", "int32"),
-    *("ends", "repeated"),
+    *("ends", "repeated", "stairs"),
 )
 
 
 def special_cases(dtypes: Sequence[torch.dtype], seed: int) -> Iterator[HeadCase]:
     """For each dtype: logits far above or below 0 by what is common to a token, a head with a row of zeros, hidden
     states of zeros, a token that is certain by far or only just, two rows of the head alike, all alike, one id for
-    every token, int32 ids, ids of 0 and V - 1 at both ends, rows and tokens that are there twice."""
+    every token, int32 ids, ids of 0 and V - 1 at both ends, rows and tokens that are there twice, logits in steps of
+    four tokens, so that those at the k-th place are tied and stand before likelier ones."""
     for dtype in dtypes:
         for number, kind in enumerate(SPECIAL):
             shape = HeadShape(2, 5, 37, 8, 6)
@@ -175,6 +176,9 @@ def special_case(case: HeadCase, kind: str) -> HeadCase:
     elif kind == "repeated":
         hidden[-1], ids[-1] = hidden[0], ids[0]
         hidden[:, 1], ids[:, 1] = hidden[:, 0], ids[:, 0]
+    elif kind == "stairs":
+        hidden[..., 0], head[:] = 1.0, 0.0
+        head[:, 0] = (torch.arange(head.shape[0]) // 4).to(head)
     else:
         ids = ids.int()
     return replace(case, hidden=hidden, head=head, response_ids=ids)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.specs.lasgroup.loss_input import LasgroupLossInput
+from sdpo_conformance.specs.lasgroup.oracle import ROW_FLOOR
 from sdpo_conformance.specs.lasgroup.pipeline import finish_of
 from sdpo_conformance.specs.shared.loss_errors import mean_error, of_sampled_token, over_categories
 from sdpo_conformance.specs.shared.oracle.truth import SpecTruth, upcast
@@ -30,6 +31,9 @@ def weight_errors(loss_input: LasgroupLossInput, mask: Tensor, eps: float) -> Te
     each = each + 3 * eps
     if training.rollout_is_batch_normalize:
         each = each + (each.max() if each.numel() else 0.0) + mean_error(mask, loss_input.response_mask.dtype, eps)
+        tokens = upcast(loss_input.response_mask).sum(-1)
+        # No rule asks for the published guard against an empty row beside a row's sum.
+        each = each + 2 * ROW_FLOOR / (tokens[tokens > 0].min() if bool((tokens > 0).any()) else 1.0)
     return each
 
 

@@ -18,7 +18,8 @@ from sdpo_conformance.specs.shared import drawing
 class MsSwiftCorner(drawing.Kinds):
     """The defaults are neutral: the teacher's top-k given, temperature 1, a whole response.
 
-    teacher: topk (log-probs given), local (logits, of which gkd_logits_topk are kept), full, larger (V_t > V), smaller
+    teacher: topk (log-probs given), local (logits, of which gkd_logits_topk are kept), local_smaller
+    (the same with V_t < V), full, larger (V_t > V), smaller
     (V_t < V) · beta: as alpha · labels: full, ragged, holes, row_empty, first (some rows' first label counts), none ·
     prompt: same, longer (the teacher's is), rows (its rows differ in their counts) · cover: all, some (a position whose
     top-k is all -inf) · mass: normal, shifted (a constant added to the teacher's log-probs), low (e^-25 to e^-60).
@@ -42,7 +43,7 @@ class MsSwiftCorner(drawing.Kinds):
 
 NEUTRAL = MsSwiftCorner()
 EVERYTHING = MsSwiftCorner(
-    teacher=("topk", "local", "full", "larger", "smaller"),
+    teacher=("topk", "local", "local_smaller", "full", "larger", "smaller"),
     beta=("half", "inside", "near_zero", "near_one", "zero", "one"),
     temperature=("one", "below", "above"),
     labels=("full", "ragged", "holes", "row_empty", "first"),
@@ -127,7 +128,7 @@ def draw(source: Source, corner: MsSwiftCorner, dtypes: Sequence[torch.dtype]) -
     training = MsSwiftTraining(
         beta=drawing.draw_alpha(source, corner.beta, dtype),
         temperature=source.pick(drawing.TEMPERATURES[source.pick(corner.temperature)]),
-        gkd_logits_topk=extent.k if kind == "local" else None,
+        gkd_logits_topk=extent.k if kind.startswith("local") else None,
         num_items_in_batch=int(counted.sum()) or 1 if source.pick(corner.counts) == "whole" else None,
     )
     fields: dict[str, Tensor] = {}
@@ -145,7 +146,8 @@ def draw(source: Source, corner: MsSwiftCorner, dtypes: Sequence[torch.dtype]) -
             row, column = there_at[int(numbers.below(there_at.shape[0], 1))].tolist()
             values[row, column] = -torch.inf
         fields = {"teacher_topk_logprobs": values.to(side), "teacher_topk_indices": ids}
-    elif kind == "local":
+    elif kind.startswith("local"):
+        teacher = teacher[..., : max(extent.k, v - source.integer(1, 6))] if kind == "local_smaller" else teacher
         fields = {"teacher_logits": drawing.separated(teacher, extent.k, side)}
     else:
         extra = source.integer(1, 6)

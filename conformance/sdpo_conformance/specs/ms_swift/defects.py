@@ -87,6 +87,14 @@ def whole(before: Stage, flow: Flow) -> Tensor | None:
     return before(flow) if flow.ids is not None else None
 
 
+def of_one_vocabulary(before: Stage, flow: Flow) -> Tensor:
+    """The teacher's rows with the student's extra logits, before the top-k of them is taken."""
+    rows: Tensor = before(flow)
+    if flow.ids is not None or flow.k is None:
+        return rows
+    return torch.cat((rows, flow.student_rows[:, rows.shape[-1] :].detach().to(rows)), dim=-1)
+
+
 def over_vocabulary(before: Stage, flow: Flow) -> Tensor:
     """The student's log-probs over the vocabulary, not over the support."""
     if flow.support is None:
@@ -297,6 +305,13 @@ SUPPORT = (
         "SUP-2",
         "Keep the {topk} largest raw teacher logits.",
         around("support", whole),
+    ),
+    defect(
+        "topk-of-wider-vocabulary",
+        "The vocabularies are made one before the top-k: logits of the student's that the teacher lacks enter it.",
+        "SUP-2",
+        "Take the top-k of the teacher's own logits.",
+        around("teacher_rows", of_one_vocabulary),
     ),
     defect(
         "student-over-vocabulary",

@@ -62,9 +62,19 @@ def unmodified_inputs(subject: Subject, case: Any) -> None:
         )
 
 
+def unlike(case: Any) -> Any:
+    """A case of the same shapes whose logits, tokens that count and incoming gradient are others: every second token
+    that counts has a weight of 0, or label 0."""
+    mask = getattr(case.loss_input, case.kind.mask)
+    counted = mask > 0
+    dropped = counted & (counted.flatten().cumsum(0).reshape(mask.shape) % 2 == 0)
+    changes = {"student_logits": 0.5 * case.loss_input.student_logits, case.kind.mask: mask.masked_fill(dropped, 0)}
+    return replace(case.with_fields(**changes), incoming=2.0)
+
+
 def two_graphs(subject: Subject, case: Any) -> None:
     """Two graphs alive at once, and gradients that accumulate."""
-    other = replace(case, incoming=2.0)
+    other = unlike(case)
     inputs = [materialise(one, subject.device) for one in (case, other)]
     results = [call_entry(subject.function, subject.entry, one) for one in inputs]
     outputs = [differentiable_output(result, subject.entry) for result in results]
@@ -75,6 +85,7 @@ def two_graphs(subject: Subject, case: Any) -> None:
         found = compare(one, outcome, ALL, one.expectations)
         if found is not None:
             found.probe, found.detail = "two_graphs", found.detail or "with a second graph alive"
+            found.extra["other"] = other if one is case else case
             found.secondary = plainly_wrong(subject, one)
             raise found
     leaf = materialise(case, subject.device)

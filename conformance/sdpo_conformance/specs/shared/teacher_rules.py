@@ -86,12 +86,15 @@ def state(numbers: Numbers, shapes: Mapping[str, tuple[int, ...]], dtype: torch.
 
 
 def model_cases(subject: Subject, rates: tuple[float, ...], calls: int) -> Iterator[TeacherCase]:
-    """A student that moves, in every dtype and at every rate."""
+    """A student that moves, in every dtype and at every rate. Two parameters of one shape have changed places in its
+    dict: a parameter is known by its name."""
     source = SeededSource(f"teacher/{subject.seed}")
     for name in subject.dtypes:
         for rate in rates:
             numbers = Numbers(source.integer(0, 2**16))
-            teacher, *students = (state(numbers, SHAPES, DTYPES[name]) for _ in range(1 + calls))
+            teacher, *moved = (state(numbers, SHAPES, DTYPES[name]) for _ in range(1 + calls))
+            *first, before_last, last = SHAPES
+            students = [{name: one[name] for name in (*first, last, before_last)} for one in moved]
             words = f"{name}, teacher_update_rate {rate:g}, {calls} call{'s' if calls > 1 else ''}"
             yield TeacherCase(teacher, tuple(students), rate, words)
 

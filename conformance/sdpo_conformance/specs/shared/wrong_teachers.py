@@ -61,6 +61,15 @@ def with_graph(teacher: State, student: State, rate: float) -> dict[str, Tensor]
     return {name: torch.lerp(value, student[name].to(value.dtype), rate) for name, value in teacher.items()}
 
 
+def by_place(teacher: State, student: State, rate: float) -> dict[str, Tensor]:
+    """The student's parameter at the same place of its dict, where that has the shape."""
+    pairs = zip(teacher.items(), student.values(), strict=True)
+    return {
+        name: (1 - rate) * value + rate * other.detach() if other.shape == value.shape else value
+        for (name, value), other in pairs
+    }
+
+
 def sharing(teacher: State, student: State, rate: float) -> dict[str, Tensor]:
     """At rate 1 the student's own tensors are handed on."""
     return {name: value.detach() for name, value in student.items()} if rate == 1 else average(teacher, student, rate)
@@ -129,6 +138,7 @@ def teacher_defects(spec: str, prefix: str) -> tuple[TeacherDefect, ...]:
         defect("frozen", "The teacher never moves.", 1, right, lambda: frozen),
         defect("decayed", "The student is added whole, not rate of it.", 1, right, lambda: decayed),
         defect("matrices-alone", "Only matrices are averaged.", 1, "Average every parameter.", lambda: matrices_alone),
+        defect("by-place", "Parameters are paired by place, not by name.", 1, "Pair by name.", lambda: by_place),
         defect("constant-rate", "teacher_update_rate is ignored.", 2, "Read it.", lambda: constant_rate),
         defect("from-the-start", "Each update starts from the first teacher.", 3, right, FromTheStart),
         defect("corrected", "The rate is corrected for the first batches: the first is a copy.", 1, right, Corrected),
@@ -145,6 +155,7 @@ SEEN_IN_ONE_CALL: Mapping[str, Update] = {
     "the teacher is the student": copied,
     "the teacher has not moved": frozen,
     "the student is added whole": decayed,
+    "parameters are paired by place, not by name": by_place,
     f"as if teacher_update_rate were {DEFAULT_RATE}": constant_rate,
 }
 

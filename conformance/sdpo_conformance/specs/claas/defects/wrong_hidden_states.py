@@ -120,6 +120,16 @@ def of_each_tile(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return torch.cat([low.values, high.values], -1), torch.cat([low.indices, high.indices + middle], -1)
 
 
+def by_threshold(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k tokens, by id, that are at least as likely as the k-th."""
+    with torch.no_grad():
+        l = logprobs_of(hidden, head)  # noqa: E741
+        k = min(max(1, k), head.shape[0])
+        kept = l >= l.topk(k, dim=-1).values[..., -1:]
+        ids = kept.int().argsort(dim=-1, descending=True, stable=True)[..., :k]
+        return l.gather(-1, ids), ids
+
+
 def of_local_index(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Token ids counted within a tile of 16 columns."""
     values, ids = teacher_topk(hidden, head, k)
@@ -289,6 +299,15 @@ DEFECTS = (
         fix="Merge the tiles' candidates: keep k from each, then take the k largest of all.",
         change=replacing(teacher_topk=of_each_tile),
         usable_for="k = 1 and k = V.",
+        capabilities=TOPK,
+    ),
+    Defect(
+        name="top-k-by-threshold",
+        sentence="The first k tokens at or above the k-th log-prob are kept: a tie stands in a likelier token's place.",
+        violates=("TK-2",),
+        fix="Keep what is above the k-th log-prob first, and fill up with ties.",
+        change=replacing(teacher_topk=by_threshold),
+        usable_for="Log-probs without ties.",
         capabilities=TOPK,
     ),
     Defect(

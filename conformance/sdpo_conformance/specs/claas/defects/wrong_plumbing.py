@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.specs.claas.defects.defect import Change, Defect, around, replacing
-from sdpo_conformance.specs.claas.defects.loss_parts import Parts, Result, Work
+from sdpo_conformance.specs.claas.defects.defect import Change, Defect, around, both, replacing
+from sdpo_conformance.specs.claas.defects.loss_parts import RATIO_LOG_CLAMP, Parts, Result, Work
 from sdpo_conformance.specs.claas.defects.sources import cite
 
 Entry = Callable[[Parts, Any], Result]
@@ -93,6 +93,21 @@ def fresh(gradients: list[Tensor]) -> list[Tensor]:
     return gradients
 
 
+LATEST: dict[str, Tensor] = {}
+
+
+def divided_by_latest_count(before: Entry, parts: Parts, loss_input: Any) -> Result:
+    """The backward divides by the number of tokens that the latest forward left behind."""
+    count = loss_input.response_mask.detach().double().sum().clamp(min=1.0)
+    LATEST["count"] = count
+
+    def release(kept: list[Tensor], incoming: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient * (incoming * (count / LATEST["count"]).to(incoming)) for gradient in kept)
+
+    result: Result = precomputing(fresh, release)(replace(parts, entry=before)).entry(parts, loss_input)
+    return result
+
+
 def touching(change: Callable[[Any], None]) -> Change:
     """Compute, then do something to the caller's tensors."""
 
@@ -162,14 +177,12 @@ def leading(loss_input: Any, function: Callable[[Tensor], Tensor]) -> dict[str, 
     return {name: function(getattr(loss_input, name))}
 
 
-def leaking_to_old(before: Entry, parts: Parts, loss_input: Any) -> Result:
-    """A path from the loss to the behaviour log-probs that passes gradient and no value."""
-    result = dict(before(parts, loss_input))
-    old = loss_input.old_student_logprobs
-    if isinstance(result["loss"], Tensor) and old.requires_grad:
-        path = old.to(result["loss"].dtype).nan_to_num().sum()
-        result["loss"] = result["loss"] + path - path.detach()
-    return result
+def with_old_of_caller(before: Callable[[Any], Work], loss_input: Any) -> Work:
+    """The behaviour log-probs with whatever graph they have; zeros where nothing counts."""
+    w = before(loss_input)
+    old = loss_input.old_student_logprobs.to(w.old)
+    w.old = torch.where(w.mask != 0, old, torch.zeros_like(old))
+    return w
 
 
 def made_trainable(field: str) -> Change:
@@ -288,8 +301,11 @@ DEFECTS = (
         name="old-not-detached",
         sentence="Gradient flows to the behaviour log-probs.",
         violates=("IS-7",),
-        fix="Detach new - old before exp.",
-        change=around("entry", leaking_to_old),
+        fix="Detach new - old before exp, not new alone.",
+        change=both(
+            around("accept", with_old_of_caller),
+            replacing(log_ratio=lambda w: (w.chosen.detach() - w.old).clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)),
+        ),
         seen=cite("radixark/miles#1966"),
         usable_for="Behaviour log-probs computed under no_grad.",
     ),
@@ -365,6 +381,14 @@ DEFECTS = (
         violates=("GRAD-5",),
         fix="Allocate the gradient per call, and save it for the backward.",
         change=precomputing(in_shared_buffers, scaled),
+        usable_for=ONE_LIVE_GRAPH,
+    ),
+    Defect(
+        name="count-of-latest-call",
+        sentence="The backward divides by the number of tokens of the latest forward, whichever that was.",
+        violates=("GRAD-5",),
+        fix="Save the count with the graph it belongs to.",
+        change=around("entry", divided_by_latest_count),
         usable_for=ONE_LIVE_GRAPH,
     ),
     Defect(

@@ -262,7 +262,7 @@ def handed_over_by_a_model(subject: Subject, case: LossCase) -> None:
 )
 def test_grad_5(subject: Subject) -> None:
     def check(case: LossCase) -> None:
-        other = unlike(case)
+        other = unlike(case, subject.entry)
         if subject.expectations(case) is None or subject.expectations(other) is None:
             return
         inputs = [materialise(one, subject.device) for one in (case, other)]
@@ -435,7 +435,7 @@ LIVE_GRAPHS = 33
 def many_graphs(subject: Subject, case: LossCase) -> None:
     """Many graphs alive at once; the backward passes run from the last to the first. The first half is one case, the
     second half another: in turns, a ring of two, four or more buffers would hand each case its own."""
-    cases = (case, unlike(case))
+    cases = (case, unlike(case, subject.entry))
     if any(subject.expectations(one) is None for one in cases):
         return
     calls: list[tuple[LossCase, Any, Any, Tensor]] = []
@@ -510,9 +510,9 @@ def same_tensors_changed(subject: Subject, case: LossCase, other: LossCase) -> N
 
 
 @lru_cache(maxsize=8)
-def unlike(case: LossCase) -> LossCase:
-    """A case of the same shapes and dtypes whose results and gradients all differ. Kept, with its truth, for the next
-    defect that is replayed on the case."""
+def unlike(case: LossCase, entry: Capability) -> LossCase:
+    """A case of the same shapes and dtypes whose results, gradients and options all differ; so do the tokens that
+    count, where the entry has a mask. Kept, with its truth, for the next defect that is replayed on the case."""
     fields = case.loss_input
     tau = fields.teacher_logprobs
     leading = "student_hidden" if case.fused else "student_logits"
@@ -524,9 +524,21 @@ def unlike(case: LossCase) -> LossCase:
         teacher_indices=(fields.teacher_indices + 1) % case.vocabulary,
         response_ids=(fields.response_ids + 1) % case.vocabulary,
     )
+    if entry is not Capability.DIVERGENCE:
+        other = other.with_fields(response_mask=every_second(fields.response_mask))
     if case.fused:
         other = other.with_fields(lm_head_weight=case.tensors()["lm_head_weight"] * 0.75)
-    return replace(other.with_training(is_clip=case.training.is_clip * 0.5), incoming=2.0)
+    options = case.training
+    changed = {"is_clip": options.is_clip * 0.5, "kl_reg_weight": options.kl_reg_weight + 0.25}
+    if options.alpha < 1:
+        changed["alpha"] = 0.5 - options.alpha / 4
+    return replace(other.with_training(**changed), incoming=2.0)
+
+
+def every_second(mask: Tensor) -> Tensor:
+    """The mask without every second token that it counts; as it is where it counts one."""
+    place = (mask != 0).flatten().cumsum(0).reshape(mask.shape)
+    return torch.where(place % 2 == 1, mask, torch.zeros_like(mask))
 
 
 def output_of(subject: Subject, loss_input: Any) -> Tensor:

@@ -107,16 +107,18 @@ def test_tk_2(subject: Subject) -> None:
         found = legal_indices(case, indices)
         whole = vocabulary_logprobs(case)
         chosen = at(whole, found)
-        last = whole.value.topk(support_size(case), dim=-1).indices[..., -1:]
-        threshold = at(whole, last)
-        short = threshold.value - chosen.value - chosen.bound - threshold.bound
+        likeliest = at(whole, whole.value.topk(support_size(case), dim=-1).indices)
+        # The j-th of what was chosen against the j-th of all: of tied tokens any may be missing, of likelier ones none.
+        ordered, places = chosen.value.sort(dim=-1, descending=True)
+        bound = chosen.bound.amax(-1, keepdim=True) + likeliest.bound.amax(-1, keepdim=True)
+        short = likeliest.value - ordered - bound
         if bool((short > 0).any()):
-            b, t, k = (int(i) for i in torch.unravel_index(short.argmax(), short.shape))
+            b, t, j = (int(i) for i in torch.unravel_index(short.argmax(), short.shape))
             raise disagreement(
                 case,
-                f"support[{b}, {t}]",
-                f"log-probs of at least {float(threshold.value[b, t, 0]):.7g}",
-                f"token {int(found[b, t, k])} with {float(chosen.value[b, t, k]):.7g}",
+                f"support[{b}, {t}], likeliest token {j + 1}",
+                f"a log-prob of {float(likeliest.value[b, t, j]):.7g}",
+                f"token {int(found[b, t, places[b, t, j]])} with {float(ordered[b, t, j]):.7g}",
             )
 
     judge(subject, check)

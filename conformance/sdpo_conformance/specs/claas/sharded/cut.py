@@ -168,13 +168,16 @@ def vocabulary_of(cut: Cut, place: int, tensor: Tensor, dim: int) -> Tensor:
 
 
 def padding(filling: str, tensor: Tensor, shape: list[int], dim: int) -> Tensor:
-    """What stands in padding: zeros, something that would win every softmax, or -inf (logits alone)."""
+    """What stands in padding: zeros, something that would win every softmax, or leaves nothing beside it in float32, or
+    -inf (logits alone)."""
     if filling == "masked" and dim == -1:
         return tensor.new_full(shape, float("-inf"))
     if filling == "high" and dim == -1:
         return tensor.new_full(shape, float(tensor.max()) + 4.0)
-    if filling == "high":
-        return (2 * tensor[:1]).expand(shape)
+    if filling == "huge" and dim == -1:
+        return tensor.new_full(shape, float(tensor.max()) + 400.0)
+    if filling in ("high", "huge"):
+        return ((2 if filling == "high" else 200) * tensor[:1]).expand(shape)
     return tensor.new_zeros(shape)
 
 

@@ -30,8 +30,9 @@ from sdpo_conformance.specs.claas.sharded.cut import (
 @dataclass(frozen=True)
 class Cuts:
     """vocabulary: chunk (as torch.chunk), or aligned:N (equal stretches, a multiple of N, padding at the end) ·
-    filling of padding: zero, high (it would win every softmax), masked (-inf) · rows: even, lopsided, none_first,
-    none_last (a rank has no row that counts) · positions: contiguous, balanced (as for causal attention)."""
+    filling of padding: zero, high (it would win every softmax), huge (exponentials beside it are 0), masked (-inf) ·
+    rows: even, lopsided, none_first, none_last (a rank has no row that counts) · positions: contiguous, balanced (as
+    for causal attention)."""
 
     vocabulary: tuple[str, ...] = ("chunk",)
     filling: tuple[str, ...] = ("zero",)
@@ -40,7 +41,7 @@ class Cuts:
 
 
 PLAIN = Cuts()
-PADDED = Cuts(vocabulary=("aligned:1", "aligned:4", "aligned:64"), filling=("zero", "high", "masked"))
+PADDED = Cuts(vocabulary=("aligned:1", "aligned:4", "aligned:64"), filling=("zero", "high", "huge", "masked"))
 
 
 def draw_cut(source: Source, mesh: MeshShape, cuts: Cuts, vocabulary: int, rows: int, positions: int) -> Cut:

@@ -216,7 +216,7 @@ RULES = (
         "gkd_logits_topk keeps that many of the raw teacher logits; None keeps all",
         f"{LOSS_FILE} 62-73; {TRAINER} 109-110",
         "an option that is silently ignored is believed",
-        NEUTRAL.but(teacher=("local", "full"), support=("few", "one", "many")),
+        NEUTRAL.but(teacher=("local", "local_smaller", "full"), support=("few", "one", "many")),
         control=lambda case: case.with_training(gkd_logits_topk=None),
     ),
     Rule(

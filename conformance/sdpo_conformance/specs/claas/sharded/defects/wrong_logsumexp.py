@@ -57,6 +57,10 @@ def added_maxima(w: OnRank) -> Tensor:
     return total(own_peak(w), w.group("tp"))
 
 
+def maximum_with_padding(w: OnRank) -> Tensor:
+    return total(w.z.detach().amax(-1).nan_to_num(), w.group("tp"), dist.ReduceOp.MAX)
+
+
 def first_ranks_maximum(w: OnRank) -> Tensor:
     return gathered(own_peak(w), w.group("tp"))[0]
 
@@ -196,6 +200,12 @@ DEFECTS = (
         "VP-2",
         ("verl#2899",),
         real=partial(padding_at, 0.0),
+    ),
+    _defect(
+        "maximum-of-padding",
+        "The maximum is taken before padding is cut off: beside a large value there every exponential is 0.",
+        "VP-2",
+        peak=maximum_with_padding,
     ),
     _defect(
         "sentinel-is-a-column",
