@@ -129,3 +129,12 @@ def test_ranks_of_other_kinds(tmp_path: Path) -> None:
     before = of_kind(**KINDS["LoHa"][0])
     config = {"peft_type": "LOHA", "r": 16, "lora_alpha": 8}
     assert found(tmp_path, before, moved(before), config) == {"config-mismatch": "error"}
+
+
+@pytest.mark.parametrize("name", ["lora_magnitude_vector", "lora_magnitude_vector.weight", None])
+def test_dora_has_magnitudes(name: str | None, tmp_path: Path) -> None:
+    before = adapter()
+    if name is not None:
+        before |= {key.replace("lora_B.weight", name): torch.ones(4) for key in before if "lora_B" in key}
+    expected = {} if name is not None else {"config-mismatch": "error"}
+    assert found(tmp_path, before, moved(before), {**CONFIG, "use_dora": True}) == expected

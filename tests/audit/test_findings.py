@@ -357,6 +357,13 @@ def test_step_too_large_for_adam(write_run: WriteRun) -> None:
     assert findings(trained(write_run, SOUND, training=training)) == {}
     finding = findings(write_run(SOUND, before=adapter(), after=moved(adapter(), 0.139), training=training))
     assert finding["step-too-large"].data["excess"] > 100
+    assert finding["step-too-large"].severity is Severity.WARNING
+
+
+def test_without_a_log_nothing_says_how_many_batches_there_were(write_run: WriteRun) -> None:
+    training = {"learning_rate": 3e-5, "steps_per_batch": 4}
+    finding = findings(write_run(before=adapter(), after=moved(adapter(), 0.139), training=training))
+    assert finding["step-too-large"].severity is Severity.NOTE
 
 
 def test_norm_explosion(write_run: WriteRun) -> None:

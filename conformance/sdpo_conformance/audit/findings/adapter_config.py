@@ -42,7 +42,9 @@ def config_mismatch(evidence: Evidence) -> Verdicts:
             next_step="put the config that was trained with beside the tensors: alpha / r scales every update",
             data={"modules": len(ranks)},
         )
-    yield from _not_targeted(change.before, adapter) if kind == "LORA" else ()
+    if kind == "LORA":
+        yield from _magnitudes_lost(adapter)
+        yield from _not_targeted(change.before, adapter)
     told = [*(_targets(adapter) if kind == "LORA" else ()), *_saved_modules(adapter)]
     if told:
         yield Finding(
@@ -53,6 +55,23 @@ def config_mismatch(evidence: Evidence) -> Verdicts:
             cause="tensors lost in saving, or the config of another adapter",
             next_step="compare the config with the one that was trained; a loader fills what is missing with its start",
         )
+
+
+def _magnitudes_lost(adapter: Adapter) -> Verdicts:
+    """DoRA without its magnitudes. PEFT saves a ``lora_magnitude_vector`` for each module that has a pair."""
+    parts = [place_of(key).part for key in adapter.tensors]
+    pairs = parts.count("B")
+    if "peft_type" not in adapter.config or not adapter.config.get("use_dora") or "magnitude" in parts or not pairs:
+        return
+    yield Finding(
+        id="config-mismatch",
+        severity=Severity.ERROR,
+        statement=f"adapter_config.json says use_dora, and none of {pairs} modules has a magnitude",
+        evidence=("no tensor is a lora_magnitude_vector",),
+        cause="magnitudes lost in saving, or the config of another adapter",
+        next_step="save again from the PEFT model: a loader takes the norms of the base, not what was trained",
+        data={"modules": pairs},
+    )
 
 
 def _wrong_ranks(adapter: Adapter) -> list[str]:

@@ -43,8 +43,9 @@ def step_too_large(evidence: Evidence) -> Verdicts:
             furthest, excess = tensor, (tensor.max_abs_delta or 0.0) / bound
     if furthest is None:
         return
-    # A step of another tool may be several updates (verl's mini-batches), and its optimizer need not be AdamW.
-    native = metrics is None or metrics.native
+    # A step of another tool may be several updates (verl's mini-batches), and its optimizer need not be AdamW. Without
+    # a log, steps_per_batch says nothing of how many batches there were.
+    native = metrics is not None and metrics.native
     yield Finding(
         id="step-too-large",
         severity=Severity.WARNING if native else Severity.NOTE,
