@@ -61,6 +61,17 @@ def _named(path: Path) -> Path | None:
     return trained[0] if len(trained) == 1 else None
 
 
+def number_of(checkpoint: Path) -> int | None:
+    """The number in a checkpoint's name; `checkpoint` is where its adapter lies."""
+    match = _FOLDER.fullmatch(name_of(checkpoint)) or _FILE.fullmatch(name_of(checkpoint))
+    return int(match[1]) if match else None
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """The numbered folder itself; `checkpoint` is where its adapter lies."""
+    return next((path for path in (checkpoint, *checkpoint.parents) if is_checkpoint(path)), checkpoint)
+
+
 def identical_neighbours(checkpoints: Sequence[Path]) -> tuple[tuple[str, str], ...]:
     """Neighbouring checkpoints whose adapters hold equal tensors, by their names in the run."""
     if len(checkpoints) < 2:
@@ -68,12 +79,12 @@ def identical_neighbours(checkpoints: Sequence[Path]) -> tuple[tuple[str, str], 
     adapters = [open_adapter(folder) for folder in checkpoints]
     if any(len(adapter.empty) == len(adapter.tensors) for adapter in adapters):
         return ()  # nothing of nothing is equal; tensor-empty says so
-    marks = [_mark(adapter) for adapter in adapters]
-    names = [_name(path) for path in checkpoints]
+    marks = [content_mark(adapter) for adapter in adapters]
+    names = [name_of(path) for path in checkpoints]
     return tuple((names[i], names[j]) for i, j in pairwise(range(len(marks))) if marks[i] == marks[j])
 
 
-def _mark(adapter: Adapter) -> bytes:
+def content_mark(adapter: Adapter) -> bytes:
     """A digest of every tensor's name, type, shape and bytes; the file's other metadata (a step, a date) apart."""
     digest = hashlib.blake2b()
     for path in dict.fromkeys(adapter.files.values()):
@@ -86,6 +97,7 @@ def _mark(adapter: Adapter) -> bytes:
     return digest.digest()
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
+    """A checkpoint's own name, wherever in it the adapter lies."""
     numbered = (part for part in reversed(path.parts) if _FOLDER.fullmatch(part) or _FILE.fullmatch(part))
     return next(numbered, path.name)

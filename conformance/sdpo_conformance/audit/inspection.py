@@ -10,6 +10,7 @@ from sdpo_conformance.audit.adapter import Adapter, open_adapter
 from sdpo_conformance.audit.adapter_change import compare_adapters
 from sdpo_conformance.audit.checkpoints import identical_neighbours
 from sdpo_conformance.audit.config import NO_REQUEST, RequestSample, engine_beside, read_request
+from sdpo_conformance.audit.declared import read_declared
 from sdpo_conformance.audit.discovery import RunFiles, discover
 from sdpo_conformance.audit.errors import AuditError, NoStepsError, PickledError, shown
 from sdpo_conformance.audit.findings import Evidence, Finding, NotJudged, Severity, judge
@@ -21,6 +22,7 @@ from sdpo_conformance.audit.model_loading import load_adapted_model
 from sdpo_conformance.audit.optimizer_state import OptimizerState, find_optimizer_state, read_optimizer_state
 from sdpo_conformance.audit.prompts import Prompt, read_prompts
 from sdpo_conformance.audit.sampler_fit import SamplerFit, fit_sampler
+from sdpo_conformance.audit.teachers import find_teachers
 
 #: CLaaS's default (claas/core/types.py, TrainingConfig), for the replay alone, where the settings name none.
 _DEFAULT_IS_CLIP = 5.0
@@ -102,6 +104,8 @@ def audit_run(
         replay=replay,
         sampler_fit=fit,
         identical_checkpoints=identical_neighbours(files.checkpoints),
+        settings=read_declared(run),
+        teachers=find_teachers(files.checkpoints),
         metrics_refused=refused,
         adapter_refused=pickled,
     )

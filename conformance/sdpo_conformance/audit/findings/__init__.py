@@ -22,6 +22,7 @@ from sdpo_conformance.audit.findings import (
     refresh,
     sample_means,
     staleness,
+    teacher,
     untrained,
     weight_growth,
     weights,
@@ -47,6 +48,7 @@ CHECKS: tuple[Check, ...] = (
     *adapter_form.CHECKS,
     *adapter_config.CHECKS,
     *optimizer.CHECKS,
+    *teacher.CHECKS,
     *behaviour.CHECKS,
     *recorded_logprobs.CHECKS,
 )

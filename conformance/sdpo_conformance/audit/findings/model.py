@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sdpo_conformance.audit.adapter_change import AdapterChange
 from sdpo_conformance.audit.config import NO_REQUEST, RunRequest
+from sdpo_conformance.audit.declared import Declared
 from sdpo_conformance.audit.metrics import RunMetrics
 from sdpo_conformance.audit.optimizer_state import OptimizerState
+from sdpo_conformance.audit.teachers import Teachers
 
 if TYPE_CHECKING:
     from sdpo_conformance.audit.generation import GenerationResult
@@ -67,6 +69,8 @@ class Evidence:
     replay: ReplayResult | None = None
     sampler_fit: SamplerFit | None = None
     identical_checkpoints: tuple[tuple[str, str], ...] = ()
+    settings: Declared = field(default_factory=Declared)
+    teachers: Teachers = field(default_factory=Teachers)
     metrics_refused: str = ""
     adapter_refused: str = ""
 
