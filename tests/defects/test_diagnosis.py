@@ -10,21 +10,21 @@ import pytest
 import torch
 from tests.evidence.diagnosis_score import measure, random_pairs
 
-from sdpo_conformance.judging.call import evaluate
+from sdpo_conformance.judging.call import ImplementationError, evaluate
 from sdpo_conformance.judging.compare import Disagreement, compare
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.judging.records import Record, Status
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.report.terminal import led
-from sdpo_conformance.reproduction.failure import save_observed
+from sdpo_conformance.reproduction.failure import failure_of, save_observed
 from sdpo_conformance.specs import find_spec
 from sdpo_conformance.specs.claas import defects
 from sdpo_conformance.specs.claas.bounds import expectations
 from sdpo_conformance.specs.claas.defects.defect import Defect, ExecutableDefect, entries, replacing
 from sdpo_conformance.specs.claas.defects.loss_parts import Parts, jensen_shannon
 from sdpo_conformance.specs.claas.diagnosis import diagnose, diagnose_run
-from sdpo_conformance.specs.claas.diagnosis.observed import Observed, values_of
+from sdpo_conformance.specs.claas.diagnosis.observed import Observed, ObservedLoss, values_of
 from sdpo_conformance.specs.claas.diagnosis.run import NO_MATCH, quality
 from sdpo_conformance.specs.claas.loss_case import LossCase, recorded_cases
 from sdpo_conformance.specs.claas.rules.aspects import ALL
@@ -42,7 +42,7 @@ def failures(defect: Defect, dtype: torch.dtype = torch.float32) -> list[Observe
         case = LossCase(replace(case.loss_input, **floats))
         outcome = evaluate(function, LOSS, case)
         if compare(case, outcome, ALL, expectations(case, LOSS)) is not None:
-            found.append(Observed("GJS-1", LOSS, case, values_of(outcome)))
+            found.append(ObservedLoss("GJS-1", LOSS, case, values_of(outcome)))
     return found
 
 
@@ -88,7 +88,7 @@ def test_a_neighbour_that_the_bounds_let_pass_is_not_the_name() -> None:
     """On one on-policy case an offset of the divergence comes as near as the bound allows, and its own rule failed."""
     case = next(case for case, _ in recorded_cases() if case.name == "on_policy_alpha_0.3")
     outcome = evaluate(getattr(defects.find("terms-summed-in-float16").implementation(), LOSS.value), LOSS, case)
-    answer = diagnose([Observed(rule, LOSS, case, values_of(outcome)) for rule in ("GJS-1", "GJS-6")])
+    answer = diagnose([ObservedLoss(rule, LOSS, case, values_of(outcome)) for rule in ("GJS-1", "GJS-6")])
     assert answer is not None
     assert answer.name == "terms-summed-in-float16"
     assert not answer.equivalent
@@ -174,6 +174,33 @@ def test_no_match_is_said_plainly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["loss-as-float", "old-overwritten", "buffer-shared-between-calls"])
 def test_failures_that_are_no_numbers_are_replayed(name: str) -> None:
     assert measure(name, LOSS, seed=0).right
+
+
+BEFORE_A_HEAD = {
+    one.name: one.capabilities[0]
+    for one in defects.catalogue().values()
+    if one.capabilities[0] in (Capability.RESPONSE_LOGPROBS, Capability.TEACHER_TOPK)
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_A_HEAD)
+def test_failures_before_a_head_are_named(name: str) -> None:
+    found = measure(name, BEFORE_A_HEAD[name], seed=0)
+    assert found.right
+    assert found.explained == found.failures > 0
+
+
+def test_an_entry_before_a_head_that_raises_leaves_its_input(tmp_path: Path) -> None:
+    defect, rule = defects.find("top-k-above-vocabulary"), find_spec("claas").requirements()["TK-2"]
+    subject = Subject(defect.implementation(), Capability.TEACHER_TOPK, Claims(), PROFILES["check"])
+    with pytest.raises(ImplementationError) as caught:
+        subject.run(rule)
+    found = failure_of(
+        tmp_path, "defect:top-k-above-vocabulary", "cpu", find_spec("claas"), rule, subject.entry, caught.value
+    )
+    assert found["words"].startswith("B=")
+    assert (tmp_path / found["reproduction"]).is_file()
+    assert (tmp_path / found["observed_head"]).is_file()
 
 
 def test_pairs_are_drawn_by_seed() -> None:

@@ -38,7 +38,8 @@ from sdpo_conformance.specs.claas.defects import catalogue, combine, find
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import Dialect
 from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose
-from sdpo_conformance.specs.claas.diagnosis.observed import Observed, values_of
+from sdpo_conformance.specs.claas.diagnosis.heads import ObservedHead
+from sdpo_conformance.specs.claas.diagnosis.observed import Observed, ObservedLoss, values_of, words_of
 from sdpo_conformance.specs.claas.diagnosis.run import ENOUGH
 from sdpo_conformance.specs.claas.loss_case import LossCase
 
@@ -70,7 +71,8 @@ def failures_of(
     """What the suite observes of a defect by these rules (its own and broad ones if none are given), and those that
     held."""
     profile = replace(PROFILES["quick"], shrink_seconds=0.3)
-    observed, held = [], []
+    observed: list[Observed] = []
+    held = []
     for name in dict.fromkeys(rules or (*defect.violates, *BROAD)):
         requirement = find_spec("claas").requirements().get(name)
         if requirement is None or entry not in requirement.capabilities:
@@ -79,19 +81,30 @@ def failures_of(
         try:
             subject.run(requirement)
             held.append(name)
-        except Disagreement as found:
-            if isinstance(found.case, LossCase):
-                values = values_of(found.outcome) if found.outcome is not None else {}
-                observed.append(
-                    Observed(name, entry, found.case, values, found.probe, found.aspect, found.got, found.secondary)
-                )
-        except ImplementationError as found:
-            if isinstance(found.case, LossCase):
-                observed.append(Observed(name, entry, found.case, {}, "raises", entry.value, found.summary))
+        except (Disagreement, ImplementationError) as found:
+            if (one := observed_of(found, name, entry)) is not None:
+                observed.append(one)
         except BaseException as error:
             if type(error).__name__ != "Skipped":
                 raise
     return observed, held
+
+
+def observed_of(found: Disagreement | ImplementationError, rule: str, entry: Capability) -> Observed | None:
+    """What a run would keep of a failure; None where it keeps no input."""
+    if isinstance(found, Disagreement):
+        words = {"probe": found.probe, "aspect": found.aspect, "got": found.got, "secondary": found.secondary}
+        values = values_of(found.outcome) if found.outcome is not None else {}
+    else:
+        words, values = {"probe": "raises", "aspect": entry.value, "got": found.summary, "secondary": False}, {}
+    if isinstance(found.case, LossCase):
+        return ObservedLoss(rule, entry, found.case, values, **words_of(words))
+    if "observed" not in found.extra:
+        return None
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "observed.safetensors"
+        found.extra["observed"](path)
+        return ObservedHead.load(path, rule, entry, words)
 
 
 def names_of(answer: Diagnosis) -> set[frozenset[str]]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sdpo_conformance.files import write_tensors
 from sdpo_conformance.inputs.choices import HypothesisSource, SeededSource, Source
 
 LENGTHS = (2, 3, 5, 7, 9, 12, 17)
@@ -41,6 +45,27 @@ class HeadCase:
         dtype = str(self.hidden.dtype).removeprefix("torch.")
         layout = "" if self.layout == "contiguous" else f", {self.layout}"
         return f"B={b} T={t} V={self.head.shape[0]} H={h} k={self.k}, {dtype}{layout}"
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its field."""
+        return {"hidden": self.hidden, "head": self.head, "response_ids": self.response_ids}
+
+    def save(self, path: Path, extra: Mapping[str, Tensor]) -> None:
+        """Write ``path`` (.safetensors) whole, with ``extra`` tensors beside the inputs."""
+        write_tensors(path, {**self.tensors(), **extra}, {"k": str(self.k), "layout": self.layout})
+
+    @classmethod
+    def load(cls, path: Path) -> HeadCase:
+        """Read what ``save`` wrote."""
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata()
+        tensors = load_file(path)
+        fields = {name: tensors[name] for name in ("hidden", "head", "response_ids")}
+        return cls(**fields, k=int(metadata["k"]), layout=metadata["layout"])
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class ImplementationError(Exception):
     ``summary`` is one line; ``details`` the innermost frames of its traceback, or empty;
     ``where``: file and line of the implementation's innermost frame;
     ``device_lost``: no further call can succeed in this process. ``case``: the input it happened on.
-    ``probe``: what shows it again, of the probes of a reproduction.
+    ``probe``: what shows it again, of the probes of a reproduction. ``extra``: as a disagreement's.
     """
 
     probe = "raises"
@@ -37,6 +37,7 @@ class ImplementationError(Exception):
     def __init__(self, summary: str, details: str = "", device_lost: bool = False, where: str = "") -> None:
         super().__init__(summary)
         self.case: Case | None = None
+        self.extra: dict[str, Any] = {}
         self.summary = summary
         self.details = details
         self.device_lost = device_lost

@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from sdpo_conformance.cases.case import Case
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
-from sdpo_conformance.judging.likeness import coarsest, roundoff
+from sdpo_conformance.judging.likeness import Input, coarsest, roundoff
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Capability, Claims
 from sdpo_conformance.specs.requirement import Level
@@ -27,7 +26,7 @@ SECONDS = 1.5
 """Time for one suspect. A suspect that breaks a rule mostly does so at one of the first cases."""
 
 
-def judged_in(cases: Sequence[Case]) -> str:
+def judged_in(cases: Sequence[Input]) -> str:
     """The dtype to ask in: half precision where only that failed, for a path of its own may be at fault."""
     finest = min((coarsest(case) for case in cases), key=roundoff)
     return str(finest).removeprefix("torch.")

@@ -234,7 +234,8 @@ class Subject:
                 self._too_large = False
         except (Disagreement, ImplementationError) as failure:
             if isinstance(failure, ImplementationError):
-                failure.case = failure.case or case
+                if hasattr(case, "loss_input"):
+                    failure.case = failure.case or case
                 if refuses_support(failure):
                     self.tally.rejected += 1
                     return

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from sdpo_conformance.cases.case import Case
 
 ROUNDING = 64.0
 """Roundings of the coarsest dtype by which two implementations of one mistake may differ."""
 
 
-def coarsest(case: Case) -> torch.dtype:
+class Input(Protocol):
+    """What an entry was called with."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its field."""
+
+
+def coarsest(case: Input) -> torch.dtype:
     """Of the dtypes that a case's numbers come in, the one that rounds most."""
     floats = [one.dtype for one in case.tensors().values() if one.is_floating_point()]
     return max(floats, key=roundoff)

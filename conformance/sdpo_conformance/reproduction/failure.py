@@ -27,7 +27,8 @@ def failure_of(
     entry: Capability,
     error: Disagreement | ImplementationError,
 ) -> dict[str, Any]:
-    """The record's failure entry; writes the reproduction and what was observed beside it."""
+    """The record's failure entry; writes the reproduction and what was observed beside it. An input that is no
+    ``Case`` comes with its own ways to be written, in ``extra``."""
     if isinstance(error, Disagreement):
         found = {
             "kind": "disagreement",
@@ -63,11 +64,14 @@ def failure_of(
             folder, key, target, device, spec, requirement, entry, found, case, other
         )
     else:
-        found["words"] = error.extra.get("words", "") if isinstance(error, Disagreement) else ""
-        if isinstance(error, Disagreement):
-            kept = ("shows", "mistake", "evidence", "metrics", "scenario", "step")
-            found.update({key: error.extra[key] for key in kept if error.extra.get(key) is not None})
-        if isinstance(error, Disagreement) and "reproduction" in error.extra:
+        found["words"] = error.extra.get("words", "")
+        kept = ("shows", "mistake", "evidence", "metrics", "scenario", "step")
+        found.update({key: error.extra[key] for key in kept if error.extra.get(key) is not None})
+        if "observed" in error.extra:
+            name = observed_path(record_key(requirement.id, entry.value))
+            error.extra["observed"](folder / name)
+            found["observed_head"] = name
+        if "reproduction" in error.extra:
             found["reproduction"] = error.extra["reproduction"](folder, requirement, target, device)
     return found
 
@@ -104,7 +108,11 @@ def save_observed(folder: Path, key: str, case: Case, outcome: Outcome | None) -
         for name, gradient in outcome.gradients.items():
             if gradient is not None:
                 extra[f"got.gradient.{name}"] = gradient.to(torch.float64).clone()
-    path = folder / "observed" / f"{key}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    case.save(path, extra)
-    return str(path.relative_to(folder))
+    name = observed_path(key)
+    case.save(folder / name, extra)
+    return name
+
+
+def observed_path(key: str) -> str:
+    """Where a run's folder keeps what was observed of a failure."""
+    return f"observed/{key}.safetensors"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sdpo_conformance.files import write_tensors, write_text
 from sdpo_conformance.inputs.heads import HeadCase
+from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.expectation import Expectation
 from sdpo_conformance.reproduction.loss_program import docstring
@@ -16,7 +17,7 @@ from sdpo_conformance.specs.spec import Spec
 
 def write_head_program(
     case: HeadCase,
-    found: Disagreement,
+    found: Disagreement | ImplementationError,
     expected: Expectation,
     folder: Path,
     spec: Spec,

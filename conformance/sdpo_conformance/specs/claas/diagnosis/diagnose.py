@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sdpo_conformance.judging.likeness import coarsest, roundoff
+from sdpo_conformance.judging.likeness import roundoff
 from sdpo_conformance.specs.claas.defects import catalogue, combine
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import DIALECTS, Dialect
@@ -84,7 +84,7 @@ def diagnose(observed: Sequence[Observed], passed: Iterable[str] = ()) -> Diagno
     if not observed:
         return None
     answers = []
-    half = [roundoff(coarsest(one.case)) > roundoff(torch.float32) for one in observed]
+    half = [one.roundoff > roundoff(torch.float32) for one in observed]
     in_half = any(half)
     for predictor in (Predictor(native=False), Predictor(native=True)):
         pairs = in_half or not predictor.native
@@ -158,7 +158,7 @@ def numbered(known: Sequence[Defect], observed: Sequence[Observed], predictor: P
     if predictor.native:
         return
     numeric = [index for index in representative(observed) if observed[index].numeric]
-    numeric.sort(key=lambda index: (observed[index].secondary, observed[index].case.truth.logits.numel()))
+    numeric.sort(key=lambda index: (observed[index].secondary, observed[index].size))
     for defect in known:
         if defect.parameter is None:
             continue

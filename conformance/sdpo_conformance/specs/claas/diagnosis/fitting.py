@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from sdpo_conformance.judging.call import ImplementationError, evaluate
+from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.parameter import simplest
-from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, expectation_of, values_of
+from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, expectation_of
 
 PROMISING = 0.9
 """Of the distance between the truth and what was observed: a defect that does not come nearer is only refined where a
@@ -27,11 +27,8 @@ def best_value(defect: Defect, observed: Observed, fits: Callable[[Defect, Obser
 def distance(defect: Defect, observed: Observed) -> float:
     """How far the results are from those observed, where the truth is at a distance of 1; what the truth gets right
     has to stay so."""
-    function = getattr(defect.implementation(), observed.entry.value, None)
-    if function is None:
-        return math.inf
     try:
-        predicted = values_of(evaluate(function, observed.entry, observed.exact, gradient=False))
+        predicted = observed.predicted(defect, native=False, gradient=False)
     except ImplementationError:
         return math.inf
     wrong: list[float] = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, expectation_of
+from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, ObservedLoss, expectation_of
 
 PARTS = {
     "mean_is_ratio": "the importance ratio",
@@ -52,6 +52,8 @@ def on_policy(observed: Sequence[Observed]) -> bool | None:
     """Whether distill_loss is wrong where the ratio is 1, so that the divergence alone makes it; None: not seen."""
     found: bool | None = None
     for one in observed:
+        if not isinstance(one, ObservedLoss):
+            continue
         truth, got = one.truth.results.get("distill_loss"), one.values.get("distill_loss")
         ratio = one.case.truth.ratio
         if truth is None or got is None or got.shape != truth.value.shape or not ratio.numel():

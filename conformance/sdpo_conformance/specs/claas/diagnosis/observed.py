@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdpo_conformance.judging.call import Outcome
+from sdpo_conformance.inputs.heads import HeadCase
+from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate
+from sdpo_conformance.judging.likeness import roundoff
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.claas.bounds import Expectation, Expectations, expectations
+from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.loss_case import LossCase
 
 if TYPE_CHECKING:
@@ -27,14 +31,14 @@ FitKey = tuple[str, float | None, bool]
 
 
 @dataclass(frozen=True, eq=False)
-class Observed:
+class Observed(ABC):
     """``values`` by result key, and ``gradient.<field>`` for gradients, float64; empty where the call raised or
     the check looked at something else. ``probe``: the kind of check; ``got``: its finding in words;
     ``secondary``: the rule that failed plays no part in it; ``fits``: what is known of defects on it."""
 
     requirement: str
     entry: Capability
-    case: LossCase
+    case: LossCase | HeadCase
     values: Mapping[str, Tensor]
     probe: str = "values"
     aspect: str = ""
@@ -42,28 +46,50 @@ class Observed:
     secondary: bool = False
     fits: dict[FitKey, Fit] = field(default_factory=dict, repr=False)
 
+    @property
+    @abstractmethod
+    def truth(self) -> Expectations:
+        """The oracle's values and bounds."""
+
+    @abstractmethod
+    def predicted(self, defect: Defect, native: bool, gradient: bool) -> Mapping[str, Tensor]:
+        """What a defect returns on the input, in the form of ``values``: on the same numbers in float64, or, with
+        ``native``, in the input's own dtypes. Raises ImplementationError where it returns nothing."""
+
+    @property
+    @abstractmethod
+    def numeric(self) -> bool:
+        """Whether the failure is one plain call that returned other numbers."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How much work a prediction is."""
+
+    @property
+    def roundoff(self) -> float:
+        """Of the dtype that rounds most, of those that the input comes in."""
+        return max(roundoff(one.dtype) for one in self.case.tensors().values() if one.is_floating_point())
+
+    @cached_property
+    def not_finite(self) -> bool:
+        """Whether something observed is NaN or infinite."""
+        return not all(bool(torch.isfinite(value).all()) for value in self.values.values())
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedLoss(Observed):
+    """A failure of a loss or a divergence."""
+
+    case: LossCase
+
     @classmethod
-    def load(cls, path: Path, requirement: str, entry: Capability, failure: Mapping[str, object]) -> Observed:
+    def load(cls, path: Path, requirement: str, entry: Capability, failure: Mapping[str, object]) -> ObservedLoss:
         """Read what a run left of a failure."""
-        values = {
-            name.removeprefix("got."): tensor.double()
-            for name, tensor in load_file(path).items()
-            if name.startswith("got.")
-        }
-        return cls(
-            requirement,
-            entry,
-            LossCase.load(path),
-            values,
-            probe=str(failure.get("probe", "values")),
-            aspect=str(failure.get("aspect", "")),
-            got=str(failure.get("got", "")),
-            secondary=bool(failure.get("secondary", False)),
-        )
+        return cls(requirement, entry, LossCase.load(path), got_in(path), **words_of(failure))
 
     @cached_property
     def truth(self) -> Expectations:
-        """The oracle's values and bounds."""
         return expectations(self.case, self.entry)
 
     @cached_property
@@ -76,15 +102,42 @@ class Observed:
         }
         return replace(self.case.with_fields(**floats), name=self.case.name)
 
-    @cached_property
-    def not_finite(self) -> bool:
-        """Whether something observed is NaN or infinite."""
-        return not all(bool(torch.isfinite(value).all()) for value in self.values.values())
+    def predicted(self, defect: Defect, native: bool, gradient: bool) -> Mapping[str, Tensor]:
+        function = offered(defect, self.entry)
+        return values_of(evaluate(function, self.entry, self.case if native else self.exact, gradient=gradient))
 
     @property
     def numeric(self) -> bool:
-        """Whether the failure is one plain call that returned other numbers."""
         return self.probe == "values" and bool(self.values)
+
+    @property
+    def size(self) -> int:
+        return self.case.truth.logits.numel()
+
+
+def got_in(path: Path) -> dict[str, Tensor]:
+    """What a run kept of what came back, float64."""
+    kept = load_file(path).items()
+    return {name.removeprefix("got."): tensor.double() for name, tensor in kept if name.startswith("got.")}
+
+
+def words_of(failure: Mapping[str, object]) -> dict[str, Any]:
+    """What a record says about the failing check."""
+    return {
+        "probe": str(failure.get("probe", "values")),
+        "aspect": str(failure.get("aspect", "")),
+        "got": str(failure.get("got", "")),
+        "secondary": bool(failure.get("secondary", False)),
+    }
+
+
+def offered(defect: Defect, entry: Capability) -> Callable[..., Any]:
+    """The defect's attribute for the entry; raises ImplementationError where it has none."""
+    function = getattr(defect.implementation(), entry.value, None)
+    if function is None:
+        raise ImplementationError(f"{defect.name} has no {entry.value}")
+    found: Callable[..., Any] = function
+    return found
 
 
 def values_of(outcome: Outcome) -> dict[str, Tensor]:

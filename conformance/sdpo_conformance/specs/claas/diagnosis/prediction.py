@@ -14,11 +14,11 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from sdpo_conformance.judging.call import ImplementationError, evaluate
+from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.forking import shared_out
-from sdpo_conformance.judging.likeness import coarsest, largest, likeness, roundoff, share
+from sdpo_conformance.judging.likeness import largest, likeness, share
 from sdpo_conformance.specs.claas.defects.defect import Defect
-from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, FitKey, Observed, expectation_of, values_of
+from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, FitKey, Observed, expectation_of
 
 Asked = TypeVar("Asked")
 
@@ -62,7 +62,7 @@ def nearer(got: Tensor, predicted: Tensor, truth: Tensor) -> bool:
 
 def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
     """Compare a prediction with what was observed."""
-    eps = roundoff(coarsest(observed.case))
+    eps = observed.roundoff
     matched, error, aspects, wrong = True, 0.0, set(), 0
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
@@ -84,17 +84,11 @@ def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
 def best_fit(defect: Defect, observed: Observed, native: bool) -> Fit:
     """The fit in float64, or, with ``native``, in the input's own dtypes. The results come first: a backward is
     only run for a defect whose results are as observed."""
-    function = getattr(defect.implementation(), observed.entry.value, None)
-    if function is None:
-        return NO_FIT
-    case = observed.case if native else observed.exact
     wants_gradient = any(name.startswith(GRADIENT) for name in observed.values)
     try:
-        if wants_gradient:
-            forward = values_of(evaluate(function, observed.entry, case, gradient=False))
-            if not agree(forward, observed):
-                return NO_FIT
-        return fit(values_of(evaluate(function, observed.entry, case, gradient=wants_gradient)), observed)
+        if wants_gradient and not agree(observed.predicted(defect, native, gradient=False), observed):
+            return NO_FIT
+        return fit(observed.predicted(defect, native, gradient=wants_gradient), observed)
     except ImplementationError:
         return NO_FIT
 
@@ -111,15 +105,12 @@ class Effect:
 
 def effect(defect: Defect, observed: Observed) -> Effect:
     """What a defect alone does to the results of a failing input, gradients aside."""
-    function = getattr(defect.implementation(), observed.entry.value, None)
-    if function is None:
-        return Effect(False, False, 0)
     try:
-        forward = values_of(evaluate(function, observed.entry, observed.exact, gradient=False))
+        forward = observed.predicted(defect, native=False, gradient=False)
     except ImplementationError:
         return Effect(False, False, 0)
     changes, spoils, predicted = False, False, 0
-    eps = roundoff(coarsest(observed.case))
+    eps = observed.roundoff
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
         if truth is None or name.startswith(GRADIENT) or name not in forward:
@@ -134,7 +125,7 @@ def effect(defect: Defect, observed: Observed) -> Effect:
 
 def agree(predicted: Mapping[str, Tensor], observed: Observed) -> bool:
     """Whether the results are as predicted, gradients aside."""
-    eps = roundoff(coarsest(observed.case))
+    eps = observed.roundoff
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
         if truth is None or name.startswith(GRADIENT):

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from sdpo_conformance.inputs.heads import HeadCase
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
@@ -28,7 +29,7 @@ NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 class Replay(Subject):
     """A subject whose every check sees one given input."""
 
-    only: LossCase | None = None
+    only: LossCase | HeadCase | None = None
 
     def for_all(
         self,
@@ -46,6 +47,13 @@ class Replay(Subject):
         del strategy, share
         assert self.only is not None
         check(self.only)
+
+    def each(self, cases: Iterable[Any], check: Callable[[Any], object]) -> None:
+        """The one input where that stands before a head, whose rules draw nothing else; a loss's cases as they are."""
+        if isinstance(self.only, HeadCase):
+            check(self.only)
+        else:
+            super().each(cases, check)
 
 
 def replayed(defect: Defect, observed: Observed) -> Fit:

@@ -15,8 +15,9 @@ from sdpo_conformance.specs.claas.defects import catalogue, combine
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import Dialect
 from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose, rules_behind
+from sdpo_conformance.specs.claas.diagnosis.heads import ObservedHead
 from sdpo_conformance.specs.claas.diagnosis.locating import located
-from sdpo_conformance.specs.claas.diagnosis.observed import Observed
+from sdpo_conformance.specs.claas.diagnosis.observed import Observed, ObservedLoss
 from sdpo_conformance.specs.claas.diagnosis.trainers import NamedMetrics, gathered, reported, stated, updated
 from sdpo_conformance.specs.claas.step_loop.update_mistakes import STRUCTURAL
 from sdpo_conformance.specs.requirement import Level
@@ -55,7 +56,7 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
         records = [record for record in failed if record.entry == entry]
         if not records:
             continue
-        observed = [observed_of(folder, record) for record in records if record.failure.get("observed")]
+        observed = [observed_of(folder, record) for record in records if observed_in(record)]
         held = [requirement for of, requirement in passed if of == entry]
         where = f" ({entry.value})" if len(offered) > 1 else ""
         if entry is Capability.DISTILL:
@@ -81,7 +82,7 @@ def diagnose_run(folder: Path, failed: Sequence[Record], offered: Sequence[Capab
 
 def asked_next(folder: Path, failed: Record) -> Sequence[str]:
     """The requirements that may name the cause of a run's first failure better than its own, likeliest first."""
-    if not failed.failure.get("observed") or failed.entry == Capability.DISTILL:
+    if not observed_in(failed) or failed.entry == Capability.DISTILL:
         return ()
     passed = [one.requirement for one in read_records(folder).values() if one.status is Status.PASSED]
     observed = observed_of(folder, failed)
@@ -97,13 +98,18 @@ def observed_of(folder: Path, failed: Record) -> Observed:
     """What is known of a failure."""
     if (found := _FIRST.pop(written(folder, failed), None)) is not None:
         return found
-    failure = failed.failure
-    return Observed.load(folder / failure["observed"], failed.requirement, Capability(failed.entry), failure)
+    kind = ObservedLoss if failed.failure.get("observed") else ObservedHead
+    return kind.load(folder / observed_in(failed), failed.requirement, Capability(failed.entry), failed.failure)
+
+
+def observed_in(failed: Record) -> str:
+    """The file of what was observed of a failure, or nothing."""
+    return str(failed.failure.get("observed") or failed.failure.get("observed_head") or "")
 
 
 def written(folder: Path, failed: Record) -> tuple[Path, int]:
     """The file of what was observed, and when it was written."""
-    path = folder / failed.failure["observed"]
+    path = folder / observed_in(failed)
     return path, path.stat().st_mtime_ns
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,31 +28,43 @@ Tensors = tuple[Tensor, Tensor, Tensor]
 
 def score(subject: Subject, case: HeadCase, tensors: Tensors | None = None) -> Tensor:
     """Call compute_response_logprobs on ``tensors``, or on fresh ones; a (B, T) floating tensor."""
-    found = called(subject, case, tensors, lambda hidden, head, ids: subject.function(hidden, head, ids))
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        raise ImplementationError(f"returned a {type(found).__name__}, expected a floating (B, T) tensor")
-    if found.shape != case.response_ids.shape:
-        shape = tuple(case.response_ids.shape)
-        raise ImplementationError(f"returned shape {tuple(found.shape)}, expected (B, T) = {shape}")
-    return found
+    with shown(case):
+        found = called(subject, case, tensors, lambda hidden, head, ids: subject.function(hidden, head, ids))
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            raise ImplementationError(f"returned a {type(found).__name__}, expected a floating (B, T) tensor")
+        if found.shape != case.response_ids.shape:
+            shape = tuple(case.response_ids.shape)
+            raise ImplementationError(f"returned shape {tuple(found.shape)}, expected (B, T) = {shape}")
+        return found
 
 
 def rank(subject: Subject, case: HeadCase, tensors: Tensors | None = None) -> tuple[Tensor, Tensor]:
     """Call compute_teacher_topk on ``tensors``, or on fresh ones; log-probs and integer indices of one shape
     (B, T, K)."""
-    found = called(subject, case, tensors, lambda hidden, head, _: subject.function(hidden, head, case.k))
-    if not isinstance(found, (tuple, list)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
-        raise ImplementationError(f"returned a {type(found).__name__}, expected (logprobs, indices)")
-    logprobs, indices = found
-    k = min(max(1, case.k), case.head.shape[0])
-    shape = (*case.hidden.shape[:2], k)
-    for name, tensor in (("logprobs", logprobs), ("indices", indices)):
-        if tensor.shape != shape:
-            raise ImplementationError(f"{name} has shape {tuple(tensor.shape)}, expected (B, T, K) = {shape}")
-    if indices.is_floating_point() or not logprobs.is_floating_point():
-        kinds = f"{logprobs.dtype} and {indices.dtype}"
-        raise ImplementationError(f"expected floating log-probs and integer indices, got {kinds}")
-    return logprobs, indices
+    with shown(case):
+        found = called(subject, case, tensors, lambda hidden, head, _: subject.function(hidden, head, case.k))
+        if not isinstance(found, (tuple, list)) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
+            raise ImplementationError(f"returned a {type(found).__name__}, expected (logprobs, indices)")
+        logprobs, indices = found
+        k = min(max(1, case.k), case.head.shape[0])
+        shape = (*case.hidden.shape[:2], k)
+        for name, tensor in (("logprobs", logprobs), ("indices", indices)):
+            if tensor.shape != shape:
+                raise ImplementationError(f"{name} has shape {tuple(tensor.shape)}, expected (B, T, K) = {shape}")
+        if indices.is_floating_point() or not logprobs.is_floating_point():
+            kinds = f"{logprobs.dtype} and {indices.dtype}"
+            raise ImplementationError(f"expected floating log-probs and integer indices, got {kinds}")
+        return logprobs, indices
+
+
+@contextmanager
+def shown(case: HeadCase) -> Iterator[None]:
+    """An error of the implementation's knows its input in words and how to write it."""
+    try:
+        yield
+    except ImplementationError as error:
+        knows_its_input(error, case, {})
+        raise
 
 
 def called(subject: Subject, case: HeadCase, tensors: Tensors | None, call: Callable[..., Any]) -> Any:
@@ -102,6 +115,7 @@ def judge_two_calls(
             judge(one, result)
         except Disagreement as found:
             found.detail = f"{found.detail}; {words}" if found.detail else words
+            knows_its_input(found, one, {})
             found.extra["reproduction"] = partial(write_reproduction, one, found, before=before, after=after)
             raise
 
@@ -151,7 +165,13 @@ def judge_untouched(
             raise
 
 
-def compare(case: HeadCase, aspect: str, expectation: Expectation, got: Tensor, detail: str = "") -> None:
+Returned = Mapping[str, Tensor]
+"""What came back, by name: ``log-prob`` (B, T) or (B, T, K), and ``token``, the ids of a top-k."""
+
+
+def compare(
+    case: HeadCase, aspect: str, expectation: Expectation, got: Tensor, returned: Returned, detail: str = ""
+) -> None:
     """Raise a Disagreement at the element that is furthest beyond its bound."""
     got = got.detach().to("cpu", torch.float64)
     excess, where = worst(expectation, got)
@@ -162,24 +182,38 @@ def compare(case: HeadCase, aspect: str, expectation: Expectation, got: Tensor, 
             f"{aspect}[{place}]",
             number(float(expectation.value[where])),
             number(float(got[where])),
+            returned,
             detail=detail,
             excess=excess,
         )
 
 
 def disagreement(
-    case: HeadCase, aspect: str, expected: str, got: str, detail: str = "", excess: float = float("inf")
+    case: HeadCase,
+    aspect: str,
+    expected: str,
+    got: str,
+    returned: Returned | None = None,
+    detail: str = "",
+    excess: float = float("inf"),
 ) -> Disagreement:
-    """A disagreement that knows its input in words and how to write it as a program."""
+    """A disagreement that knows its input and how to write it; ``returned``: where its values are what is wrong."""
     found = Disagreement(aspect, expected, got, probe="head", detail=detail, excess=excess)
-    found.extra["words"] = case.words
-    found.extra["reproduction"] = partial(write_reproduction, case, found)
+    knows_its_input(found, case, returned or {})
     return found
+
+
+def knows_its_input(found: Disagreement | ImplementationError, case: HeadCase, returned: Returned) -> None:
+    """Leave with a failure its input in words, and how it is written: for the diagnosis, and as a program."""
+    values = {f"got.{name}": tensor.detach().cpu() for name, tensor in returned.items()}
+    found.extra["words"] = case.words
+    found.extra["observed"] = partial(case.save, extra=values)
+    found.extra["reproduction"] = partial(write_reproduction, case, found)
 
 
 def write_reproduction(
     case: HeadCase,
-    found: Disagreement,
+    found: Disagreement | ImplementationError,
     folder: Path,
     requirement: Requirement,
     target: str,

@@ -37,7 +37,7 @@ SOURCE = f"{UPSTREAM_TRAINER} DistillationTrainer._compute_student_response_logp
 
 def right(case: HeadCase, got: Tensor) -> None:
     """Values against the truth."""
-    compare(case, "log-prob", response_logprobs(case), got, shifted(case, got))
+    compare(case, "log-prob", response_logprobs(case), got, {"log-prob": got}, shifted(case, got))
 
 
 def judge(subject: Subject, lengths: tuple[int, ...], share: float = 1.0) -> None:

@@ -38,28 +38,33 @@ Ranking = tuple[Tensor, Tensor]
 SOURCE = f"{UPSTREAM_TRAINER} DistillationTrainer._build_self_teacher_topk"
 
 
-def legal_indices(case: HeadCase, indices: Tensor) -> Tensor:
+def values(ranking: Ranking) -> dict[str, Tensor]:
+    """What came back, by name."""
+    return dict(zip(("log-prob", "token"), ranking, strict=True))
+
+
+def legal_indices(case: HeadCase, ranking: Ranking) -> Tensor:
     """int64 indices on the CPU; raises Disagreement where they repeat or leave the vocabulary."""
+    indices = ranking[1]
     found, vocabulary = indices.detach().cpu().long(), case.head.shape[0]
     if found.numel() and (int(found.min()) < 0 or int(found.max()) >= vocabulary):
         seen = f"{int(found.min())} to {int(found.max())}"
-        raise disagreement(case, "indices", f"token ids in [0, {vocabulary})", seen)
+        raise disagreement(case, "indices", f"token ids in [0, {vocabulary})", seen, values(ranking))
     ordered = found.sort(-1).values
     if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-        raise disagreement(case, "indices", "distinct within a token", "a token id twice")
+        raise disagreement(case, "indices", "distinct within a token", "a token id twice", values(ranking))
     return found
 
 
 def right(case: HeadCase, ranking: Ranking) -> None:
     """Values against the truth."""
-    logprobs, indices = ranking
-    expectation = at(vocabulary_logprobs(case), legal_indices(case, indices))
-    got = logprobs.detach().cpu().double()
+    expectation = at(vocabulary_logprobs(case), legal_indices(case, ranking))
+    got = ranking[0].detach().cpu().double()
     difference = got - expectation.value
     constant = bool((difference - difference[..., :1]).abs().le(expectation.bound + 1e-6).all())
     several = constant and case.k > 1
     words = "off by one constant per token: normalised over something else" if several else ""
-    compare(case, "log-prob", expectation, got, words)
+    compare(case, "log-prob", expectation, got, values(ranking), words)
 
 
 def judge(subject: Subject, check: Callable[[HeadCase, Ranking], None]) -> None:
@@ -103,8 +108,7 @@ def test_tk_1(subject: Subject) -> None:
 )
 def test_tk_2(subject: Subject) -> None:
     def check(case: HeadCase, ranking: Ranking) -> None:
-        _, indices = ranking
-        found = legal_indices(case, indices)
+        found = legal_indices(case, ranking)
         whole = vocabulary_logprobs(case)
         chosen = at(whole, found)
         likeliest = at(whole, whole.value.topk(support_size(case), dim=-1).indices)
@@ -119,6 +123,7 @@ def test_tk_2(subject: Subject) -> None:
                 f"support[{b}, {t}], likeliest token {j + 1}",
                 f"a log-prob of {float(likeliest.value[b, t, j]):.7g}",
                 f"token {int(found[b, t, places[b, t, j]])} with {float(ordered[b, t, j]):.7g}",
+                values(ranking),
             )
 
     judge(subject, check)
