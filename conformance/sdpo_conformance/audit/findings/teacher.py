@@ -5,13 +5,13 @@ from __future__ import annotations
 from sdpo_conformance.audit.adapter_change import AdapterChange
 from sdpo_conformance.audit.declared import Declared
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, Severity, Verdicts
+from sdpo_conformance.audit.header import SPACING
 
 _RATES = ("teacher_update_rate", "teacher_ema_rate", "ema_teacher_rate")
 _DECAYS = ("teacher_ema_decay", "ema_teacher_decay", "teacher_decay")
 #: Settings by which a teacher is updated now and then, or later.
 _SELDOM = r"(teacher|ema).*(interval|freq|every|steps|period|warmup|start|delay)|(interval|freq|every).*(teacher|ema)"
-#: The spacing of numbers next to 1, of which a move has to be several to be seen.
-_SPACING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+#: How many times a dtype's spacing a move has to be in order to be seen.
 _SEEN = 4.0
 #: From this rate on an average of the actor is the actor itself soon after the actor has come to rest.
 _FAST = 0.5
@@ -66,7 +66,7 @@ def _visible(gap: AdapterChange, rate: float) -> bool:
     """Whether one update alone would move an element of the teacher by more than its dtype's spacing."""
     return any(
         rate * (tensor.max_abs_delta or 0.0)
-        > _SEEN * _SPACING.get(gap.after.tensors[tensor.key].dtype, 1.0) * tensor.max_abs_after
+        > _SEEN * SPACING.get(gap.after.tensors[tensor.key].dtype, 1.0) * tensor.max_abs_after
         for tensor in gap.compared
     )
 
