@@ -70,3 +70,46 @@ def test_a_teacher_of_an_actor_at_rest(tmp_path: Path) -> None:
     with_teachers(tmp_path, lambda actor: START, 0.0)
     settings(tmp_path, **EMA)
     assert "teacher-frozen" not in found(tmp_path)
+
+
+def ranks(folder: Path, copies: list[Tensors], name: str = "adapter_rank_{}", **given: Any) -> dict[str, str]:
+    put(folder / "before", adapter())
+    put(folder / "after", moved(adapter(), 1e-2))
+    for number, tensors in enumerate(copies):
+        put(folder / name.format(number), tensors)
+    (folder / "run.json").write_text(json.dumps(given))
+    return found(folder)
+
+
+ONE, OTHER = moved(adapter(), 1e-2), moved(adapter(), -1e-2)
+
+
+@pytest.mark.parametrize(
+    ("copies", "given", "expected"),
+    [
+        ([ONE, OTHER], {"strategy": "ddp"}, {"ranks-differ": "error"}),
+        ([ONE, ONE, OTHER], {}, {"ranks-differ": "warning"}),
+        ([ONE, ONE], {"strategy": "ddp"}, {}),
+        ([ONE, moved(ONE, 1e-7)], {"strategy": "ddp"}, {}),  # sums in another order
+        ([ONE, OTHER], {"strategy": "local_sgd"}, {}),
+        ([{k: v[:2] for k, v in ONE.items()}, {k: v[2:4] for k, v in ONE.items()}], {"strategy": "fsdp"}, {}),  # shards
+        ([{k: v for k, v in ONE.items() if f"layers.{n}" in k} for n in range(2)], {}, {}),  # stages of a pipeline
+    ],
+)
+def test_ranks_hold_one_adapter(
+    copies: list[Tensors], given: Mapping[str, Any], expected: dict[str, str], tmp_path: Path
+) -> None:
+    assert ranks(tmp_path, copies, **given) == expected
+
+
+def test_ranks_of_lora_are_no_ranks_of_a_run(tmp_path: Path) -> None:
+    assert ranks(tmp_path, [ONE], "rank_4") == {}
+    put(tmp_path / "rank_8", OTHER)
+    assert found(tmp_path) == {}
+
+
+def test_shards_beside_one_of_them(tmp_path: Path) -> None:
+    """Without the adapter from before the run nothing says that the shapes are the full ones."""
+    for name, tensors in (("after", ONE), ("adapter_rank_0", ONE), ("adapter_rank_1", OTHER)):
+        put(tmp_path / name, tensors)
+    assert found(tmp_path) == {}

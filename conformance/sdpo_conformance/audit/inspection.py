@@ -21,6 +21,7 @@ from sdpo_conformance.audit.metrics import RunMetrics, read_metrics
 from sdpo_conformance.audit.model_loading import load_adapted_model
 from sdpo_conformance.audit.optimizer_state import OptimizerState, find_optimizer_state, read_optimizer_state
 from sdpo_conformance.audit.prompts import Prompt, read_prompts
+from sdpo_conformance.audit.rank_copies import find_rank_copies
 from sdpo_conformance.audit.sampler_fit import SamplerFit, fit_sampler
 from sdpo_conformance.audit.teachers import find_teachers
 
@@ -106,6 +107,7 @@ def audit_run(
         identical_checkpoints=identical_neighbours(files.checkpoints),
         settings=read_declared(run),
         teachers=find_teachers(files.checkpoints),
+        rank_copies=find_rank_copies(files.run, files.checkpoints, old, new),
         metrics_refused=refused,
         adapter_refused=pickled,
     )

@@ -18,6 +18,7 @@ from sdpo_conformance.audit.findings import (
     losses,
     optimizer,
     partly_trained,
+    ranks,
     ratio,
     recorded_logprobs,
     refresh,
@@ -51,6 +52,7 @@ CHECKS: tuple[Check, ...] = (
     *adapter_config.CHECKS,
     *optimizer.CHECKS,
     *teacher.CHECKS,
+    *ranks.CHECKS,
     *behaviour.CHECKS,
     *recorded_logprobs.CHECKS,
 )

@@ -12,6 +12,7 @@ from sdpo_conformance.audit.config import NO_REQUEST, RunRequest
 from sdpo_conformance.audit.declared import Declared
 from sdpo_conformance.audit.metrics import RunMetrics
 from sdpo_conformance.audit.optimizer_state import OptimizerState
+from sdpo_conformance.audit.rank_copies import RankCopies
 from sdpo_conformance.audit.teachers import Teachers
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Evidence:
     identical_checkpoints: tuple[tuple[str, str], ...] = ()
     settings: Declared = field(default_factory=Declared)
     teachers: Teachers = field(default_factory=Teachers)
+    rank_copies: RankCopies | None = None
     metrics_refused: str = ""
     adapter_refused: str = ""
 
