@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from sdpo_conformance.audit.adapter import INDEX_FILE, OTHER_WEIGHTS_FILES, PICKLED, WEIGHTS_FILE, Adapter, open_adapter
@@ -67,13 +66,18 @@ def number_of(checkpoint: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def series_of(name: str) -> str:
+    """What checkpoints of one series have in common in their names: epoch_1 and step_20 may be the same save."""
+    return re.sub(r"\d+", "#", name)
+
+
 def folder_of(checkpoint: Path) -> Path:
     """The numbered folder itself; `checkpoint` is where its adapter lies."""
     return next((path for path in (checkpoint, *checkpoint.parents) if is_checkpoint(path)), checkpoint)
 
 
-def identical_neighbours(checkpoints: Sequence[Path]) -> tuple[tuple[str, str], ...]:
-    """Neighbouring checkpoints whose adapters hold equal tensors, by their names in the run."""
+def identical_checkpoints(checkpoints: Sequence[Path]) -> tuple[tuple[str, str], ...]:
+    """Checkpoints whose adapters hold equal tensors, by name: each with the nearest earlier one of its series."""
     if len(checkpoints) < 2:
         return ()
     adapters = [open_adapter(folder) for folder in checkpoints]
@@ -81,7 +85,13 @@ def identical_neighbours(checkpoints: Sequence[Path]) -> tuple[tuple[str, str], 
         return ()  # nothing of nothing is equal; tensor-empty says so
     marks = [content_mark(adapter) for adapter in adapters]
     names = [name_of(path) for path in checkpoints]
-    return tuple((names[i], names[j]) for i, j in pairwise(range(len(marks))) if marks[i] == marks[j])
+    latest: dict[tuple[str, bytes], str] = {}
+    found = []
+    for name, mark in zip(names, marks, strict=True):
+        series = (series_of(name), mark)
+        found += [(latest[series], name)] if series in latest else []
+        latest[series] = name
+    return tuple(found)
 
 
 def content_mark(adapter: Adapter) -> bytes:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sdpo_conformance.audit.adapter import Adapter, open_adapter
 from sdpo_conformance.audit.adapter_change import compare_adapters
-from sdpo_conformance.audit.checkpoints import identical_neighbours
+from sdpo_conformance.audit.checkpoint_falls import find_fall
+from sdpo_conformance.audit.checkpoints import identical_checkpoints
 from sdpo_conformance.audit.config import NO_REQUEST, RequestSample, engine_beside, read_request
 from sdpo_conformance.audit.declared import read_declared
 from sdpo_conformance.audit.discovery import RunFiles, discover
@@ -104,9 +105,10 @@ def audit_run(
         generation=generation,
         replay=replay,
         sampler_fit=fit,
-        identical_checkpoints=identical_neighbours(files.checkpoints),
+        identical_checkpoints=identical_checkpoints(files.checkpoints),
         settings=read_declared(run),
         teachers=find_teachers(files.checkpoints),
+        fall=find_fall(files.checkpoints),
         rank_copies=find_rank_copies(files.run, files.checkpoints, old, new),
         metrics_refused=refused,
         adapter_refused=pickled,

@@ -20,8 +20,8 @@ _RANK = re.compile(r"(?P<head>(?:.*[_.-])?(?:dp_?)?rank[_-]?)(?P<number>\d{1,5})
 @dataclass(frozen=True)
 class RankCopies:
     """Two ranks' copies of one adapter. `apart` is the largest difference of an element, `share` the norm of the
-    difference as a part of lora_B's own. `whole`: the shapes are those of the adapter before the run, so that they cannot
-    be shards'.
+    difference as a part of lora_B's own. `whole`: the shapes are those of the adapter before the run, so that none is a
+    shard's.
     """
 
     first: str

@@ -166,7 +166,10 @@ def checkpoints_identical(evidence: Evidence) -> Verdicts:
         severity=Severity.ERROR,
         statement=f"the adapters of {shown(pairs[0][0])} and {shown(pairs[0][1])} are bit-identical",
         evidence=tuple(f"{shown(a)} and {shown(b)} hold the same bytes" for a, b in pairs[:_SHOWN]),
-        cause="nothing was trained between them, or each save writes the same stale copy of the adapter",
+        cause=(
+            "nothing was trained between them, each save writes the same stale copy of the adapter, or the run began"
+            " again from where it had been"
+        ),
         next_step="check that the optimizer holds the adapter's parameters and that the save takes the live ones",
         data={"pairs": [list(pair) for pair in pairs[:100]]},
     )

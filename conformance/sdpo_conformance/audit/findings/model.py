@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdpo_conformance.audit.adapter_change import AdapterChange
+from sdpo_conformance.audit.checkpoint_falls import Fall
 from sdpo_conformance.audit.config import NO_REQUEST, RunRequest
 from sdpo_conformance.audit.declared import Declared
 from sdpo_conformance.audit.metrics import RunMetrics
@@ -72,6 +73,7 @@ class Evidence:
     identical_checkpoints: tuple[tuple[str, str], ...] = ()
     settings: Declared = field(default_factory=Declared)
     teachers: Teachers = field(default_factory=Teachers)
+    fall: Fall | None = None
     rank_copies: RankCopies | None = None
     metrics_refused: str = ""
     adapter_refused: str = ""

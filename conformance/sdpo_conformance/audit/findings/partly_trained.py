@@ -15,6 +15,8 @@ _SHOWN = 5
 _ASIDE = 0.1
 _APART = 0.2
 _FEWEST_ELEMENTS = 16
+#: What is less than this part of what it was has lost more than weight decay takes.
+_LOST = 0.75
 #: LoRA+ moves lora_B sixteen times as fast as lora_A: a move has to be seen all the same.
 _SEEN = 32.0
 #: Words by which a run says that it freezes a factor: LoRA-FA and FFA-LoRA freeze lora_A, LoRA-XS both.
@@ -90,7 +92,7 @@ def factor_untouched(evidence: Evidence) -> Verdicts:
 def shrunk_to(tensor: TensorChange) -> float | None:
     """c < 1 where a tensor after the run is c times what it was, in all its elements; else None."""
     was, now, moved = tensor.norm_before, tensor.norm_after, tensor.norm_delta
-    if not was or not now or not moved or now >= was or tensor.numel < _FEWEST_ELEMENTS:
+    if not was or not now or not moved or not _LOST * was < now < was or tensor.numel < _FEWEST_ELEMENTS:
         return None
     if tensor.nonfinite_before or tensor.nonfinite_after:
         return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from sdpo_conformance.audit.adapter_change import TensorChange
+from sdpo_conformance.audit.adapter_change import AdapterChange, TensorChange
 from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 
@@ -18,11 +19,19 @@ _FACTOR_GROWTH = 5.0
 _LARGE_RMS = 0.5
 
 
-def step_too_large(evidence: Evidence) -> Verdicts:
-    """An element that moved further than AdamW can move it at this learning rate."""
+@dataclass(frozen=True)
+class Furthest:
+    """The tensor that went furthest beyond AdamW's bound, and `excess`, how many times as far: 1 within it."""
+
+    tensor: TensorChange | None
+    excess: float
+    steps: int
+    rate: float
+
+
+def furthest(evidence: Evidence) -> Furthest | None:
+    """How far the adapter moved against AdamW's bound; None where nothing says the rate or the number of steps."""
     change, metrics = evidence.change, evidence.metrics
-    if change is None or not change.compared or not change.moved:
-        return
     rates = [evidence.request.training.learning_rate or 0.0]
     steps = evidence.request.training.steps_per_batch or 0
     if metrics is not None:
@@ -31,17 +40,37 @@ def step_too_large(evidence: Evidence) -> Verdicts:
         if metrics.batching == "unknown":
             steps = max(step.number for step in metrics.steps)  # a log may leave steps out
     rate = max(rates)
-    if not rate > 0 or steps < 1:
-        yield NotJudged("step-too-large", "the learning rate or the number of steps is unknown; --config can name them")
-        return
-    furthest, excess = None, 1.0
+    if change is None or not rate > 0 or steps < 1:
+        return None
+    tensor, excess = beyond_adam(change, rate, steps)
+    return Furthest(tensor, excess, steps, rate)
+
+
+def beyond_adam(change: AdapterChange, rate: float, steps: int) -> tuple[TensorChange | None, float]:
+    """The tensor that went furthest beyond what AdamW moves an element in so many updates, and how many times as far;
+    None and 1 where all are within it.
+    """
+    found, excess = None, 1.0
     for tensor in change.compared:
         stored = change.after.tensors[tensor.key].dtype
         rounding = 0.0 if stored in ("F32", "F64") else _HALF_ULP * tensor.max_abs_after
         bound = _SLACK * steps * (rate * _ADAM_STEP + rounding + rate * 0.01 * tensor.max_abs_after)
         if (tensor.max_abs_delta or 0.0) > excess * bound:
-            furthest, excess = tensor, (tensor.max_abs_delta or 0.0) / bound
-    if furthest is None:
+            found, excess = tensor, (tensor.max_abs_delta or 0.0) / bound
+    return found, excess
+
+
+def step_too_large(evidence: Evidence) -> Verdicts:
+    """An element that moved further than AdamW can move it at this learning rate."""
+    change, metrics = evidence.change, evidence.metrics
+    if change is None or not change.compared or not change.moved:
+        return
+    far = furthest(evidence)
+    if far is None:
+        yield NotJudged("step-too-large", "the learning rate or the number of steps is unknown; --config can name them")
+        return
+    tensor, excess = far.tensor, far.excess
+    if tensor is None:
         return
     # A step of another tool may be several updates (verl's mini-batches), and its optimizer need not be AdamW. Without
     # a log, steps_per_batch says nothing of how many batches there were.
@@ -49,10 +78,10 @@ def step_too_large(evidence: Evidence) -> Verdicts:
     yield Finding(
         id="step-too-large",
         severity=Severity.WARNING if native else Severity.NOTE,
-        statement=(f"an element moved by {furthest.max_abs_delta:.3g}, {excess:.3g} times as far as AdamW can move it"),
+        statement=(f"an element moved by {tensor.max_abs_delta:.3g}, {excess:.3g} times as far as AdamW can move it"),
         evidence=(
-            f"{shown(furthest.key)}: max |delta| {furthest.max_abs_delta:.4g}",
-            (f"{steps} step(s) at learning rate {rate:g} bound it by {(furthest.max_abs_delta or 0.0) / excess:.3g}"),
+            f"{shown(tensor.key)}: max |delta| {tensor.max_abs_delta:.4g}",
+            f"{far.steps} step(s) at learning rate {far.rate:g} bound it by {(tensor.max_abs_delta or 0) / excess:.3g}",
         ),
         cause=(
             "more steps were taken than reported, at a higher rate, with another optimizer, or 'before' is"
@@ -60,10 +89,10 @@ def step_too_large(evidence: Evidence) -> Verdicts:
         ),
         next_step=("count the optimizer's steps and check its learning rate; name the right start with --before"),
         data={
-            "max_abs_delta": furthest.max_abs_delta,
+            "max_abs_delta": tensor.max_abs_delta,
             "excess": excess,
-            "steps": steps,
-            "learning_rate": rate,
+            "steps": far.steps,
+            "learning_rate": far.rate,
         },
     )
 

@@ -1,0 +1,100 @@
+"""What the checkpoints of one run say together: weights that came back, an adapter begun anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdpo_conformance.audit import audit_run
+
+from .parts import adapter
+from .test_run_layouts import put
+
+Tensors = dict[str, torch.Tensor]
+RATE = 1e-3
+
+
+def found(folder: Path) -> dict[str, str]:
+    return {finding.id: finding.severity.value for finding in audit_run(folder).alarms}
+
+
+def state(steps: float, seed: int = 7) -> Tensors:
+    """The adapter after so many AdamW steps in the same direction, from a lora_B of zero."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = {key: torch.randn(value.shape, generator=generator).sign() for key, value in adapter().items()}
+    return {k: (v if "lora_A" in k else 0 * v) + 0.8 * RATE * steps * signs[k] for k, v in adapter().items()}
+
+
+def log(folder: Path, steps: int, **more: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(steps, 2, generator=generator, dtype=torch.float64).tolist()
+    rows = [
+        {"step": n, "loss": a, "grad_norm": b, "learning_rate": RATE, "epoch": n / 10, **more}
+        for n, (a, b) in enumerate(noise, 1)
+    ]
+    (folder / "trainer_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def series(folder: Path, states: Mapping[int, Tensors], name: str = "iter_{:07d}") -> Path:
+    for number, tensors in states.items():
+        put(folder / name.format(number), tensors)
+    log(folder, max(states))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ({4: 4, 8: 8, 12: 12, 13: 1, 20: 8.5}, {"adapter-fell-back": "warning"}),
+        ({4: 4, 8: 8, 12: 12, 13: 13, 20: 20}, {}),
+        ({4: 4, 8: 8, 12: 12, 13: 9}, {}),  # no more than a batch that pulls back
+        ({2: 2, 4: 1}, {}),  # two updates can take back what two have done
+    ],
+)
+def test_older_weights_that_come_back(states: Mapping[int, float], expected: dict[str, str], tmp_path: Path) -> None:
+    assert found(series(tmp_path, {n: state(s) for n, s in states.items()})) == expected
+
+
+def test_who_falls_on_purpose(tmp_path: Path) -> None:
+    states = {4: state(4), 8: state(8), 12: state(12), 13: state(1)}
+    series(tmp_path / "relora", states)
+    (tmp_path / "relora" / "config.yml").write_text("relora_steps: 12\n")
+    assert found(tmp_path / "relora") == {}
+    assert found(series(tmp_path / "epochs", states, "epoch_{}")) == {}
+
+
+def test_a_run_that_began_again(tmp_path: Path) -> None:
+    states = {10: state(10), 20: state(20), 30: state(10), 40: state(20)}
+    assert found(series(tmp_path / "again", states)) == {"checkpoints-identical": "error"}
+    assert found(series(tmp_path / "on", {n: state(n) for n in states})) == {}
+
+
+def test_one_save_under_two_names(tmp_path: Path) -> None:
+    for name, steps in (("epoch_0", 10), ("epoch_1", 20), ("step_10", 10), ("step_20", 20)):
+        put(tmp_path / name, state(steps))
+    log(tmp_path, 20)
+    assert found(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda start, other: other, ["adapter-restarted"]),
+        (lambda start, other: {k: v + 0.02 * other[k].sign() for k, v in start.items()}, []),
+    ],
+)
+@pytest.mark.parametrize("tool", [True, False])
+def test_a_small_adapter_drawn_anew(
+    change: Callable[[Tensors, Tensors], Tensors], expected: Sequence[str], tool: bool, tmp_path: Path
+) -> None:
+    """Below 1024 elements chance alone is no sign; moves beyond AdamW's are one more."""
+    start = adapter()
+    put(tmp_path / "before", start)
+    put(tmp_path / "after", change(start, adapter(seed=5)))
+    log(tmp_path, 20, **({} if tool else {"learning_rate": 0.0}))
+    assert list(found(tmp_path)) == (expected if tool else [])
