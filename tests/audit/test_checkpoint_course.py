@@ -98,3 +98,42 @@ def test_a_small_adapter_drawn_anew(
     put(tmp_path / "after", change(start, adapter(seed=5)))
     log(tmp_path, 20, **({} if tool else {"learning_rate": 0.0}))
     assert list(found(tmp_path)) == (expected if tool else [])
+
+
+def saved(folder: Path, counters: Mapping[int, float | None], **given: Any) -> dict[str, str]:
+    """Checkpoints of transformers with an optimizer's state; None keeps its counter as a Python int, as 8-bit does."""
+    for number, counter in counters.items():
+        place = folder / f"checkpoint-{number}"
+        put(place, state(number))
+        moments = {k: 1e-3 * v + number for k, v in state(number).items()}
+        step: Any = number if counter is None else torch.tensor(float(counter))
+        states = {i: {"step": step, "exp_avg": m, "exp_avg_sq": m + 1} for i, m in enumerate(moments.values())}
+        torch.save({"state": states, "param_groups": []}, place / "optimizer.pt")
+        (place / "trainer_state.json").write_text(json.dumps({"global_step": number, "log_history": []}))
+    log(folder, max(counters))
+    (folder / "training_args.json").write_text(json.dumps(given))
+    return found(folder)
+
+
+@pytest.mark.parametrize(
+    ("counters", "given", "expected"),
+    [
+        ({10: 10, 20: 20, 30: 10, 40: 20}, {"resume_from_checkpoint": "checkpoint-20"}, "error"),
+        ({10: 10, 20: 20, 30: 10, 40: 20}, {}, "warning"),
+        ({40: 20}, {"resume_from_checkpoint": "checkpoint-20"}, "warning"),
+        ({10: 10, 20: 20, 30: 30}, {"resume_from_checkpoint": True}, None),
+        ({10: 10, 20: 19, 30: 28}, {}, None),  # a loss scaler skipped two
+        ({10: None, 20: None}, {}, None),
+        ({10: 10, 20: 20, 30: 10}, {"resume_from_checkpoint": "checkpoint-20", "resume_only_model": True}, None),
+        ({10: 0.25, 20: 0.125}, {}, None),  # a parameter of one element: no counter
+    ],
+)
+def test_an_optimizer_begun_anew(
+    counters: Mapping[int, float | None], given: Mapping[str, Any], expected: str | None, tmp_path: Path
+) -> None:
+    assert found_of(saved(tmp_path, counters, **given), "optimizer-restarted") == expected
+
+
+def found_of(findings: Mapping[str, str], name: str) -> str | None:
+    assert set(findings) <= {name}
+    return findings.get(name)

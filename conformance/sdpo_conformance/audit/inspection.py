@@ -20,7 +20,12 @@ from sdpo_conformance.audit.generation import GenerationResult, generate
 from sdpo_conformance.audit.loss_replay import SAMPLER_DIFFERS, ReplayResult, replay_first_step
 from sdpo_conformance.audit.metrics import RunMetrics, read_metrics
 from sdpo_conformance.audit.model_loading import load_adapted_model
-from sdpo_conformance.audit.optimizer_state import OptimizerState, find_optimizer_state, read_optimizer_state
+from sdpo_conformance.audit.optimizer_state import (
+    OptimizerState,
+    find_optimizer_state,
+    read_optimizer_state,
+    saved_counters,
+)
 from sdpo_conformance.audit.prompts import Prompt, read_prompts
 from sdpo_conformance.audit.rank_copies import find_rank_copies
 from sdpo_conformance.audit.sampler_fit import SamplerFit, fit_sampler
@@ -108,6 +113,7 @@ def audit_run(
         identical_checkpoints=identical_checkpoints(files.checkpoints),
         settings=read_declared(run),
         teachers=find_teachers(files.checkpoints),
+        counters=saved_counters(files.checkpoints),
         fall=find_fall(files.checkpoints),
         rank_copies=find_rank_copies(files.run, files.checkpoints, old, new),
         metrics_refused=refused,

@@ -10,12 +10,14 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdpo_conformance.audit.checkpoints import folder_of, name_of
 from sdpo_conformance.audit.errors import AuditError, shown
-from sdpo_conformance.audit.run_files import open_regular
+from sdpo_conformance.audit.run_files import open_regular, parse_json, read_text
 
 STATE_FILES = ("optimizer_state.pt", "optimizer.pt")
 _DIRECTORY_LIMIT_BYTES = 64 * 2**20
@@ -35,6 +37,42 @@ class OptimizerState:
 def find_optimizer_state(folder: Path) -> Path | None:
     """The optimizer state's file in an adapter's folder, if there is one."""
     return next((folder / name for name in STATE_FILES if (folder / name).is_file()), None)
+
+
+@dataclass(frozen=True)
+class SavedCounter:
+    """AdamW's step counter in a checkpoint that `global_step` updates led to, by the trainer's own count."""
+
+    checkpoint: str
+    global_step: int
+    counter: int
+
+
+def saved_counters(checkpoints: Sequence[Path]) -> tuple[SavedCounter, ...]:
+    """The counters of all checkpoints that hold transformers' trainer_state.json beside an optimizer's state, as far as
+    every four-byte tensor of the state is a whole number from 1 on, as AdamW's counters are.
+    """
+    found = []
+    for checkpoint in checkpoints:
+        folder = folder_of(checkpoint)
+        path, steps = find_optimizer_state(folder), _global_step(folder)
+        try:
+            state = read_optimizer_state(path) if path and steps else None
+        except AuditError:
+            continue
+        if state and steps and state.steps and all(step >= 1 and step == step // 1 for step in state.steps):
+            found.append(SavedCounter(name_of(checkpoint), steps, int(max(state.steps))))
+    return tuple(found)
+
+
+def _global_step(folder: Path) -> int | None:
+    path = folder / "trainer_state.json"
+    try:
+        document = parse_json(read_text(path), shown(path)) if path.is_file() else None
+    except AuditError:
+        return None
+    steps = document.get("global_step") if isinstance(document, Mapping) else None
+    return steps if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0 else None
 
 
 def read_optimizer_state(path: Path) -> OptimizerState | None:

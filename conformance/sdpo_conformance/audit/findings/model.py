@@ -12,7 +12,7 @@ from sdpo_conformance.audit.checkpoint_falls import Fall
 from sdpo_conformance.audit.config import NO_REQUEST, RunRequest
 from sdpo_conformance.audit.declared import Declared
 from sdpo_conformance.audit.metrics import RunMetrics
-from sdpo_conformance.audit.optimizer_state import OptimizerState
+from sdpo_conformance.audit.optimizer_state import OptimizerState, SavedCounter
 from sdpo_conformance.audit.rank_copies import RankCopies
 from sdpo_conformance.audit.teachers import Teachers
 
@@ -73,6 +73,7 @@ class Evidence:
     identical_checkpoints: tuple[tuple[str, str], ...] = ()
     settings: Declared = field(default_factory=Declared)
     teachers: Teachers = field(default_factory=Teachers)
+    counters: tuple[SavedCounter, ...] = ()
     fall: Fall | None = None
     rank_copies: RankCopies | None = None
     metrics_refused: str = ""

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 from sdpo_conformance.audit.adapter_change import AdapterChange
+from sdpo_conformance.audit.errors import shown
 from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, NotJudged, Severity, Verdicts
 
 _ITEM_SIZES = (2, 4, 8)
+_RESUME = "resume_from_checkpoint"
+#: Words of runs that clear the optimizer on purpose.
+_FRESH_ON_PURPOSE = r"relora|reset_optim|optimizer_reset|reset_lora|ignore_optim|load_optimizer\W+false"
+#: A loss scaler skips a few updates, never as large a part of them as is left here.
+_PART = 0.5
 
 
 def optimizer_mismatch(evidence: Evidence) -> Verdicts:
@@ -61,6 +68,37 @@ def optimizer_mismatch(evidence: Evidence) -> Verdicts:
         )
 
 
+def optimizer_restarted(evidence: Evidence) -> Verdicts:
+    """A step counter that falls from one checkpoint to a later one, or is far below the trainer's own count."""
+    counters, settings = evidence.counters, evidence.settings
+    if not counters or settings.says(_FRESH_ON_PURPOSE) or settings.true("resume_only_model"):
+        return
+    fell = [(a, b) for a, b in pairwise(counters) if b.counter < a.counter and b.global_step > a.global_step]
+    last = counters[-1]
+    if not fell and last.counter > _PART * last.global_step:
+        return
+    resumed = bool(settings.words(_RESUME)) or settings.true(_RESUME)
+    place = fell[0][1] if fell else last
+    yield Finding(
+        id="optimizer-restarted",
+        severity=Severity.ERROR if fell and resumed else Severity.WARNING,
+        statement=(
+            f"AdamW's state was begun anew before {shown(place.checkpoint)}: it has counted {place.counter} of"
+            f" {place.global_step} updates"
+        ),
+        evidence=(
+            *(
+                f"{shown(c.checkpoint)}: {c.counter} updates in the state, global_step {c.global_step}"
+                for c in counters[-8:]
+            ),
+            *(("the settings resume from a checkpoint",) if resumed else ()),
+        ),
+        cause="weights and step were restored on resuming, the optimizer's state (and often its schedule) was not",
+        next_step="resume from a checkpoint that holds optimizer.pt and scheduler.pt; look at the first rate after it",
+        data={"counter": place.counter, "global_step": place.global_step},
+    )
+
+
 def _others(change: AdapterChange) -> set[int]:
     """Sizes that other optimizers keep: bitsandbytes a byte per element, a map of 256 values and a scale per block;
     Adafactor a row and a column.
@@ -71,4 +109,7 @@ def _others(change: AdapterChange) -> set[int]:
     return {4 * 256} | numels | scales | {4 * size for shape in shapes for size in shape}
 
 
-CHECKS = (Check("optimizer-mismatch", "optimizer state out of step with the adapter", optimizer_mismatch),)
+CHECKS = (
+    Check("optimizer-mismatch", "optimizer state out of step with the adapter", optimizer_mismatch),
+    Check("optimizer-restarted", "optimizer state begun anew in the course of the run", optimizer_restarted),
+)
