@@ -230,7 +230,20 @@ def run_or_refusal(distill: Callable[..., Any], scenario: Scenario, device: str)
 
     Under gradient checkpointing transformers drops a KV cache that a model in training mode is handed, and computes as
     if the prompt were not there. A trainer that uses one is run without checkpointing, as its user has to.
+
+    Under an adapter the embedding is one of peft's layers, without the fields of ``torch.nn.Embedding``. A trainer that
+    stops there says so by its error, and is run on the model without that adapter.
     """
+    if scenario.model.embedding != "frozen":
+        try:
+            return run_unless_dropped(distill, scenario, device)
+        except ImplementationError:
+            scenario = replace(scenario, model=replace(scenario.model, embedding="frozen"))
+    return run_unless_dropped(distill, scenario, device)
+
+
+def run_unless_dropped(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation | Refusal:
+    """The run, or where a KV cache was dropped, one without checkpointing."""
     model = build(scenario.model, device)
     with dropped_caches(model) as dropped:
         try:

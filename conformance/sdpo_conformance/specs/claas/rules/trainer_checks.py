@@ -73,6 +73,7 @@ CACHE_DROPPED = (
     "hands a KV cache to a model in training mode, which transformers drops under gradient checkpointing: "
     "judged without checkpointing"
 )
+EMBEDDING_UNREAD = "raises on a model whose embedding has an adapter: judged without that adapter"
 
 
 def observations(
@@ -96,8 +97,10 @@ def observations(
                 break
             if isinstance(observed, Observation):
                 runs.append(observed)
-                if observed.scenario.model != scenario.model:
-                    notes = [CACHE_DROPPED]
+                if observed.scenario.model.checkpointing != scenario.model.checkpointing:
+                    notes.append(CACHE_DROPPED)
+                if observed.scenario.model.embedding != scenario.model.embedding:
+                    notes.append(EMBEDDING_UNREAD)
             elif scenario.model.unusual_head:
                 refused.append(scenario.model.unusual_head)
             elif scenario.refusable:
@@ -110,7 +113,7 @@ def observations(
     if unset:
         notes.append(f"refuses {', '.join(dict.fromkeys(unset))}: not judged there")
     if notes and not subject.tally.note:
-        subject.tally.note = "; ".join(notes)
+        subject.tally.note = "; ".join(dict.fromkeys(notes))
 
 
 def further_runs(subject: Subject, runs: tuple[Observation, ...]) -> list[Observation]:
