@@ -51,6 +51,20 @@ def test_sound_trainer_passes(name: str) -> None:
     assert failures(subject_of(SOUND[name])) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("asks_the_embedding", "with an adapter on the embedding: judged without that adapter"),
+        ("knows_no_gpt2", "on gpt2: judged on llama in its place"),
+    ],
+)
+def test_a_model_that_a_trainer_does_not_know_is_named(name: str, words: str) -> None:
+    subject = subject_of(SOUND[name])
+    subject.run(find_spec("claas").requirements()["STEP-1"])
+    assert subject.tally.note.startswith("distill raised AttributeError:")
+    assert subject.tally.note.endswith(words)
+
+
 @pytest.mark.parametrize("name", ["as it is", "checkpointed", "own_optimizer"])
 def test_sound_trainer_passes_in_bfloat16(name: str) -> None:
     assert failures(subject_of(SOUND[name], dtype="bfloat16")) == {}

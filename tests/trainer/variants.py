@@ -158,6 +158,14 @@ def merges_adapter(run: Run) -> None:
     run.model.merge_adapter()
 
 
+def activates_first(run: Run) -> None:
+    run.model.set_adapter(next(iter(run.model.peft_config)))
+
+
+def activates_last(run: Run) -> None:
+    run.model.set_adapter(next(reversed(run.model.peft_config)))
+
+
 def no_weight_decay(run: Run, optimizer_cls: Any) -> Any:
     return optimizer_cls(run.parameters, lr=run.training.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
 
@@ -232,6 +240,8 @@ DEFECTIVE: Mapping[str, tuple[str, Callable[..., Any]]] = {
     "clipping tensor by tensor": ("STEP-8", trainer(clip=clip_each)),
     "base weight trained": ("STEP-9", trainer(before_step=trains_a_base_weight)),
     "adapter left disabled": ("STEP-9", trainer(finish=leaves_adapter_disabled)),
+    "first adapter left active": ("STEP-9", trainer(finish=activates_first)),
+    "last adapter left active": ("STEP-9", trainer(finish=activates_last)),
     "adapter merged": ("STEP-9", trainer(finish=merges_adapter)),
     "no weight decay": ("STEP-10", trainer(make_optimizer=no_weight_decay)),
     "default learning rate": ("STEP-10", trainer(make_optimizer=default_learning_rate)),
@@ -364,6 +374,18 @@ class Sound:
                         parameter.copy_(copy)
 
         return right.distill(TrainerParts(make_optimizer=Master), model, samples, training, optimizer_cls)
+
+    @staticmethod
+    def asks_the_embedding(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
+        """Reads a field that peft's layer in place of an embedding lacks."""
+        assert model.get_input_embeddings().num_embeddings > 0
+        return right.distill(TrainerParts(), model, samples, training, optimizer_cls)
+
+    @staticmethod
+    def knows_no_gpt2(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
+        """Asks for the decoder by the name that it has in most architectures."""
+        assert model.get_base_model().model is not None
+        return right.distill(TrainerParts(), model, samples, training, optimizer_cls)
 
     @staticmethod
     def own_optimizer(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:

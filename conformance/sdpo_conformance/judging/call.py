@@ -30,6 +30,7 @@ class ImplementationError(Exception):
     ``where``: file and line of the implementation's innermost frame;
     ``device_lost``: no further call can succeed in this process. ``case``: the input it happened on.
     ``probe``: what shows it again, of the probes of a reproduction. ``extra``: as a disagreement's.
+    ``kind``: the type of what it raised, or None.
     """
 
     probe = "raises"
@@ -42,6 +43,7 @@ class ImplementationError(Exception):
         self.details = details
         self.device_lost = device_lost
         self.where = where
+        self.kind: type[BaseException] | None = None
 
 
 class NotReported(ImplementationError):
@@ -113,7 +115,9 @@ def implementation_errors(doing: str) -> Iterator[None]:
         frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-3:])
         lost = "CUDA error" in text or type(error).__name__ == "AcceleratorError"
         where = innermost_of_user(error.__traceback__)
-        raise ImplementationError(f"{doing} {kind}: {text[:300]}", "".join(frames), lost, where) from None
+        raised = ImplementationError(f"{doing} {kind}: {text[:300]}", "".join(frames), lost, where)
+        raised.kind = type(error)
+        raise raised from None
     finally:
         os.chdir(folder)
 

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -41,8 +41,8 @@ MULTIPLIER = 0.5
 TRAINABLE_TOKENS = (0, 3, 5, 8, 13, 21, 34)
 """Rows of the embedding that are trained where some are."""
 
-BESIDE = "beside"
-"""The name of an adapter that is loaded and not active."""
+BESIDE = ("earlier", "later")
+"""The names of the adapters that are loaded and not active, before and after the active one."""
 
 CHECKPOINTING = {"use_reentrant": False}
 """What gradient checkpointing is turned on with: the kind that needs no input that asks for a gradient."""
@@ -65,7 +65,7 @@ class ModelSpec:
     own, or a trainable copy "saved" with the adapter (``modules_to_save``). ``dora``: the adapter learns magnitudes
     too. ``lora_alpha`` scales what the adapter adds, over the rank, or with ``rslora`` its root. ``embedding``:
     "frozen", with "lora" of its own, or with a few trainable rows, "tokens". ``fresh``: B is next to 0, as every
-    adapter begins. ``beside``: the model holds another adapter, which is not active. ``adapter``: the active one's
+    adapter begins. ``beside``: the model holds two more adapters, which are not active. ``adapter``: the active one's
     name. ``checkpointing``: gradient checkpointing is on when the model comes, as upstream has it. ``bos``, ``eos``
     (one or several, as Llama 3 has them), ``pad``: special tokens in the configs of the model and of its generation.
 
@@ -99,12 +99,20 @@ class ModelSpec:
         more += ", rsLoRA" if self.rslora else ""
         more += {"lora": ", LoRA on the embedding", "tokens": ", trainable token rows", "frozen": ""}[self.embedding]
         more += ", B next to 0" if self.fresh else ""
-        more += ", another adapter beside" if self.beside else ""
+        more += ", two more adapters beside" if self.beside else ""
         more += f", the adapter called {self.adapter}" if self.adapter != "default" else ""
         more += ", gradient checkpointing" if self.checkpointing else ""
         more += f", eos {self.eos} and pad {self.pad}" if self.eos is not None else ""
         head = "tied" if self.tied else "untied"
         return f"{self.family}, {head} head, V = {self.vocabulary}, {self.dtype}{more}"
+
+    @property
+    def plainer(self) -> ModelSpec | None:
+        """The model without an adapter on its embedding, and of the commonest architecture: what a trainer is run on
+        that does not know this one. None where it is that already."""
+        if self.embedding != "frozen":
+            return replace(self, embedding="frozen")
+        return replace(self, family="llama") if self.family == "gpt2" else None
 
     @property
     def unusual_head(self) -> str:
@@ -184,9 +192,14 @@ def lora_arguments(spec: ModelSpec) -> dict[str, Any]:
     return arguments
 
 
-def beside_arguments(spec: ModelSpec) -> dict[str, Any]:
-    """Keyword arguments of the LoraConfig of the adapter beside, or nothing where there is none."""
-    return {**lora_arguments(spec), "target_modules": lora_arguments(spec)["target_modules"][:2]} if spec.beside else {}
+def adapters_of(spec: ModelSpec) -> dict[str, dict[str, Any]]:
+    """Name of an adapter -> keyword arguments of its LoraConfig, in the order in which they are loaded."""
+    active = lora_arguments(spec)
+    if not spec.beside:
+        return {spec.adapter: active}
+    other = {**active, "target_modules": active["target_modules"][:2]}
+    earlier, later = BESIDE
+    return {earlier: other, spec.adapter: active, later: other}
 
 
 CLASSES: Mapping[Family, tuple[str, str]] = {
@@ -221,9 +234,11 @@ def pristine(spec: ModelSpec) -> Any:
         base.to(DTYPES[spec.dtype])
         for name, token in (("bos", spec.bos), ("eos", spec.eos), ("pad", spec.pad)):
             setattr(base.generation_config, f"{name}_token_id", list(token) if isinstance(token, tuple) else token)
-        model = peft.get_peft_model(base, peft.LoraConfig(**lora_arguments(spec)), adapter_name=spec.adapter)
-        if spec.beside:
-            model.add_adapter(BESIDE, peft.LoraConfig(**beside_arguments(spec)))
+        (first, arguments), *more = adapters_of(spec).items()
+        model = peft.get_peft_model(base, peft.LoraConfig(**arguments), adapter_name=first)
+        for name, arguments in more:
+            model.add_adapter(name, peft.LoraConfig(**arguments))
+        model.set_adapter(spec.adapter)
     generator = torch.Generator().manual_seed(spec.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

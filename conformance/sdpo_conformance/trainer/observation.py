@@ -25,7 +25,8 @@ METRICS = ("total_loss", "distill_loss", "kl_reg", "mean_is_ratio", "clip_fracti
 class Observation:
     """One run. ``metrics``: per step, a number per key that was there. ``steps``: what the recording
     optimizer saw, empty where the trainer made its own; ``earlier``: those of calls on this model before this one.
-    ``start`` and ``final``: the adapter before and after. ``changed``: what else of the model changed, in words."""
+    ``start`` and ``final``: the adapter before and after. ``changed``: what else of the model changed, in words.
+    ``notes``: why another model than the scenario's was taken, in words."""
 
     scenario: Scenario
     metrics: tuple[Mapping[str, float], ...]
@@ -34,6 +35,7 @@ class Observation:
     final: Mapping[str, Tensor]
     changed: tuple[str, ...]
     earlier: tuple[RecordedStep, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def observed(self) -> bool:
@@ -225,25 +227,41 @@ def run(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observa
     return found
 
 
+UNKNOWN_MODEL = (AttributeError, NotImplementedError, ValueError)
+"""What a trainer raises on a kind of model that it was not written for."""
+
+CACHE_DROPPED = (
+    "hands a KV cache to a model in training mode, which transformers drops under gradient checkpointing: "
+    "judged without checkpointing"
+)
+
+
 def run_or_refusal(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation | Refusal:
     """The run, or what the trainer raised where the scenario may be refused.
 
-    Under gradient checkpointing transformers drops a KV cache that a model in training mode is handed, and computes as
-    if the prompt were not there. A trainer that uses one is run without checkpointing, as its user has to.
-
-    Under an adapter the embedding is one of peft's layers, without the fields of ``torch.nn.Embedding``. A trainer that
-    stops there says so by its error, and is run on the model without that adapter.
+    A trainer need not know GPT-2's architecture, nor peft's layers in place of an embedding: where it raises there, it
+    is run on a plainer model.
     """
-    if scenario.model.embedding != "frozen":
-        try:
-            return run_unless_dropped(distill, scenario, device)
-        except ImplementationError:
-            scenario = replace(scenario, model=replace(scenario.model, embedding="frozen"))
-    return run_unless_dropped(distill, scenario, device)
+    try:
+        return run_unless_dropped(distill, scenario, device)
+    except ImplementationError as error:
+        plainer = scenario.model.plainer
+        if plainer is None or error.kind is None or not issubclass(error.kind, UNKNOWN_MODEL):
+            raise
+        found = run_or_refusal(distill, replace(scenario, model=plainer), device)
+        if isinstance(found, Refusal):
+            return found
+        family = scenario.model.family
+        where = "with an adapter on the embedding: judged without that adapter"
+        if plainer.family != family:
+            where = f"on {family}: judged on {plainer.family} in its place"
+        return replace(found, notes=(f"{error.summary}, {where}", *found.notes))
 
 
 def run_unless_dropped(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation | Refusal:
-    """The run, or where a KV cache was dropped, one without checkpointing."""
+    """The run. Under gradient checkpointing transformers drops a KV cache that a model in training mode is handed, and
+    computes as if the prompt were not there: a trainer that uses one is run without checkpointing, as its user has
+    to."""
     model = build(scenario.model, device)
     with dropped_caches(model) as dropped:
         try:
@@ -254,7 +272,8 @@ def run_unless_dropped(distill: Callable[..., Any], scenario: Scenario, device: 
     if not dropped:
         return found
     without = replace(scenario, model=replace(scenario.model, checkpointing=False))
-    return run_on(build(without.model, device), distill, without)
+    again = run_on(build(without.model, device), distill, without)
+    return again if isinstance(again, Refusal) else replace(again, notes=(CACHE_DROPPED,))
 
 
 @contextmanager

@@ -269,7 +269,7 @@ WIDER: tuple[Scenario, ...] = (
     Scenario(
         name="far",
         shows="learning rate 0.1: the policy of a step is far from that of the one before; teacher_top_k = 0, "
-        "which means 1; alpha = 1; a cap that is hardly one; four samples, lengths that coincide; another adapter "
+        "which means 1; alpha = 1; a cap that is hardly one; four samples, lengths that coincide; two adapters "
         "beside the active one",
         model=small("gpt2", 24, beside=True),
         training=TrainingConfig(

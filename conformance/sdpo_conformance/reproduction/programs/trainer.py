@@ -30,9 +30,8 @@ DTYPE = "float32"
 CONFIG_CLASS = "LlamaConfig"
 MODEL_CLASS = "LlamaForCausalLM"
 CONFIG: dict[str, Any] = {}
-LORA: dict[str, Any] = {}
 ADAPTER = "default"
-BESIDE: dict[str, Any] = {}
+ADAPTERS: dict[str, dict[str, Any]] = {}
 CHECKPOINTING: dict[str, Any] = {}
 TRAINING: dict[str, Any] = {}
 SAMPLES: list[dict[str, Any]] = []
@@ -112,9 +111,11 @@ def made() -> Any:
     config = getattr(transformers, CONFIG_CLASS)(**CONFIG)
     config._attn_implementation = "eager"
     base = getattr(transformers, MODEL_CLASS)(config).to(getattr(torch, DTYPE))
-    model: Any = peft.get_peft_model(base, peft.LoraConfig(**LORA), adapter_name=ADAPTER)
-    if BESIDE:  # an adapter that is not active
-        model.add_adapter("beside", peft.LoraConfig(**BESIDE))
+    (first, arguments), *more = ADAPTERS.items()
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(**arguments), adapter_name=first)
+    for name, arguments in more:
+        model.add_adapter(name, peft.LoraConfig(**arguments))
+    model.set_adapter(ADAPTER)  # the others are not active
     weights = {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}
     model.load_state_dict(weights)
     if CHECKPOINTING:

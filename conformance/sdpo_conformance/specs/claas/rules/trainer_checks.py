@@ -69,13 +69,6 @@ def scenarios(subject: Subject, wider: bool = False) -> Iterator[list[Scenario]]
         yield [reseeded(within_claims(scenario, subject.claims), seed) for scenario in chosen]
 
 
-CACHE_DROPPED = (
-    "hands a KV cache to a model in training mode, which transformers drops under gradient checkpointing: "
-    "judged without checkpointing"
-)
-EMBEDDING_UNREAD = "raises on a model whose embedding has an adapter: judged without that adapter"
-
-
 def observations(
     subject: Subject, wider: bool = False
 ) -> Iterator[tuple[tuple[Observation, ...], ImplementationError | None]]:
@@ -97,10 +90,7 @@ def observations(
                 break
             if isinstance(observed, Observation):
                 runs.append(observed)
-                if observed.scenario.model.checkpointing != scenario.model.checkpointing:
-                    notes.append(CACHE_DROPPED)
-                if observed.scenario.model.embedding != scenario.model.embedding:
-                    notes.append(EMBEDDING_UNREAD)
+                notes += observed.notes
             elif scenario.model.unusual_head:
                 refused.append(scenario.model.unusual_head)
             elif scenario.refusable:

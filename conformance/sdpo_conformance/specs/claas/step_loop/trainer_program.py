@@ -19,10 +19,9 @@ from sdpo_conformance.specs.requirement import Requirement
 from sdpo_conformance.trainer.models import (
     CHECKPOINTING,
     CLASSES,
-    beside_arguments,
+    adapters_of,
     build,
     config_arguments,
-    lora_arguments,
 )
 from sdpo_conformance.trainer.scenarios import Scenario, samples_of
 
@@ -63,9 +62,8 @@ def write_reproduction(
             "CONFIG_CLASS": config_class,
             "MODEL_CLASS": model_class,
             "CONFIG": config_arguments(scenario.model),
-            "LORA": lora_arguments(scenario.model),
+            "ADAPTERS": adapters_of(scenario.model),
             "ADAPTER": scenario.model.adapter,
-            "BESIDE": beside_arguments(scenario.model),
             "CHECKPOINTING": CHECKPOINTING if scenario.model.checkpointing else {},
             "TRAINING": asdict(scenario.training),
             "SAMPLES": [asdict(sample) for sample in given],
