@@ -55,6 +55,7 @@ def write_reproduction(
             "ENTRY": entry.value,
             "DEVICE": device,
             "TRAINING": asdict(case.training),
+            "OTHER_TRAINING": {} if other is None else asdict(other.training),
             "FIELDS": list(case.tensors()),
             "ABSENT": [name for name, value in vars(case.loss_input).items() if value is None],
             "DIFFERENTIABLE": list(case.differentiable),

@@ -24,6 +24,7 @@ TARGET: dict[str, Any] = {"module": "mypkg.loss", "file": "", "attribute": [], "
 ENTRY = "compute_sdpo_loss"
 DEVICE = "cpu"
 TRAINING: dict[str, Any] = {"alpha": 0.5, "is_clip": 5.0, "kl_reg_weight": 0.0}
+OTHER_TRAINING: dict[str, Any] = {}
 FIELDS = ["student_logits"]
 ABSENT: list[str] = []
 DIFFERENTIABLE = ["student_logits"]
@@ -100,7 +101,7 @@ def fresh_input(prefix: str = "") -> Any:
     fields = {name: lay_out(stored[prefix + name].clone().to(DEVICE), name).detach() for name in FIELDS}
     for name in DIFFERENTIABLE:
         fields[name].requires_grad_()
-    training = record("Training", TRAINING)
+    training = record("Training", OTHER_TRAINING if prefix else TRAINING)
     return record("LossInput", {"training": training, **dict.fromkeys(ABSENT), **fields}, frozen=False)
 
 
@@ -378,6 +379,7 @@ def probe_changed_in_place() -> None:
     with torch.no_grad():
         for name in FIELDS:
             getattr(loss_input, name).copy_(stored[name])
+    loss_input.training = record("Training", TRAINING)
     result = call(loss_input)
     judge_all(result, backward(loss_input, result))
 

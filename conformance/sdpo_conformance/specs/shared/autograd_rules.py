@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo_conformance.inputs.masks import without_every_second
 from sdpo_conformance.judging.call import (
     Outcome,
     call_entry,
@@ -65,10 +66,8 @@ def unmodified_inputs(subject: Subject, case: Any) -> None:
 def unlike(case: Any) -> Any:
     """A case of the same shapes whose logits, tokens that count and incoming gradient are others: every second token
     that counts has a weight of 0, or label 0."""
-    mask = getattr(case.loss_input, case.kind.mask)
-    counted = mask > 0
-    dropped = counted & (counted.flatten().cumsum(0).reshape(mask.shape) % 2 == 0)
-    changes = {"student_logits": 0.5 * case.loss_input.student_logits, case.kind.mask: mask.masked_fill(dropped, 0)}
+    mask = without_every_second(getattr(case.loss_input, case.kind.mask))
+    changes = {"student_logits": 0.5 * case.loss_input.student_logits, case.kind.mask: mask}
     return replace(case.with_fields(**changes), incoming=2.0)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdpo_conformance.cases.case import divergence_incoming
 from sdpo_conformance.inputs.choices import SeededSource
+from sdpo_conformance.inputs.masks import without_every_second
 from sdpo_conformance.judging.call import (
     ImplementationError,
     Outcome,
@@ -525,7 +526,7 @@ def unlike(case: LossCase, entry: Capability) -> LossCase:
         response_ids=(fields.response_ids + 1) % case.vocabulary,
     )
     if entry is not Capability.DIVERGENCE:
-        other = other.with_fields(response_mask=every_second(fields.response_mask))
+        other = other.with_fields(response_mask=without_every_second(fields.response_mask))
     if case.fused:
         other = other.with_fields(lm_head_weight=case.tensors()["lm_head_weight"] * 0.75)
     options = case.training
@@ -533,12 +534,6 @@ def unlike(case: LossCase, entry: Capability) -> LossCase:
     if options.alpha < 1:
         changed["alpha"] = 0.5 - options.alpha / 4
     return replace(other.with_training(**changed), incoming=2.0)
-
-
-def every_second(mask: Tensor) -> Tensor:
-    """The mask without every second token that it counts; as it is where it counts one."""
-    place = (mask != 0).flatten().cumsum(0).reshape(mask.shape)
-    return torch.where(place % 2 == 1, mask, torch.zeros_like(mask))
 
 
 def output_of(subject: Subject, loss_input: Any) -> Tensor:
