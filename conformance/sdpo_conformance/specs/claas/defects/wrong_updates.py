@@ -16,6 +16,7 @@ from sdpo_conformance.specs.claas.defects.wrong_trainer import ONE_SAMPLE, STEP_
 
 NO_SCHEDULE = "No schedule within a batch."
 EVERY_PARAMETER = "Optimise every parameter that requires grad."
+WHOLE_STATE = "One optimizer per call, or its whole state restored."
 NEW_OPTIMIZER = "One optimizer per call, made anew."
 AS_FOUND = "Leave the model and the process as they were found."
 
@@ -81,6 +82,17 @@ def kept(run: Run, optimizer_cls: Any) -> Any:
     if run.model not in _KEPT:
         _KEPT[run.model] = right.make_optimizer(run, optimizer_cls)
     return _KEPT[run.model]
+
+
+def forgotten(*what: str) -> Callable[[Run], None]:
+    """These tensors of the optimizer's state begin each step at 0."""
+
+    def before_step(run: Run) -> None:
+        for state in run.optimizer.state.values():
+            for name in what:
+                state[name].zero_()
+
+    return before_step
 
 
 def in_steps(change: Callable[[int], int]) -> Callable[..., Any]:
@@ -289,6 +301,42 @@ DEFECTS = (
         trainer(make_optimizer=kept),
         (),
         "The first call on a model.",
+    ),
+    loop(
+        "step-count-forgotten",
+        "The optimizer keeps its moments and forgets its count of steps: each update is corrected as the first is.",
+        ("STEP-10",),
+        WHOLE_STATE,
+        trainer(before_step=forgotten("step")),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "moments-forgotten",
+        "The optimizer keeps its count of steps and forgets its moments.",
+        ("STEP-10",),
+        WHOLE_STATE,
+        trainer(before_step=forgotten("exp_avg", "exp_avg_sq")),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "first-moments-forgotten",
+        "The optimizer forgets its first moments from step to step.",
+        ("STEP-10",),
+        WHOLE_STATE,
+        trainer(before_step=forgotten("exp_avg")),
+        (),
+        STEP_ONE,
+    ),
+    loop(
+        "second-moments-forgotten",
+        "The optimizer forgets its second moments from step to step.",
+        ("STEP-10",),
+        WHOLE_STATE,
+        trainer(before_step=forgotten("exp_avg_sq")),
+        (),
+        STEP_ONE,
     ),
     loop(
         "lora-b-alone-trained",

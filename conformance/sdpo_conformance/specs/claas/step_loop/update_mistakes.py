@@ -153,17 +153,21 @@ def kept_from_earlier(runs: Runs) -> bool:
     return began_before and as_set(runs) and not any(updates(earlier=True)) and any(updates(earlier=False))
 
 
-def rebuilt(runs: Runs) -> bool:
-    """Whether every update is the first of a new optimizer, and some is not that of an old one."""
+def forgetting(*what: str) -> Callable[[Runs], bool]:
+    """Whether every update is that of an optimizer which begins each step with these fields of its state as new, and
+    some is not that of one which keeps them."""
 
-    def updates(fresh: bool) -> Iterator[bool]:
+    def updates(runs: Runs, forgets: bool) -> Iterator[bool]:
         for run in runs:
             rate = run.scenario.training.learning_rate
             optimizer = AdamW(rate)
             for step in run.steps:
-                yield bool(off_by(step, AdamW(rate) if fresh else optimizer))
+                new = AdamW(rate)
+                for name in what if forgets else ():
+                    setattr(optimizer, name, getattr(new, name))
+                yield bool(off_by(step, optimizer))
 
-    return as_set(runs) and not any(updates(fresh=True)) and any(updates(fresh=False))
+    return lambda runs: as_set(runs) and not any(updates(runs, True)) and any(updates(runs, False))
 
 
 def last_lost(runs: Runs) -> bool:
@@ -284,7 +288,11 @@ MISTAKES: Mapping[str, Callable[[Runs], bool]] = {
     ),
     "learning-rate-scheduled": rate_scheduled,
     **STRUCTURAL,
-    "optimizer-rebuilt": rebuilt,
+    "optimizer-rebuilt": forgetting("count", "first", "second"),
+    "step-count-forgotten": forgetting("count"),
+    "moments-forgotten": forgetting("first", "second"),
+    "first-moments-forgotten": forgetting("first"),
+    "second-moments-forgotten": forgetting("second"),
     "optimizer-kept-across-calls": kept_from_earlier,
     "last-step-lost": last_lost,
     METRICS_KEPT: with_earlier_entries,
