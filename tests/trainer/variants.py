@@ -376,6 +376,17 @@ class Sound:
         return right.distill(TrainerParts(make_optimizer=Master), model, samples, training, optimizer_cls)
 
     @staticmethod
+    def boolean_mask(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
+        """A causal mask of its own, as PyTorch's attention takes it."""
+
+        def masked(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+            seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+            logits: Tensor = run.model(input_ids=ids, attention_mask=seen[None, None], use_cache=False).logits
+            return logits[:, -1 - response.shape[1] : -1]
+
+        return right.distill(TrainerParts(forward=masked), model, samples, training, optimizer_cls)
+
+    @staticmethod
     def asks_the_embedding(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
         """Reads a field that peft's layer in place of an embedding lacks."""
         assert model.get_input_embeddings().num_embeddings > 0

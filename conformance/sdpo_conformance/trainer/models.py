@@ -21,6 +21,7 @@ from sdpo_conformance.cases.precision import DTYPES
 
 Family = Literal["qwen3", "llama", "gpt2", "gemma2", "cohere", "phi"]
 Head = Literal["frozen", "lora", "saved"]
+Attention = Literal["eager", "sdpa"]
 Embedding = Literal["frozen", "lora", "tokens"]
 
 VOCABULARY = 67
@@ -66,7 +67,8 @@ class ModelSpec:
     too. ``lora_alpha`` scales what the adapter adds, over the rank, or with ``rslora`` its root. ``embedding``:
     "frozen", with "lora" of its own, or with a few trainable rows, "tokens". ``fresh``: B is next to 0, as every
     adapter begins. ``beside``: the model holds two more adapters, which are not active. ``adapter``: the active one's
-    name. ``checkpointing``: gradient checkpointing is on when the model comes, as upstream has it. ``bos``, ``eos``
+    name. ``attention``: transformers' implementation; eager has the same sums whatever kernels a machine has.
+    ``checkpointing``: gradient checkpointing is on when the model comes, as upstream has it. ``bos``, ``eos``
     (one or several, as Llama 3 has them), ``pad``: special tokens in the configs of the model and of its generation.
 
     peft keeps the adapter of a half-precision base in float32.
@@ -88,6 +90,7 @@ class ModelSpec:
     fresh: bool = False
     beside: bool = False
     adapter: str = "default"
+    attention: Attention = "eager"
     checkpointing: bool = False
     bos: int | None = None
     eos: int | tuple[int, ...] | None = None
@@ -101,6 +104,7 @@ class ModelSpec:
         more += ", B next to 0" if self.fresh else ""
         more += ", two more adapters beside" if self.beside else ""
         more += f", the adapter called {self.adapter}" if self.adapter != "default" else ""
+        more += f", {self.attention} attention" if self.attention != "eager" else ""
         more += ", gradient checkpointing" if self.checkpointing else ""
         more += f", eos {self.eos} and pad {self.pad}" if self.eos is not None else ""
         head = "tied" if self.tied else "untied"
@@ -113,6 +117,11 @@ class ModelSpec:
         if self.embedding != "frozen":
             return replace(self, embedding="frozen")
         return replace(self, family="llama") if self.family == "gpt2" else None
+
+    @property
+    def with_sdpa(self) -> ModelSpec:
+        """The model with PyTorch's attention. Gemma 2 has none in transformers: Llama stands in for it."""
+        return replace(self, attention="sdpa", family="llama" if self.family == "gemma2" else self.family)
 
     @property
     def unusual_head(self) -> str:
@@ -226,8 +235,7 @@ def pristine(spec: ModelSpec) -> Any:
 
     config_name, model_name = CLASSES[spec.family]
     config = getattr(transformers, config_name)(**config_arguments(spec))
-    # eager attention: the same sums whatever kernels a machine has
-    config._attn_implementation = "eager"
+    config._attn_implementation = spec.attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         base = getattr(transformers, model_name)(config)

@@ -234,6 +234,10 @@ CACHE_DROPPED = (
     "hands a KV cache to a model in training mode, which transformers drops under gradient checkpointing: "
     "judged without checkpointing"
 )
+MASK_ADDED = (
+    "hands a model a boolean mask of four dimensions, which transformers' eager attention adds to the scores: "
+    "judged with sdpa, which masks by it, and on llama for gemma2, which has no sdpa"
+)
 
 
 def run_or_refusal(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation | Refusal:
@@ -243,7 +247,7 @@ def run_or_refusal(distill: Callable[..., Any], scenario: Scenario, device: str)
     is run on a plainer model.
     """
     try:
-        return run_unless_dropped(distill, scenario, device)
+        return run_as_handled(distill, scenario, device)
     except ImplementationError as error:
         plainer = scenario.model.plainer
         if plainer is None or error.kind is None or not issubclass(error.kind, UNKNOWN_MODEL):
@@ -258,41 +262,60 @@ def run_or_refusal(distill: Callable[..., Any], scenario: Scenario, device: str)
         return replace(found, notes=(f"{error.summary}, {where}", *found.notes))
 
 
-def run_unless_dropped(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation | Refusal:
-    """The run. Under gradient checkpointing transformers drops a KV cache that a model in training mode is handed, and
-    computes as if the prompt were not there: a trainer that uses one is run without checkpointing, as its user has
-    to."""
+def run_as_handled(distill: Callable[..., Any], scenario: Scenario, device: str) -> Observation | Refusal:
+    """The run, on a model that heeds what the trainer hands it.
+
+    Under gradient checkpointing transformers drops a KV cache that a model in training mode is handed, and computes as
+    if the prompt were not there. Eager attention adds a mask of four dimensions to the scores, a boolean one too. A
+    trainer that hands over either is run without checkpointing, or with sdpa, as its user has to.
+    """
+    handed: set[str] = set()
     model = build(scenario.model, device)
-    with dropped_caches(model) as dropped:
+    with watched_inputs(model, handed):
         try:
             found = run_on(model, distill, scenario)
         except ImplementationError:
-            if not dropped:
+            if not handed:
                 raise
-    if not dropped:
+    if not handed:
         return found
-    without = replace(scenario, model=replace(scenario.model, checkpointing=False))
-    again = run_on(build(without.model, device), distill, without)
-    return again if isinstance(again, Refusal) else replace(again, notes=(CACHE_DROPPED,))
+    other = scenario.model
+    if CACHE_DROPPED in handed:
+        other = replace(other, checkpointing=False)
+    if MASK_ADDED in handed:
+        other = other.with_sdpa
+    heeding = replace(scenario, model=other)
+    again = run_on(build(other, device), distill, heeding)
+    return again if isinstance(again, Refusal) else replace(again, notes=tuple(sorted(handed)))
 
 
 @contextmanager
-def dropped_caches(model: Any) -> Iterator[list[str]]:
-    """Fills the list with the classes of modules with checkpointed layers that are asked for keys and values, or handed
-    some, in training mode."""
-    dropped: list[str] = []
+def watched_inputs(model: Any, handed: set[str]) -> Iterator[None]:
+    """Adds the words for what a model is handed and does not heed: keys and values for checkpointed layers in training
+    mode, a boolean mask of four dimensions for eager attention."""
 
     def watch_cache(module: Any, _: Any, kwargs: Mapping[str, Any]) -> None:
         if module.training and (kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is True):
-            dropped.append(type(module).__name__)
+            handed.add(CACHE_DROPPED)
+
+    def watch_mask(module: Any, _: Any, kwargs: Mapping[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.bool:
+            handed.add(MASK_ADDED)
 
     handles = [
         module.register_forward_pre_hook(watch_cache, with_kwargs=True)
         for module in model.modules()
         if any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
     ]
+    base = model.get_base_model()
+    if base.config._attn_implementation == "eager":
+        handles += [
+            module.register_forward_pre_hook(watch_mask, with_kwargs=True)
+            for module in {base, base.base_model}  # the whole model and its decoder
+        ]
     try:
-        yield dropped
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -32,6 +32,7 @@ MODEL_CLASS = "LlamaForCausalLM"
 CONFIG: dict[str, Any] = {}
 ADAPTER = "default"
 ADAPTERS: dict[str, dict[str, Any]] = {}
+ATTENTION = "eager"
 CHECKPOINTING: dict[str, Any] = {}
 TRAINING: dict[str, Any] = {}
 SAMPLES: list[dict[str, Any]] = []
@@ -109,7 +110,7 @@ def build() -> Any:
 def made() -> Any:
     """The model with its adapter, weights as stored."""
     config = getattr(transformers, CONFIG_CLASS)(**CONFIG)
-    config._attn_implementation = "eager"
+    config._attn_implementation = ATTENTION
     base = getattr(transformers, MODEL_CLASS)(config).to(getattr(torch, DTYPE))
     (first, arguments), *more = ADAPTERS.items()
     model: Any = peft.get_peft_model(base, peft.LoraConfig(**arguments), adapter_name=first)

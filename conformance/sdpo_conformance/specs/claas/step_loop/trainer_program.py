@@ -64,6 +64,7 @@ def write_reproduction(
             "CONFIG": config_arguments(scenario.model),
             "ADAPTERS": adapters_of(scenario.model),
             "ADAPTER": scenario.model.adapter,
+            "ATTENTION": scenario.model.attention,
             "CHECKPOINTING": CHECKPOINTING if scenario.model.checkpointing else {},
             "TRAINING": asdict(scenario.training),
             "SAMPLES": [asdict(sample) for sample in given],
