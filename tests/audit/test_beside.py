@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sdpo_conformance.audit import audit_run
 
@@ -113,3 +114,53 @@ def test_shards_beside_one_of_them(tmp_path: Path) -> None:
     for name, tensors in (("after", ONE), ("adapter_rank_0", ONE), ("adapter_rank_1", OTHER)):
         put(tmp_path / name, tensors)
     assert found(tmp_path) == {}
+
+
+def merge(folder: Path, factor: float, dtype: torch.dtype = torch.float32, other: int = 0, **config: Any) -> None:
+    """A base model of one weight per adapted module, and factor B A added to it."""
+    generator = torch.Generator().manual_seed(1)
+    tensors, models = moved(adapter(), 1e-2), {"base": {}, "merged": {}}  # type: ignore[var-annotated]
+    put(folder / "before", adapter())
+    put(folder / "after", tensors, {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config})
+    (folder / "before" / "adapter_config.json").write_text((folder / "after" / "adapter_config.json").read_text())
+    added = adapter(seed=other) if other else tensors
+    for key in (k for k in tensors if "lora_A" in k):
+        product = added[key.replace("lora_A", "lora_B")] @ added[key]
+        name = key.removeprefix("base_model.model.").replace("lora_A.", "")
+        models["base"][name] = torch.randn(16, 16, generator=generator).to(dtype)
+        models["merged"][name] = (models["base"][name].float() + factor * product).to(dtype)
+    for name, weights in models.items():
+        (folder / name).mkdir()
+        save_file(weights, folder / name / "model.safetensors")
+        (folder / name / "config.json").write_text('{"model_type": "qwen3"}')
+
+
+@pytest.mark.parametrize(
+    ("factor", "config", "expected"),
+    [
+        (2.0, {}, None),
+        (1.0, {}, "error"),
+        (0.0, {}, "error"),
+        (4.0, {}, "error"),
+        (-2.0, {}, "error"),
+        (1.3, {}, "warning"),
+        (4.0, {"use_rslora": True}, None),
+        (2.0, {"use_rslora": True}, "error"),
+        (1.0, {"alpha_pattern": {"q_proj": 4}}, None),  # no one scale to hold it against
+    ],
+)
+def test_a_merged_model_holds_the_adapter_once(
+    factor: float, config: Mapping[str, Any], expected: str | None, tmp_path: Path
+) -> None:
+    merge(tmp_path, factor, **config)
+    assert found(tmp_path) == ({"merged-scale": expected} if expected else {})
+
+
+def test_merged_otherwise_on_purpose_or_with_another_adapter(tmp_path: Path) -> None:
+    merge(tmp_path / "weighed", 1.0)
+    (tmp_path / "weighed" / "merge.yaml").write_text("models:\n  - model: after\n    weight: 0.5\n")
+    assert found(tmp_path / "weighed") == {}
+    merge(tmp_path / "other", 2.0, other=9)
+    assert found(tmp_path / "other") == {}
+    merge(tmp_path / "half", 2.0, torch.bfloat16)
+    assert found(tmp_path / "half") == {}

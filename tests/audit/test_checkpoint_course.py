@@ -137,3 +137,39 @@ def test_an_optimizer_begun_anew(
 def found_of(findings: Mapping[str, str], name: str) -> str | None:
     assert set(findings) <= {name}
     return findings.get(name)
+
+
+def evaluated(folder: Path, name: str, values: Sequence[float], best: int, **given: Any) -> dict[str, str]:
+    for number in range(1, len(values) + 1):
+        put(folder / f"checkpoint-{10 * number}", state(10 * number))
+    log(folder, 10 * len(values))
+    history = [{"step": 10 * n, f"eval_{name}": value, "eval_runtime": 4.1} for n, value in enumerate(values, 1)]
+    document = {"best_metric": values[best], "best_model_checkpoint": f"out/checkpoint-{10 * best + 10}"}
+    last = folder / f"checkpoint-{10 * len(values)}" / "trainer_state.json"
+    last.write_text(json.dumps({**document, "global_step": 10 * len(values), "log_history": history}))
+    (folder / "training_args.json").write_text(json.dumps(given))
+    return found(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "best", "expected"),
+    [
+        ("reward", [0.64, 0.79, 0.80], 0, "warning"),
+        ("rewards/accuracy_reward/mean", [0.8, 0.7, 0.6], 2, "warning"),
+        ("loss", [0.9, 0.7, 0.6], 0, "warning"),
+        ("reward", [0.64, 0.79, 0.80], 2, None),
+        ("loss", [0.9, 0.7, 0.6], 2, None),
+        ("reward", [0.64, 0.79, 0.80], 1, None),  # not the best, not the worst: evaluated where nothing was saved
+        ("reward", [0.64, 0.64, 0.80], 0, None),  # a tie
+        ("reward", [0.64, 0.80], 0, None),
+        ("reward_std", [0.1, 0.2, 0.3], 0, None),
+        ("kl", [0.1, 0.2, 0.3], 0, None),  # a name that does not say
+        ("accuracy_loss", [0.1, 0.2, 0.3], 0, None),
+    ],
+)
+def test_the_best_checkpoint_is_the_best(
+    name: str, values: Sequence[float], best: int, expected: str | None, tmp_path: Path
+) -> None:
+    assert found_of(evaluated(tmp_path / "a", name, values, best), "worst-is-best") == expected
+    named = evaluated(tmp_path / "b", name, values, best, metric_for_best_model=name, greater_is_better=False)
+    assert found_of(named, "worst-is-best") == expected

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdpo_conformance.audit.adapter import Adapter, open_adapter
 from sdpo_conformance.audit.adapter_change import compare_adapters
+from sdpo_conformance.audit.best_checkpoint import find_best
 from sdpo_conformance.audit.checkpoint_falls import find_fall
 from sdpo_conformance.audit.checkpoints import identical_checkpoints
 from sdpo_conformance.audit.config import NO_REQUEST, RequestSample, engine_beside, read_request
@@ -18,6 +19,7 @@ from sdpo_conformance.audit.findings import Evidence, Finding, NotJudged, Severi
 from sdpo_conformance.audit.findings.model import SamplerKnowledge
 from sdpo_conformance.audit.generation import GenerationResult, generate
 from sdpo_conformance.audit.loss_replay import SAMPLER_DIFFERS, ReplayResult, replay_first_step
+from sdpo_conformance.audit.merged_model import find_merged
 from sdpo_conformance.audit.metrics import RunMetrics, read_metrics
 from sdpo_conformance.audit.model_loading import load_adapted_model
 from sdpo_conformance.audit.optimizer_state import (
@@ -100,6 +102,7 @@ def audit_run(
         raise AuditError("--prompts without --model: name the model to generate with")
     if sampler == "unknown" and replay is not None and replay.sampler_gap is not None and not (fit and fit.processed):
         sampler = "differs" if replay.sampler_gap > SAMPLER_DIFFERS else "same"
+    settings = read_declared(files.run)
     evidence = Evidence(
         metrics=run_metrics,
         change=compare_adapters(old, new) if new is not None else None,
@@ -111,9 +114,11 @@ def audit_run(
         replay=replay,
         sampler_fit=fit,
         identical_checkpoints=identical_checkpoints(files.checkpoints),
-        settings=read_declared(run),
+        settings=settings,
         teachers=find_teachers(files.checkpoints),
         counters=saved_counters(files.checkpoints),
+        merged=find_merged(files.run, new),
+        best=find_best(files.run, files.checkpoints, settings),
         fall=find_fall(files.checkpoints),
         rank_copies=find_rank_copies(files.run, files.checkpoints, old, new),
         metrics_refused=refused,

@@ -8,9 +8,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdpo_conformance.audit.adapter_change import AdapterChange
+from sdpo_conformance.audit.best_checkpoint import BestCheckpoint
 from sdpo_conformance.audit.checkpoint_falls import Fall
 from sdpo_conformance.audit.config import NO_REQUEST, RunRequest
 from sdpo_conformance.audit.declared import Declared
+from sdpo_conformance.audit.merged_model import MergedModel
 from sdpo_conformance.audit.metrics import RunMetrics
 from sdpo_conformance.audit.optimizer_state import OptimizerState, SavedCounter
 from sdpo_conformance.audit.rank_copies import RankCopies
@@ -74,6 +76,8 @@ class Evidence:
     settings: Declared = field(default_factory=Declared)
     teachers: Teachers = field(default_factory=Teachers)
     counters: tuple[SavedCounter, ...] = ()
+    merged: MergedModel | None = None
+    best: BestCheckpoint | None = None
     fall: Fall | None = None
     rank_copies: RankCopies | None = None
     metrics_refused: str = ""
