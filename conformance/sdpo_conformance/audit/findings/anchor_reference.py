@@ -16,6 +16,19 @@ _FALL = 1e-3
 _FEWEST_BATCHES = 3
 #: The Frobenius norm of a lora_B from which on the start shows in the log-probs.
 _FAR = 1e-2
+#: Rows from which on an exact 0 in each is no matter of first steps, and the weights' names in the tools' settings.
+_FEWEST_ROWS = 8
+_WEIGHTS = (
+    "beta",
+    "kl_coef",
+    "kl_loss_coef",
+    "kl_reg_weight",
+    "init_kl_coef",
+    "kl_penalty_coef",
+    "reference_policy_kl_penalty",
+)
+#: Fields of losses over preferences, whose kl is another quantity, clamped at 0 (KTO).
+_PREFERENCES = frozenset(("chosen", "rejected"))
 _PLAIN_STARTS = (True, "gaussian", "kaiming", "orthogonal")
 
 
@@ -85,7 +98,37 @@ def anchor_restarts(evidence: Evidence) -> Verdicts:
     )
 
 
+def kl_always_zero(evidence: Evidence) -> Verdicts:
+    """kl exactly 0 in every row although the settings weigh it and the policy moved."""
+    metrics, change, settings = evidence.metrics, evidence.change, evidence.settings
+    if metrics is None or metrics.digits is not None or change is None:
+        return  # a printed 0.000 may be anything that small
+    weight = settings.number(*_WEIGHTS)
+    if not weight or weight < 0 or settings.true("sync_ref_model") or settings.false("use_kl_loss", "use_kl_in_reward"):
+        return
+    values = [step.values["kl_reg"] for step in metrics.steps if "kl_reg" in step.values]
+    pairwise_loss = any(name.rsplit("/", 1)[-1] in _PREFERENCES for name in metrics.names)
+    if len(values) < _FEWEST_ROWS or len(values) < len(metrics.steps) or any(values) or pairwise_loss:
+        return
+    moves = [t.norm_after if t.norm_delta is None else t.norm_delta for t in change.tensors if t.place.part == "B"]
+    if max(moves, default=0.0) < _FAR or not change.matters:
+        return
+    yield Finding(
+        id="kl-always-zero",
+        severity=Severity.WARNING,
+        statement=f"kl is exactly 0 in all {len(values)} rows although lora_B moved: nothing holds the policy",
+        evidence=(
+            f"the settings weigh it by {weight:g}",
+            f"the norm of a lora_B changed by up to {max(moves):.3g}, which shows in any log-prob",
+        ),
+        cause="the reference is the policy itself: its log-probs are taken with the adapter on",
+        next_step="take the reference's log-probs with the adapter disabled, and compare them with the policy's",
+        data={"rows": len(values), "weight": weight},
+    )
+
+
 CHECKS = (
     Check("kl-at-start", "kl_reg above 0 where the policy still is the base policy", kl_at_the_start),
+    Check("kl-always-zero", "kl of exactly 0 although the policy moved", kl_always_zero),
     Check("anchor-restarts", "kl_reg that begins at 0 in every batch", anchor_restarts),
 )

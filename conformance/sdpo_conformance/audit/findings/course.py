@@ -18,6 +18,7 @@ _FEWEST_EVALUATIONS = 3
 _DIGITS = 6
 _CUT = 0.99
 _MOSTLY_WHOLE = 0.5
+_PARTLY_WHOLE = 0.9
 _FEWEST_ROWS = 12
 
 
@@ -106,25 +107,31 @@ def _digits(value: float) -> str:
 
 
 def completions_cut(evidence: Evidence) -> Verdicts:
-    """Completions that ended by themselves at the start, and all run to the limit at the end."""
+    """Completions that ended by themselves at the start, and all run to the limit at the end: for the last quarter
+    after a start where half did not, or for the second half after a start where a tenth did not.
+    """
     metrics = evidence.metrics
     if metrics is None:
         return
     values = [value for step in metrics.steps if math.isfinite(value := step.values.get("completions_cut", math.nan))]
-    quarter = len(values) // 4
-    if len(values) < _FEWEST_ROWS or not min(values[-quarter:]) >= _CUT:
+    if len(values) < _FEWEST_ROWS:
         return
-    start = statistics.median(values[:quarter])
-    if start > _MOSTLY_WHOLE:
+    quarter, half, tenth = (len(values) // part for part in (4, 2, 10))
+    slow = statistics.median(values[:quarter]) <= _MOSTLY_WHOLE and min(values[-quarter:]) >= _CUT
+    fast = half >= _FEWEST_ROWS and statistics.fmean(values[:tenth]) <= _PARTLY_WHOLE
+    if not slow and not (fast and statistics.fmean(values[-half:]) >= _CUT):
         return
+    rows = quarter if slow else half
+    start = statistics.median(values[:quarter]) if slow else statistics.fmean(values[:tenth])
+    end = statistics.fmean(values[-rows:])
     yield Finding(
         id="completions-cut",
         severity=Severity.WARNING,
-        statement=f"{start:.0%} of the completions ran to the limit at the start, at the end all of them do",
-        evidence=(f"the last {quarter} of {len(values)} rows: at least {min(values[-quarter:]):.3g}",),
+        statement=f"{start:.0%} of the completions ran to the limit at the start, {end:.3g} of all at the end",
+        evidence=(f"the last {rows} of {len(values)} rows: from {min(values[-rows:]):.3g} on",),
         cause="the policy has lost its end token, or grows its answers past the limit",
         next_step="read a few completions; --model measures with the adapter before and after how many end",
-        data={"start": start, "end": min(values[-quarter:])},
+        data={"start": start, "end": end},
     )
 
 

@@ -21,6 +21,11 @@ _RATIO_SPREAD = 1 / 3
 #: Mean |difference| of log-probs (nats) and of probabilities that no two engines' rounding reaches.
 _GAPS = {"sampler_gap": 0.1, "sampler_gap_probability": 0.05}
 _GAP_GROWTH = 5.0
+#: The same of a KL divergence, in nats: a gap of 0.1 a token is one of about 0.01. Kernels differ by 0.001 or so.
+_FAR_APART = 0.02
+_KL_GROWTH = 20.0
+_STEADY = 0.8
+_FEWEST_CLIMBING = 16
 
 
 def dead_rows(metrics: RunMetrics) -> int:
@@ -163,6 +168,47 @@ def sampler_gap(evidence: Evidence) -> Verdicts:
     )
 
 
+def sampler_divergence(evidence: Evidence) -> Verdicts:
+    """The divergence of sampler and trainer climbs from nothing, step by step, at a rate that does not grow."""
+    metrics = evidence.metrics
+    if metrics is None or metrics.has("sampler_gap"):
+        return
+    steps = [s for s in metrics.steps if math.isfinite(s.values.get("sampler_kl", math.nan))]
+    values = [step.values["sampler_kl"] for step in steps]
+    rates = [step.values["learning_rate"] for step in steps if "learning_rate" in step.values]
+    quarter = len(values) // 4
+    if len(values) < _FEWEST_CLIMBING or len(rates) < len(steps) or not rates[quarter] >= rates[-1] > 0:
+        return  # in a warmup a sampler that is some steps behind falls behind further
+    start, middle, end = (
+        statistics.median(part) for part in (values[:quarter], values[quarter:-quarter], values[-quarter:])
+    )
+    climbing = _rank_correlation(values)
+    if not (end >= _FAR_APART and end >= _KL_GROWTH * max(start, 0.0) and start <= middle <= end):
+        return
+    if climbing < _STEADY:
+        return
+    yield Finding(
+        id="sampler-gap",
+        severity=Severity.WARNING,
+        statement=f"sampler and trainer drift apart: their KL divergence climbs from {start:.3g} to {end:.3g}",
+        evidence=(
+            f"medians of the first and the last {quarter} of {len(values)} rows, {middle:.3g} between them",
+            f"rank correlation with the step {climbing:.2f}, learning rate {rates[quarter]:g} to {rates[-1]:g}",
+        ),
+        cause="the engine does not get the trained adapter: the distance to the policy at the start grows as it trains",
+        next_step="compare the sampler's log-probs with the trainer's right after a synchronisation",
+        data={"start": start, "end": end},
+    )
+
+
+def _rank_correlation(values: Sequence[float]) -> float:
+    """Spearman's, of the values with their place."""
+    ranks = [0.0] * len(values)
+    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        ranks[place] = float(rank)
+    return statistics.correlation(ranks, range(len(values)))
+
+
 def fields_not_understood(evidence: Evidence) -> Verdicts:
     """What the log holds and the audit cannot read."""
     metrics = evidence.metrics
@@ -182,5 +228,6 @@ CHECKS = (
     Check("dead-run", "no number for a gradient from some step to the end", dead_run),
     Check("sampler-ratio", "trainer and sampler apart by the same factor in every batch", sampler_ratio),
     Check("sampler-gap", "trainer and sampler drift apart as the run goes on", sampler_gap),
+    Check("sampler-gap", "the KL divergence of trainer and sampler climbs from nothing", sampler_divergence),
     Check("metrics-fields", "fields that no known tool writes", fields_not_understood),
 )

@@ -87,6 +87,8 @@ def _read_file(path: Path) -> RunMetrics:
         numbered=numbered,
         digits=digits,
         evaluations=tuple(sorted(reader.evaluations.items())),
+        names=frozenset(reader.seen),
+        rewards={name: tuple(values) for name, values in reader.rewards.items()},
     )
 
 

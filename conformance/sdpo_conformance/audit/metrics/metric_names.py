@@ -42,12 +42,14 @@ _MEANINGS: Mapping[str, str] = {
     "actor/grad_norm": "grad_norm", "actor/lr": "learning_rate",
     "rollout_corr/rollout_is_mean": "sampler_ratio", "mismatch/rollout_is_mean": "sampler_ratio",
     "actor/rollout_is_mean": "sampler_ratio", "training/rollout_probs_diff_mean": "sampler_gap_probability",
+    "rollout_corr/k3_kl": "sampler_kl", "mismatch/mismatch_k3_kl": "sampler_kl", "mismatch/k3_kl": "sampler_kl",
+    "rollout_corr/kl": "sampler_kl", "mismatch/mismatch_kl": "sampler_kl",
     # NeMo-RL: algorithms/loss_functions.py, grpo.py
     "sampling_importance_ratio": "sampler_ratio", "kl_penalty": "kl_reg",
     "probs_ratio": "policy_ratio", "probs_ratio_clamped": "policy_ratio",
     # tinker-cookbook: rl/train.py, supervised/train.py
     "optim/lr": "learning_rate", "train_mean_nll": "total_loss", "kl_policy_base": "kl_reg",
-    "optim/kl_sample_train_v1": "sampler_kl", "optim/kl_sample_train_v2": "sampler_kl",
+    "optim/kl_sample_train_v2": "sampler_kl", "optim/kl_sample_train_v1": "sampler_kl",
     # prime-rl, SkyRL, slime and miles, OpenRLHF, AReaL, levanter
     "loss/mean": "total_loss", "optim/grad_norm": "grad_norm", "importance_ratio/mean": "sampler_ratio",
     "mismatch_kl/mean": "sampler_kl", "policy/policy_loss": "total_loss", "policy_loss": "total_loss",
@@ -85,6 +87,11 @@ _RATIO_NAMES = re.compile(
     r"importance_sampling_ratio|rollout_is_mean|sampling_importance_ratio|probs_ratio|importance_ratio|importance_weight|"
     r"ppo_kl|pg_clipfrac|clip_ratio|kl_sample_train|mismatch_kl|approx_kl|mean_is_ratio|\bis_ratio"
 )
+#: TRL's rewards/NAME/mean and reward, NAME_reward of loops of one's own, verl's critic/rewards/mean.
+_REWARD = re.compile(
+    r"(?:train/|critic/)?(?:rewards?(?:/(?P<component>(?!(?:mean|std|min|max)$)[^/]{1,80}))?|"
+    r"(?P<bare>(?!eval|val|test)[^/]{1,80}_reward))(?:/mean)?"
+)
 _RANK = {name: index for index, name in enumerate(_MEANINGS)}
 
 
@@ -106,6 +113,12 @@ def field_of(key: object) -> str | None:
                 return inner
     bare = name.rsplit("/", 1)[-1]
     return bare if bare in _OWN or bare in ("grad_norm", "learning_rate") else None
+
+
+def reward_of(key: object) -> str | None:
+    """Of a training reward's mean the component's name, "reward" for the sum of all; None for any other field."""
+    match = _REWARD.fullmatch(key.lower()) if isinstance(key, str) else None
+    return (match["component"] or match["bare"] or "reward") if match else None
 
 
 def preference(key: str) -> int:

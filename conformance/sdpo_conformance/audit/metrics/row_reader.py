@@ -18,6 +18,7 @@ from sdpo_conformance.audit.metrics.metric_names import (
     is_summary,
     names_ratio,
     preference,
+    reward_of,
     tool_of,
 )
 from sdpo_conformance.audit.metrics.sample_rows import mean, merge_samples, number_samples
@@ -46,6 +47,7 @@ class RowReader:
         self.seen: set[str] = set()
         self.unreported: set[str] = set()
         self.evaluations: dict[int, float] = {}
+        self.rewards: dict[str, list[float]] = {}
 
     @property
     def tool(self) -> str:
@@ -131,7 +133,16 @@ class RowReader:
             last = number
         if repeated:
             self.notes.append(f"the log goes back {repeated} time(s), as a resumed run's does: the last account counts")
+        self._rewards([by_number[number] for number in sorted(by_number)])
         return [Batch(tuple(self.step(by_number[number], number) for number in sorted(by_number)))]
+
+    def _rewards(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the reward components that are numbers in every row."""
+        names = {key: name for row in rows for key in row if (name := reward_of(key))}
+        for key, name in names.items():
+            values = [float(row[key]) for row in rows if _finite(row.get(key))]
+            if len(values) == len(rows):
+                self.rewards[name] = values
 
     def _evaluation(self, row: Mapping[str, Any]) -> None:
         """Keep the loss of an evaluation whose step is told."""

@@ -39,7 +39,8 @@ class RunMetrics:
     stands for, where that is more than one; `unknown_fields` are names that no known tool uses, `ratio_names` those of
     an importance ratio or of what follows from one, and `problems` faults of the record itself, in words. `numbered`:
     the rows say which step they are of. `digits`: significant ones of the most precise number, where they were printed.
-    `evaluations`: steps and the eval_loss there.
+    `evaluations`: steps and the eval_loss there. `names`: every field that a row carries. `rewards`: the mean of each
+    reward component, and of "reward", their sum, row by row.
     """
 
     path: Path
@@ -55,6 +56,8 @@ class RunMetrics:
     numbered: bool = True
     digits: int | None = None
     evaluations: tuple[tuple[int, float], ...] = ()
+    names: frozenset[str] = frozenset()
+    rewards: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def steps(self) -> tuple[Step, ...]:
