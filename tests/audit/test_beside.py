@@ -164,3 +164,37 @@ def test_merged_otherwise_on_purpose_or_with_another_adapter(tmp_path: Path) -> 
     assert found(tmp_path / "other") == {}
     merge(tmp_path / "half", 2.0, torch.bfloat16)
     assert found(tmp_path / "half") == {}
+
+
+LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+DORA = {k.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(16) for k in START if "lora_B" in k}
+
+
+def delivered(folder: Path, tensors: Tensors, config: Any, extra: Mapping[str, torch.Tensor] = {}) -> dict[str, str]:
+    for number in (10, 20):
+        put(folder / f"checkpoint-{number}", {**moved(adapter(), 1e-3 * number), **moved(dict(extra), 1e-3 * number)},
+            {**LORA, "use_dora": bool(extra)})  # fmt: skip
+    put(folder, tensors, config)
+    return found(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "expected"),
+    [
+        (moved(START, 1e-2), LORA, {}),  # the best checkpoint, not the last
+        (START, LORA, {}),  # the start, which the run was told to go on from
+        ({k: v.bfloat16() for k, v in ONE.items()}, LORA, {}),
+        (ONE, {**LORA, "lora_alpha": 16}, {"config-changed": "error"}),
+        ({k: v * float("nan") for k, v in ONE.items()}, LORA, {"tensor-nonfinite": "error"}),
+        ({k: v for k, v in ONE.items() if "lora_A" in k}, LORA, {"pair-lost": "error"}),
+        ({k: v[:2] if "A" in k else v[:, :2] for k, v in ONE.items()}, {**LORA, "r": 2}, {}),  # another adapter
+    ],
+)
+def test_the_adapter_that_is_delivered(tensors: Tensors, config: Any, expected: dict[str, str], tmp_path: Path) -> None:
+    assert delivered(tmp_path, tensors, config) == expected
+
+
+def test_a_delivered_dora_without_magnitudes(tmp_path: Path) -> None:
+    config = {**LORA, "use_dora": True}
+    assert delivered(tmp_path / "lost", ONE, config, DORA) == {"config-mismatch": "error"}
+    assert delivered(tmp_path / "kept", {**ONE, **DORA}, config, DORA) == {}

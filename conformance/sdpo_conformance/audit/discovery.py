@@ -28,7 +28,9 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where each part of a run is; None where it is not there. `ignored` names what was passed over."""
+    """Where each part of a run is; None where it is not there. `ignored` names what was passed over. `delivered`: RUN
+    itself where it holds an adapter beside its checkpoints.
+    """
 
     run: Path | None
     metrics: Path | None = None
@@ -38,6 +40,7 @@ class RunFiles:
     prompts: Path | None = None
     ignored: tuple[str, ...] = ()
     checkpoints: tuple[Path, ...] = ()
+    delivered: Path | None = None
 
 
 def discover(
@@ -88,7 +91,8 @@ def discover(
             f" trainer_state.json) and no finished adapter ({AFTER_NAMES[0]}/, {AFTER_NAMES[3]}/,"
             f" {WEIGHTS_FILE}); name them with --metrics, --before, --after"
         )
-    return RunFiles(run, metrics, before, after, request, prompts, tuple(ignored), checkpoints)
+    delivered = run if run is not None and checkpoints and after != run and holds_weights(run) else None
+    return RunFiles(run, metrics, before, after, request, prompts, tuple(ignored), checkpoints, delivered)
 
 
 def _metrics(run: Path, checkpoints: Sequence[Path], ignored: list[str], adapter: bool) -> Path | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdpo_conformance.audit.adapter import Adapter, open_adapter
-from sdpo_conformance.audit.adapter_change import compare_adapters
+from sdpo_conformance.audit.adapter_change import AdapterChange, compare_adapters
 from sdpo_conformance.audit.best_checkpoint import find_best
 from sdpo_conformance.audit.checkpoint_falls import find_fall
 from sdpo_conformance.audit.checkpoints import identical_checkpoints
@@ -117,6 +117,7 @@ def audit_run(
         settings=settings,
         teachers=find_teachers(files.checkpoints),
         counters=saved_counters(files.checkpoints),
+        delivered=_delivered(files, new),
         merged=find_merged(files.run, new),
         best=find_best(files.run, files.checkpoints, settings),
         fall=find_fall(files.checkpoints),
@@ -139,6 +140,15 @@ def _adapters(files: RunFiles, metrics: bool, *, named: bool) -> tuple[Adapter |
         if named or not metrics:
             raise
         return None, None, str(error)
+
+
+def _delivered(files: RunFiles, last: Adapter | None) -> AdapterChange | None:
+    """The adapter in RUN itself against the last checkpoint, where both are there and can be read."""
+    try:
+        adapter = open_adapter(files.delivered) if files.delivered is not None else None
+    except AuditError:
+        return None
+    return compare_adapters(last, adapter) if adapter is not None and last is not None and not adapter.fresh else None
 
 
 def _metrics(files: RunFiles) -> tuple[RunMetrics | None, str, bool]:

@@ -179,8 +179,16 @@ def distill_range(evidence: Evidence) -> Verdicts:
         return  # another loss under the same word, or 0 where a batch had nothing to distil
     alpha = evidence.request.training.alpha
     if rows and all(values["distill_loss"] == 0 for _, values in rows):
-        if alpha == 0:
-            return  # the divergence is 0 by its definition, and the anchor alone trains
+        if alpha == 0:  # the divergence is 0 by its definition
+            yield Finding(
+                id="distill-range",
+                severity=Severity.NOTE,
+                statement="alpha is 0, where distill_loss is 0 by its definition: the anchor alone was trained",
+                evidence=(f"distill_loss is 0 at each of {len(rows)} step(s)",),
+                cause="alpha = 0 in the settings: no gradient comes from the teacher",
+                next_step="set alpha above 0 to distil (up to 1, the reverse KL divergence)",
+            )
+            return
         yield Finding(
             id="distill-range",
             severity=Severity.WARNING,

@@ -76,6 +76,7 @@ class Evidence:
     settings: Declared = field(default_factory=Declared)
     teachers: Teachers = field(default_factory=Teachers)
     counters: tuple[SavedCounter, ...] = ()
+    delivered: AdapterChange | None = None
     merged: MergedModel | None = None
     best: BestCheckpoint | None = None
     fall: Fall | None = None
