@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,28 +147,68 @@ def test_a_missing_shard_is_asked_for(tmp_path: Path) -> None:
         audit_run(tmp_path)
 
 
-def test_event_files_are_read_where_tensorboard_is(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
+def field(number: int, content: bytes | float | int) -> bytes:
+    """One field in protobuf's wire format: bytes, a float or a whole number below 128."""
+    if isinstance(content, bytes):
+        return bytes([number << 3 | 2, len(content)]) + content
+    return (
+        bytes([number << 3 | 5]) + struct.pack("<f", content)
+        if isinstance(content, float)
+        else bytes([number << 3, content])
+    )
 
-    for part, start in (("a", 0), ("b", 3)):  # a resumed run writes a second file
-        writer = SummaryWriter(str(tmp_path / "runs" / "now"), filename_suffix=part)
-        for number in range(start, start + 3):
-            writer.add_scalar("train/loss", LOSS[number], number + 1)
-            writer.add_scalar("train/grad_norm", NORM[number], number + 1)
-        writer.close()
+
+def record(event: bytes) -> bytes:
+    return struct.pack("<Q", len(event)) + b"\0" * 4 + event + b"\0" * 4
+
+
+def scalar(tag: str, value: float, step: int, tensor: bool = False) -> bytes:
+    """A scalar as torch's SummaryWriter writes it, or as TensorFlow 2's does."""
+    number = field(8, field(1, 1) + field(4, struct.pack("<f", value))) if tensor else field(2, value)
+    time = bytes([1 << 3 | 1]) + struct.pack("<d", 1.7e9)
+    return record(time + field(2, step) + field(5, field(1, field(1, tag.encode()) + number)))
+
+
+def event_files(folder: Path, tensor: bool = False) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, steps in (("1.host.1.0", range(4)), ("2.host.1.0", range(3, 6))):  # a resumed run writes a second file
+        content = record(field(3, b"brain.Event:2"))
+        for n in steps:
+            content += scalar("train/loss", LOSS[n], n + 1, tensor) + scalar("train/grad_norm", NORM[n], n + 1, tensor)
+        (folder / f"events.out.tfevents.{part}").write_bytes(content + scalar("train/loss", 0.0, 9)[:-9])
+    return folder
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_event_files_are_read(tensor: bool, tmp_path: Path) -> None:
+    event_files(tmp_path / "runs" / "now", tensor)
     report = audit_run(tmp_path)
     assert report.findings == ()
     assert report.evidence.metrics is not None
     assert [s.values["total_loss"] for s in report.evidence.metrics.steps] == pytest.approx(LOSS, rel=1e-6)
+    assert [s.values["grad_norm"] for s in report.evidence.metrics.steps] == pytest.approx(NORM, rel=1e-6)
 
 
-def test_event_files_without_tensorboard_have_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+def test_event_files_as_tensorboard_writes_them(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
 
-    write(tmp_path / "runs" / "now" / "events.out.tfevents.1.host", "x")
-    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
-    with pytest.raises(AuditError, match="pip install tensorboard, or export the scalars as CSV"):
+    writer = SummaryWriter(str(tmp_path / "runs" / "now"))
+    for number, (loss, norm) in enumerate(zip(LOSS, NORM, strict=True), 1):
+        writer.add_scalar("train/loss", loss, number)
+        writer.add_scalar("train/grad_norm", norm, number)
+        writer.add_text("note", "x" * 300, number)
+    writer.close()
+    report = audit_run(tmp_path)
+    assert report.evidence.metrics is not None
+    assert [s.values["total_loss"] for s in report.evidence.metrics.steps] == pytest.approx(LOSS, rel=1e-6)
+
+
+@pytest.mark.parametrize("content", [b"x", b"\xff" * 64, record(b"\x0f\x01"), record(field(5, b"\x0a\x7f"))])
+def test_event_files_that_are_none_have_one_clear_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "now").mkdir(parents=True)
+    (tmp_path / "runs" / "now" / "events.out.tfevents.1.host").write_bytes(content)
+    with pytest.raises(AuditError, match="is not an event file that can be read"):
         audit_run(tmp_path)
 
 

@@ -62,8 +62,8 @@ CHECKS: tuple[Check, ...] = (
     *behaviour.CHECKS,
     *recorded_logprobs.CHECKS,
 )
-#: What is asked of the adapter in RUN itself, too, where the last of its checkpoints was judged: whether it loads as what
-#: was trained. It may be any of the checkpoints, the best one or the last.
+#: What is asked of the adapter in RUN itself, too, where the last of its checkpoints was judged: whether it loads as
+#: what was trained. It may be any of the checkpoints, the best one or the last.
 _OF_DELIVERED: tuple[Check, ...] = tuple(
     check
     for check in (*weights.CHECKS, *adapter_form.CHECKS, *adapter_config.CHECKS)
