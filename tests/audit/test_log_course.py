@@ -103,7 +103,8 @@ def test_a_penalty_that_falls_is_no_trade(tmp_path: Path) -> None:
     ],
 )
 def test_a_sampler_that_stays_behind(kl: Column, rate: Column, expected: Sequence[str], tmp_path: Path) -> None:
-    assert found(log(tmp_path / "verl", rate=rate, rollout_corr__k3_kl=kl)) == expected
+    probability = {"training__rollout_probs_diff_mean": lambda n: 1e-2 * kl(n)}  # which moves less
+    assert found(log(tmp_path / "verl", rate=rate, rollout_corr__k3_kl=kl, **probability)) == expected
     assert found(log(tmp_path / "tinker", rate=rate, optim__kl_sample_train_v2=kl)) == expected
 
 
