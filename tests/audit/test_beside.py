@@ -61,6 +61,12 @@ def test_a_teacher_follows_its_student(
     assert found(tmp_path) == ({expected: "error"} if expected else {})
 
 
+def test_settings_beside_the_checkpoints(tmp_path: Path) -> None:
+    with_teachers(tmp_path / "project" / "experiment", lambda actor: START)
+    settings(tmp_path / "project" / "experiment", **EMA)
+    assert found(tmp_path) == {"teacher-frozen": "error"}
+
+
 def test_an_average_that_the_dtype_rounds_away(tmp_path: Path) -> None:
     with_teachers(tmp_path, lambda actor: {k: v.bfloat16() for k, v in START.items()}, 1e-3, dtype=torch.bfloat16)
     settings(tmp_path, **{**EMA, "teacher_update_rate": 0.001})

@@ -163,6 +163,7 @@ def evaluated(folder: Path, name: str, values: Sequence[float], best: int, **giv
         ("reward", [0.64, 0.64, 0.80], 0, None),  # a tie
         ("reward", [0.64, 0.80], 0, None),
         ("reward_std", [0.1, 0.2, 0.3], 0, None),
+        ("rewards/rejected", [0.1, 0.2, 0.3], 0, None),
         ("kl", [0.1, 0.2, 0.3], 0, None),  # a name that does not say
         ("accuracy_loss", [0.1, 0.2, 0.3], 0, None),
     ],

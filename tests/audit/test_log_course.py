@@ -86,8 +86,9 @@ def test_rewards_that_are_traded(accuracy: Column, style: Column, expected: Sequ
     assert found(log(tmp_path, reward=lambda n: accuracy(n) + style(n), **columns)) == expected
 
 
-def test_a_penalty_that_falls_is_no_trade(tmp_path: Path) -> None:
-    columns = {"rewards__length_penalty__mean": lambda n: 0.5 / n, "rewards__format_reward__mean": lambda n: 1.0 + n}
+@pytest.mark.parametrize("name", ["length_penalty", "answer_format_reward"])
+def test_a_penalty_that_falls_is_no_trade(name: str, tmp_path: Path) -> None:
+    columns = {f"rewards__{name}__mean": lambda n: 0.5 / n, "rewards__brevity__mean": lambda n: 1.0 + n}
     assert found(log(tmp_path, reward=lambda n: 1.5 + n, **columns)) == []
 
 

@@ -76,11 +76,11 @@ class Declared:
         return re.search(pattern, self.text) is not None
 
 
-def read_declared(run: Path | None) -> Declared:
-    """The settings that lie in a run's folder itself; files that cannot be read are passed over."""
+def read_declared(*folders: Path | None) -> Declared:
+    """The settings that lie in a run's folders themselves; files that cannot be read are passed over."""
     values: dict[str, set[Scalar]] = defaultdict(set)
     texts: list[str] = []
-    for path in _files(run):
+    for path in (path for folder in dict.fromkeys(folders) for path in _files(folder)):
         try:
             text = read_text(path, _LIMIT_BYTES)
         except AuditError:

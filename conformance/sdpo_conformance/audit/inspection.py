@@ -10,7 +10,7 @@ from sdpo_conformance.audit.adapter import Adapter, open_adapter
 from sdpo_conformance.audit.adapter_change import AdapterChange, compare_adapters
 from sdpo_conformance.audit.best_checkpoint import find_best
 from sdpo_conformance.audit.checkpoint_falls import find_fall
-from sdpo_conformance.audit.checkpoints import identical_checkpoints
+from sdpo_conformance.audit.checkpoints import folder_of, identical_checkpoints
 from sdpo_conformance.audit.config import NO_REQUEST, RequestSample, engine_beside, read_request
 from sdpo_conformance.audit.declared import read_declared
 from sdpo_conformance.audit.discovery import RunFiles, discover
@@ -102,7 +102,7 @@ def audit_run(
         raise AuditError("--prompts without --model: name the model to generate with")
     if sampler == "unknown" and replay is not None and replay.sampler_gap is not None and not (fit and fit.processed):
         sampler = "differs" if replay.sampler_gap > SAMPLER_DIFFERS else "same"
-    settings = read_declared(files.run)
+    settings = read_declared(files.run, *(folder_of(path).parent for path in files.checkpoints[-1:]))
     evidence = Evidence(
         metrics=run_metrics,
         change=compare_adapters(old, new) if new is not None else None,

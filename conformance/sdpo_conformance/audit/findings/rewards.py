@@ -11,6 +11,7 @@ from sdpo_conformance.audit.findings.model import Check, Evidence, Finding, Seve
 #: What is asked for, as against how the answer looks.
 _TASK = re.compile(r"accura|correct|exact|match|solve|success|answer|pass|math|unit_?test")
 _FEWEST_ROWS = 20
+_LOOKS = re.compile(r"format|tag|style|length|penalt|structure|language")
 #: A task's reward at the start that is more than luck, what is left of it, and the rise of what it was bought with.
 _VISIBLE = 0.05
 _LEFT = 0.1
@@ -27,8 +28,8 @@ def reward_traded(evidence: Evidence) -> Verdicts:
     }
     total = course.pop("reward", None)
     risen = [name for name, (start, end) in course.items() if start > 0 and end >= _RISE * start]
-    fallen = [n for n, (start, end) in course.items() if _TASK.search(n) and start >= _VISIBLE and end <= _LEFT * start]
-    risen = [name for name in risen if not _TASK.search(name)]
+    fallen = [n for n, (start, end) in course.items() if _of_task(n) and start >= _VISIBLE and end <= _LEFT * start]
+    risen = [name for name in risen if not _of_task(name)]
     if total is None or not total[1] > total[0] or not risen or not fallen:
         return
     told = [(name, course[name]) for name in (*fallen, *risen)]
@@ -41,6 +42,10 @@ def reward_traded(evidence: Evidence) -> Verdicts:
         next_step="read a few completions; weigh the parts so that a wrong answer cannot gain",
         data={"fallen": fallen, "risen": risen},
     )
+
+
+def _of_task(name: str) -> bool:
+    return bool(_TASK.search(name)) and not _LOOKS.search(name)
 
 
 CHECKS = (Check("reward-traded", "a task's reward that collapses while the sum rises", reward_traded),)

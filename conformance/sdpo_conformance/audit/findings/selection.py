@@ -12,14 +12,15 @@ _HIGHER = re.compile(
     r"exact_match|em|bleu|rouge\w*|auc|mcc|solve_rate|correct)([_/]|$)"
 )
 _LOWER = re.compile(r"(^|[_/])(loss|perplexity|ppl|wer|cer|error|error_rate|mse|mae|nll)$")
-_SPREAD = re.compile(r"(std|var|variance|zero_std|margin)s?$")
+#: Numbers of which a name does not say whether more is better: spreads, and rewards of what should be unlikely.
+_EITHER = re.compile(r"(std|var|variance|margin)s?$|rejected|penalt|cost|length|entropy|kl($|[_/])")
 _FEWEST = 3
 
 
 def worst_is_best(evidence: Evidence) -> Verdicts:
     """The best checkpoint has the worst value of all evaluations, by a metric whose name says which way is better."""
     best = evidence.best
-    if best is None or len(best.values) < _FEWEST or _SPREAD.search(best.metric):
+    if best is None or len(best.values) < _FEWEST or _EITHER.search(best.metric):
         return
     higher, lower = _HIGHER.search(best.metric), _LOWER.search(best.metric)
     if bool(higher) == bool(lower):
