@@ -115,6 +115,14 @@ def saved(folder: Path, counters: Mapping[int, float | None], **given: Any) -> d
     return found(folder)
 
 
+def test_an_optimizer_without_state(tmp_path: Path) -> None:
+    for number in (10, 20):
+        put(tmp_path / f"checkpoint-{number}", state(number))
+        torch.save({"state": {}, "param_groups": [{"lr": RATE}]}, tmp_path / f"checkpoint-{number}" / "optimizer.pt")
+    log(tmp_path, 20)
+    assert found(tmp_path) == {}
+
+
 @pytest.mark.parametrize(
     ("counters", "given", "expected"),
     [

@@ -82,6 +82,14 @@ def test_first_updates_of_a_fresh_adapter(tmp_path: Path) -> None:
     assert found(run(tmp_path / "b", decayed_but("lora_A"), start=zero)) == {}
 
 
+def test_plain_sgd_beside_a_lora_b_next_to_zero(tmp_path: Path) -> None:
+    """lora_A's gradient is in proportion to lora_B: below the spacing of lora_A."""
+    (tmp_path / "args.json").write_text('{"optim": "sgd"}')
+    small = lambda k, v: 1e-5 * v if "lora_B" in k else v  # noqa: E731
+    change = lambda k, v: v if "lora_A" in k else trained(k, v, 5e-6)  # noqa: E731
+    assert found(run(tmp_path, change, start=small)) == {}
+
+
 def test_half_precision_rounds_lora_a_away(tmp_path: Path) -> None:
     (tmp_path / "args.json").write_text('{"optim": "adamw_torch"}')
     change = lambda k, v: v if "lora_A" in k else trained(k, v, 5e-4)  # noqa: E731

@@ -40,7 +40,8 @@ def optimizer_mismatch(evidence: Evidence) -> Verdicts:
             told.append(
                 f"{sum(foreign.values())} stored tensors fit no tensor of the adapter ({number} of {size} bytes)"
             )
-    if before is not None and change is not None and change.moved and before.checksums == after.checksums:
+    kept = before is not None and bool(after.checksums)  # plain SGD keeps nothing
+    if before is not None and kept and change is not None and change.moved and before.checksums == after.checksums:
         told.append("the state is the same before and after although the adapter changed")
     if before is not None and before.steps and after.steps and evidence.metrics is not None:
         taken = max(after.steps) - max(before.steps)

@@ -111,7 +111,9 @@ def _left_alone(change: AdapterChange, module: ModuleChange, part: str, other: s
     if (kept.moved and shrunk_to(kept) is None) or not trained.moved or shrunk_to(trained) is not None:
         return False
     spacing = SPACING.get(change.after.tensors[kept.key].dtype, 1.0)
-    return (trained.max_abs_delta or 0.0) > _SEEN * spacing * kept.max_abs_after
+    # A factor's gradient is in proportion to the other factor, which plain SGD passes on and Adam does not.
+    slope = min(1.0, trained.norm_before / kept.norm_before)
+    return (trained.max_abs_delta or 0.0) * slope > _SEEN * spacing * kept.max_abs_after
 
 
 def _factors(module: ModuleChange) -> Sequence[TensorChange]:
