@@ -101,6 +101,8 @@ class ModelState:
     def changed_frozen(self) -> tuple[str, ...]:
         """What differs now, the adapter's own weights apart."""
         found: list[str] = []
+        if (active := list(self.model.active_adapters)) != self.active:
+            found.append(f"the active adapter is {', '.join(active)}, was {', '.join(self.active)}")
         now = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, before in self.frozen.items():
             if name not in now:
@@ -120,8 +122,6 @@ class ModelState:
         status = self.model.get_model_status()
         if status.enabled is not True:
             found.append("the adapter is left disabled")
-        if list(self.model.active_adapters) != self.active:
-            found.append(f"the active adapter is {self.model.active_adapters}, was {self.active}")
         if status.merged_adapters:
             found.append("the adapter is left merged into the base")
         stopped = sorted(self.modes - {name for name, module in self.model.named_modules() if module.training})

@@ -155,6 +155,11 @@ def left_in_evaluation(run: Run) -> None:
     run.model.eval()
 
 
+def left_another_active(run: Run) -> None:
+    """The adapter that was loaded first is the active one from now on."""
+    run.model.set_adapter(next(iter(run.model.peft_config)))
+
+
 def left_frozen(run: Run) -> None:
     """The adapter stays without requires_grad."""
     for parameter in run.parameters:
@@ -419,6 +424,15 @@ DEFECTS = (
         ("STEP-9",),
         AS_FOUND,
         trainer(finish=left_in_evaluation),
+    ),
+    loop(
+        "other-adapter-left-active",
+        "Another adapter is made active than the one that came active: the one loaded first in the executable form.",
+        ("STEP-9",),
+        "Use model.disable_adapter(), which leaves the active adapter as it is, or set that one again by its name.",
+        trainer(finish=left_another_active),
+        (),
+        "A model with one adapter.",
     ),
     loop(
         "adapter-left-frozen",

@@ -247,8 +247,10 @@ STRUCTURAL: Mapping[str, Callable[[Runs], bool]] = {
     "beside-lora-untrained": only(lambda place, name: "lora_" in name),
     "beside-lora-factors-untrained": only(lambda place, name: "lora_A." in name or "lora_B." in name),
     "part-of-adapter-untrained": partly,
+    "other-adapter-left-active": left("the active adapter is"),
 }
-"""Mistakes in how often the optimizer steps, and on what: true whatever else is wrong with the gradients."""
+"""Mistakes in how often the optimizer steps, and on what, and in which adapter is active: true whatever else is wrong
+with the gradients."""
 
 MISTAKES: Mapping[str, Callable[[Runs], bool]] = {
     "adapter-left-merged": left("the adapter is left merged"),
