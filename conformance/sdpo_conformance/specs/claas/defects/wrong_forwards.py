@@ -226,6 +226,51 @@ def head_of_embedding(run: Run, ids: Tensor, response: Tensor) -> Tensor:
     return read(hidden @ run.model.get_input_embeddings().weight.T, response)
 
 
+def bends(run: Run) -> bool:
+    """Whether the model caps its logits."""
+    return bool(getattr(run.model.config, "final_logit_softcapping", None))
+
+
+def scales(run: Run) -> bool:
+    """Whether the model multiplies its logits."""
+    return getattr(run.model.config, "logit_scale", None) is not None
+
+
+def adds_to_head(run: Run) -> bool:
+    """Whether the head has a bias or an adapter."""
+    head = run.model.get_output_embeddings()
+    return not isinstance(head, torch.nn.Linear) or head.bias is not None
+
+
+def by_head(weight: bool, scaled: bool, capped: bool) -> Callable[[Run, Tensor, Tensor], Tensor]:
+    """The logits made from the last hidden states by the head, or by its ``weight`` alone, and of what the model does
+    with them ``scaled`` and ``capped``."""
+
+    def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        hidden = run.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        head = run.model.get_output_embeddings()
+        logits = hidden @ head.weight.T if weight else head(hidden)
+        if scaled and scales(run):
+            logits = logits * run.model.config.logit_scale
+        if capped and bends(run):
+            cap = run.model.config.final_logit_softcapping
+            logits = cap * torch.tanh(logits / cap)
+        return read(logits, response)
+
+    return forward
+
+
+WEIGHT_ALONE = ReadWhere(
+    by_head(weight=True, scaled=False, capped=False),
+    lambda run, ids, response: bends(run) or scales(run) or adds_to_head(run),
+)
+HEAD_ALONE = ReadWhere(
+    by_head(weight=False, scaled=False, capped=False), lambda run, ids, response: bends(run) or scales(run)
+)
+UNCAPPED = ReadWhere(by_head(weight=False, scaled=True, capped=False), lambda run, ids, response: bends(run))
+NOTHING_ADDED = ReadWhere(by_head(weight=True, scaled=True, capped=True), lambda run, ids, response: adds_to_head(run))
+
+
 def without_final_norm(run: Run, ids: Tensor, response: Tensor) -> Tensor:
     """The hidden states reach the head before the model's last norm."""
     norms = [part for name, part in run.model.named_modules() if name.endswith((".model.norm", ".transformer.ln_f"))]

@@ -513,6 +513,7 @@ def read_otherwise(name: str, sentence: str, fix: str, forward: Any, *seen: str)
 PADDING = "Pass attention_mask and position_ids that count from each row's first real token."
 PACKING = "Separate packed samples: position_ids that start again and an attention that does not cross."
 HEAD = "Read the logits of the model's own head, after its last norm."
+WHOLE_HEAD = "Read the model's own logits, or refuse by name what they have beside hidden @ head.T."
 SHIFT = "Position t predicts token t + 1: the response is read at start - 1 .. -2."
 TOP_K = "The teacher's min(max(1, teacher_top_k), V) most likely tokens, and no others."
 MEAN = "The mean over samples of their token means."
@@ -956,6 +957,45 @@ DEFECTS = (
         "The student's logits alone are taken with the embedding's weight where the head is not tied to it.",
         HEAD,
         forwards.student_only(forwards.head_of_embedding),
+    ),
+    *(
+        loop(
+            f"{whose}{name}",
+            sentence.format(who),
+            ("STEP-1", "STEP-2"),
+            WHOLE_HEAD,
+            trainer(forward=forwards.student_only(forward) if whose else forward),
+            (),
+            usable_for,
+        )
+        for name, sentence, forward, usable_for in (
+            (
+                "head-weight-alone",
+                "{} logits are hidden @ head.T: the head's bias and adapter, the model's scale and softcap are left "
+                "out.",
+                forwards.WEIGHT_ALONE,
+                "Models whose logits are hidden @ head.T and nothing more, as Llama's and Qwen3's.",
+            ),
+            (
+                "logit-scale-and-softcap-missing",
+                "{} logits are what the head returns: the model's scale and softcap are left out.",
+                forwards.HEAD_ALONE,
+                "Models without logit_scale and final_logit_softcapping.",
+            ),
+            (
+                "softcap-missing",
+                "{} logits are not capped where the model caps them.",
+                forwards.UNCAPPED,
+                "Models without final_logit_softcapping.",
+            ),
+            (
+                "head-bias-and-adapter-missing",
+                "{} logits are taken with the head's weight alone: its bias, or its adapter, is left out.",
+                forwards.NOTHING_ADDED,
+                "Heads without a bias and without an adapter.",
+            ),
+        )
+        for whose, who in (("", "All"), ("student-", "The student's"))
     ),
     read_otherwise(
         "final-norm-missing", "Hidden states reach the head before the last norm.", HEAD, forwards.without_final_norm
