@@ -251,9 +251,13 @@ class Subject:
     # --- judging one case ---
 
     def evaluate(self, case: Case, gradient: bool = True) -> Outcome:
-        """Call the entry on ``case``, having put the case where a crash leaves it."""
+        """Call the entry on ``case``, having put the case where a crash leaves it; an error knows the case."""
         self.keep(case)
-        return evaluate(self.function, self.entry, case, self.device, gradient)
+        try:
+            return evaluate(self.function, self.entry, case, self.device, gradient)
+        except ImplementationError as failure:
+            failure.case = failure.case or case
+            raise
 
     def keep(self, case: Case) -> None:
         """Write the case to ``scratch``."""

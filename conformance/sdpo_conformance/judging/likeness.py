@@ -11,6 +11,12 @@ from torch import Tensor
 ROUNDING = 64.0
 """Roundings of the coarsest dtype by which two implementations of one mistake may differ."""
 
+MOST_ERROR = 0.05
+"""Relative deviation beyond which a prediction is no evidence, however wide the bound."""
+
+NEARER = 0.5
+"""A prediction has to come nearer to a wrong number than this share of the truth's distance from it."""
+
 
 class Input(Protocol):
     """What an entry was called with."""
@@ -51,6 +57,13 @@ def likeness(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tuple
     allowed = bound + ROUNDING * eps * torch.nan_to_num(size, posinf=0.0)
     off = float(distance.max())
     return bool((distance <= allowed).all()), math.inf if math.isnan(off) else off
+
+
+def nearer(got: Tensor, predicted: Tensor, truth: Tensor) -> bool:
+    """Whether a wrong number is told better by the prediction than by the truth, as far as both are finite."""
+    off, wrong = (got - predicted).abs(), (got - truth).abs()
+    known = off.isfinite() & wrong.isfinite()
+    return not bool(known.any()) or bool(off[known].max() <= NEARER * wrong[known].max())
 
 
 def share(off: float, size: float) -> float:

@@ -15,7 +15,7 @@ from sdpo_conformance.specs.lasgroup.pipeline import PIPELINE, mean_weight
 from sdpo_conformance.specs.shared import catalogue as common
 from sdpo_conformance.specs.shared import stages
 from sdpo_conformance.specs.shared import wrong_stages as wrong
-from sdpo_conformance.specs.shared.catalogue import BESIDE, CAP
+from sdpo_conformance.specs.shared.catalogue import BESIDE, CAP, LOG_RATIO_CLAMP
 from sdpo_conformance.specs.shared.defect import Maker, SpecDefect, executable, named
 from sdpo_conformance.specs.shared.pipeline import Flow, accepting, around, both, replacing
 from sdpo_conformance.specs.shared.wrong_teachers import teacher_defects
@@ -124,6 +124,26 @@ def weights_once_for_all(flow: Flow) -> Tensor:
     """The weight takes the ratio's place."""
     has_weight = flow.weights is not None or flow.rollout is not None
     return flow.per_token * (flow.rollout_weight if has_weight else flow.ratio)
+
+
+def self_normalised(before: Any, flow: Flow) -> Tensor:
+    """The weights divided by their mean over the tokens that count, wherever there are weights."""
+    found: Tensor = before(flow)
+    if flow.weights is None and flow.rollout is None:
+        return found
+    return found / ((found * flow.mask).sum() / flow.mask.sum().clamp(min=1.0)).clamp(min=1e-8)
+
+
+def clamped_by_token(value: float) -> Any:
+    """Each token's log-ratio clamped before a row's are summed."""
+
+    def log_ratio(before: Any, flow: Flow) -> Tensor | None:
+        if flow.rollout is None or flow.per != "sequence":
+            return before(flow)
+        found = ((flow.old - flow.rollout).clamp(-value, value) * flow.response_mask).sum(-1, keepdim=True)
+        return found.expand_as(flow.old).clamp(-stages.LOG_CLAMP, stages.LOG_CLAMP)
+
+    return around("rollout_log_ratio", log_ratio)
 
 
 # --- reduction ---
@@ -277,6 +297,13 @@ ROLLOUT = (
         around("rollout_weight", given_capped),
     ),
     defect(
+        "weights-self-normalised",
+        "Weights are divided by their mean, given ones too, whatever rollout_is_batch_normalize says.",
+        "W-1",
+        "Take them as they are; normalise computed ones where rollout_is_batch_normalize is on.",
+        around("rollout_weight", self_normalised),
+    ),
+    defect(
         "rollout-inverted",
         "The rollout weight is rollout to old.",
         "W-2",
@@ -329,6 +356,13 @@ ROLLOUT = (
         "W-6",
         "One weight a row: exp of the sum of its log-ratios.",
         replacing(rollout_log_ratio=by_token),
+    ),
+    defect(
+        "rollout-clamped-by-token",
+        "rollout_is = sequence clamps each token's log-ratio before they are summed.",
+        "W-6",
+        "Sum the row's log-ratios, then clamp the sum to +-20.",
+        **named(clamped_by_token, replace(LOG_RATIO_CLAMP, values=(1.0, 2.0, 5.0, 10.0))),
     ),
     defect(
         "rollout-row-mean",
@@ -592,7 +626,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "temperature": common.temperature_defects(defect),
     "ratio": (*common.ratio_defects(defect), *REFUSED[1:]),
     "rollout weight": ROLLOUT,
-    "reduction": REDUCTION,
+    "reduction": (*REDUCTION, *common.mask_defects(defect)),
     "step": STEP,
     "plumbing": common.plumbing_defects(defect),
 }

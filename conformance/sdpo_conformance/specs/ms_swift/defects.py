@@ -40,6 +40,11 @@ def across_rows(labels: Tensor) -> Tensor:
     return labels.flatten().roll(-1).view_as(labels) != INACTIVE
 
 
+def zero_inactive(labels: Tensor) -> Tensor:
+    """Label 0 taken for padding."""
+    return labels.roll(-1, dims=1) > 0
+
+
 def shifted_by(function: Any) -> Change:
     """Other active positions, on both sides."""
     return replacing(here=lambda flow: function(flow.labels), there=lambda flow: function(flow.teacher_labels))
@@ -62,6 +67,14 @@ def column_major(before: Stage, flow: Flow) -> Tensor:
     """The teacher's positions in column-major order."""
     where = flow.there.T.nonzero()
     found: Tensor = flow.x[where[:, 1], where[:, 0]]
+    return found
+
+
+def students_column_major(before: Stage, flow: Flow) -> Tensor:
+    """The student's positions in column-major order."""
+    before(flow)  # which refuses differing counts
+    where = flow.here.T.nonzero()
+    found: Tensor = flow.z[where[:, 1], where[:, 0]]
     return found
 
 
@@ -93,6 +106,12 @@ def of_one_vocabulary(before: Stage, flow: Flow) -> Tensor:
     if flow.ids is not None or flow.k is None:
         return rows
     return torch.cat((rows, flow.student_rows[:, rows.shape[-1] :].detach().to(rows)), dim=-1)
+
+
+def values_sorted(before: Stage, flow: Flow) -> Tensor:
+    """A given top-k's values sorted, its ids as they are."""
+    found: Tensor = before(flow)
+    return found if flow.ids is None else found.sort(-1, descending=True).values
 
 
 def over_vocabulary(before: Stage, flow: Flow) -> Tensor:
@@ -154,6 +173,19 @@ def untempered(stage: str) -> Change:
     return around(stage, at_one)
 
 
+def tempered_after(before: Stage, flow: Flow) -> Tensor:
+    """The teacher's log-probs divided by the temperature, and not normalised again."""
+    found: Tensor = flow.teacher_raw[flow.covered].log_softmax(-1) / flow.temperature
+    return found
+
+
+def constant_normaliser(before: Stage, flow: Flow) -> Tensor:
+    """log-softmax whose logsumexp takes no gradient."""
+    tempered = flow.student_raw[flow.covered] / flow.temperature
+    found: Tensor = tempered - tempered.logsumexp(-1, keepdim=True).detach()
+    return found
+
+
 def served_untempered(before: Stage, flow: Flow) -> Tensor:
     """Log-probs that are given are not tempered; logits are."""
     if flow.ids is None:
@@ -177,6 +209,19 @@ def detached_loan(before: Stage, flow: Flow) -> Tensor:
     """The student's logits that the teacher borrows, without their gradient."""
     found: Tensor = before(flow)
     return found.detach()
+
+
+def untempered_loan(side: str) -> Change:
+    """What one side borrows multiplied by the temperature, so that tempering leaves it as it was."""
+
+    def lend(before: Stage, flow: Flow) -> Tensor:
+        found: Tensor = before(flow)
+        own = flow.z.shape[-1] if side == "student" else flow.x.shape[-1]
+        if flow.support is not None or found.shape[-1] == own:
+            return found
+        return torch.cat((found[..., :own], found[..., own:] * flow.temperature), dim=-1)
+
+    return around(f"{side}_raw", lend)
 
 
 def shut(side: str) -> Change:
@@ -248,6 +293,13 @@ POSITIONS = (
         replacing(there=lambda flow: unshifted(flow.teacher_labels)),
     ),
     defect(
+        "label-zero-inactive",
+        "Label 0 is taken for padding.",
+        "POS-1",
+        "A position counts where its label is not -100: 0 is a token.",
+        shifted_by(zero_inactive),
+    ),
+    defect(
         "shift-without-roll",
         "A row's first label, active, does not make its last position active.",
         "POS-2",
@@ -276,6 +328,17 @@ POSITIONS = (
         both(around("teacher_rows", column_major), around("support", column_major_ids)),
     ),
     defect(
+        "both-by-column",
+        "Both sides' positions are taken in column-major order: other pairs where a row's places differ.",
+        "POS-3",
+        "Both in row-major order.",
+        both(
+            around("student_rows", students_column_major),
+            around("teacher_rows", column_major),
+            around("support", column_major_ids),
+        ),
+    ),
+    defect(
         "counts-unchecked",
         "Differing numbers of active labels are accepted.",
         "POS-4",
@@ -298,6 +361,13 @@ SUPPORT = (
         "SUP-1",
         "Gather the student at the teacher's ids.",
         around("support", students_support),
+    ),
+    defect(
+        "values-sorted-alone",
+        "The values of a given top-k are sorted and its ids are not.",
+        "SUP-1",
+        "Pair each value with its id, whatever their order.",
+        around("teacher_raw", values_sorted),
     ),
     defect(
         "topk-ignored",
@@ -373,6 +443,13 @@ TEMPERATURE = (
         around("log_p", served_untempered),
     ),
     defect(
+        "teacher-normalised-before-tempered",
+        "The teacher is normalised first and tempered after, and not normalised again.",
+        "TEMP-1",
+        "Divide by the temperature, then normalise.",
+        around("log_p", tempered_after),
+    ),
+    defect(
         "temperature-squared",
         "The loss is multiplied by the square of the temperature.",
         "TEMP-1",
@@ -395,6 +472,20 @@ VOCABULARY = (
         "VOC-1",
         "Continue the shorter side with the other's logits.",
         both(around("student_raw", cut_to_teacher), around("teacher_raw", cut_to_teacher)),
+    ),
+    defect(
+        "extra-teacher-logits-untempered",
+        "The logits that the student borrows of the teacher are not divided by the temperature.",
+        "VOC-1",
+        "Make the vocabularies one, then divide by the temperature.",
+        untempered_loan("student"),
+    ),
+    defect(
+        "extra-student-logits-untempered",
+        "The logits that the teacher borrows of the student are not divided by the temperature.",
+        "VOC-2",
+        "Make the vocabularies one, then divide by the temperature.",
+        untempered_loan("teacher"),
     ),
     defect(
         "extra-teacher-tokens-shut",
@@ -554,10 +645,18 @@ def divergences() -> tuple[SpecDefect, ...]:
     return tuple(kept)
 
 
+NORMALISER = defect(
+    "normaliser-detached",
+    "The softmax's normaliser is a constant in the backward: the gradient is not centred.",
+    "DIV-4",
+    "dD/dz_v = q_v (g_v - sum q g): differentiate through the logsumexp.",
+    around("log_q", constant_normaliser),
+)
+
 FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "positions": POSITIONS,
     "support": SUPPORT,
-    "divergence": divergences(),
+    "divergence": (*divergences(), NORMALISER),
     "temperature": TEMPERATURE,
     "vocabulary": VOCABULARY,
     "reduction": REDUCTION,

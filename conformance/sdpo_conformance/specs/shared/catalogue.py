@@ -140,6 +140,13 @@ def tail_defects(make: Make) -> tuple[SpecDefect, ...]:
             ),
         ),
         make(
+            "teacher-tail-of-own-top-k",
+            "The teacher's tail is what the teacher's own top-k leaves, not what the support leaves.",
+            "TAIL-1",
+            "Make each side's tail of its log-probs at the support.",
+            replacing(log_p=wrong.tail_of_own_top),
+        ),
+        make(
             "tail-always",
             "A tail is appended although {add_tail} is off.",
             "TAIL-2",
@@ -328,6 +335,20 @@ def divergence_defects(make: Make) -> tuple[SpecDefect, ...]:
             wrong.at_end(1, stages.surrogate),
         ),
         make(
+            "normaliser-detached",
+            "The softmax's normaliser is a constant in the backward: the gradient is not centred.",
+            "DIV-4",
+            "dD/dz_v = q_v (g_v - sum q g): differentiate through the logsumexp.",
+            replacing(l=wrong.constant_normaliser),
+        ),
+        make(
+            "forward-kl-gradient-of-vocabulary",
+            "{alpha} = 0 has the gradient of the whole vocabulary's KL, softmax less target, whatever the support.",
+            "DIV-4",
+            "Differentiate the categories: off the support the gradient is pi_v (g_0 - sum q g).",
+            wrong.at_end(0, wrong.softmax_less_target),
+        ),
+        make(
             "student-weight-detached",
             "The student's probabilities are constants: only their logarithms take a gradient.",
             "DIV-4",
@@ -406,6 +427,27 @@ def temperature_defects(make: Make) -> tuple[SpecDefect, ...]:
             "TEMP-1",
             "Divide by it.",
             replacing(student=wrong.multiplied),
+        ),
+        make(
+            "teacher-normalised-before-tempered",
+            "The teacher is normalised first and tempered after, and not normalised again.",
+            "TEMP-1",
+            "Divide the logits by the temperature, then normalise.",
+            replacing(lt=wrong.tempered_after),
+        ),
+        make(
+            "normaliser-not-tempered",
+            "The logsumexp of the untempered logits is subtracted from the student's tempered ones.",
+            "TEMP-1",
+            "Take the logsumexp of the tempered logits.",
+            replacing(l=wrong.normaliser_at_one),
+        ),
+        make(
+            "support-normaliser-not-tempered",
+            "At the support the logsumexp of the untempered logits is subtracted from the student's tempered ones.",
+            "TEMP-1",
+            "Take the logsumexp of the tempered logits.",
+            replacing(a=wrong.support_normaliser_at_one),
         ),
         make(
             "temperature-squared",
@@ -557,6 +599,40 @@ def ratio_defects(make: Make) -> tuple[SpecDefect, ...]:
             "IS-7",
             "log-probs of the tempered policy.",
             replacing(log_ratio=wrong.untempered_ratio),
+        ),
+        make(
+            "ratio-of-support",
+            "The ratio's token is looked up in the support: outside it the ratio is 1.",
+            "IS-1",
+            "Gather l[y] from the whole vocabulary.",
+            around("log_ratio", wrong.among_support),
+        ),
+        make(
+            "old-tempered",
+            "{old} is divided by the temperature once more.",
+            "IS-7",
+            "{old} is the tempered policy's already.",
+            around("log_ratio", wrong.old_tempered),
+        ),
+    )
+
+
+def mask_defects(make: Make) -> tuple[SpecDefect, ...]:
+    """Masks that are no prefix of a row."""
+    return (
+        make(
+            "mask-to-first-hole",
+            "A row ends at its first token that does not count: what follows a hole in the mask is dropped.",
+            "RED-1",
+            "Multiply by the mask: a response of several turns has holes.",
+            wrong.accepting_mask(wrong.to_first_hole),
+        ),
+        make(
+            "mask-as-prefix",
+            "The mask is made anew of each row's number of tokens: as many first tokens count.",
+            "RED-2",
+            "Multiply by the mask: it may be padded on the left or have holes.",
+            wrong.accepting_mask(wrong.as_prefix),
         ),
     )
 

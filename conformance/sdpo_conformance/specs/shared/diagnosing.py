@@ -21,7 +21,7 @@ from torch import Tensor
 from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate
 from sdpo_conformance.judging.cross_check import SURE, breaks_what_held, judged_in, left_standing
 from sdpo_conformance.judging.expectation import Expectation
-from sdpo_conformance.judging.likeness import coarsest, largest, likeness, roundoff, share
+from sdpo_conformance.judging.likeness import MOST_ERROR, coarsest, largest, likeness, nearer, roundoff, share
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.requirement import Level
@@ -35,8 +35,8 @@ GRADIENT = "gradient."
 LOOKED_AT = 4
 """Failures on which every entry is tried; what fits one of them is tried on all."""
 
-ENOUGH = 0.6
-"""Share of the failures from which on a name is said: one of two says nothing."""
+ENOUGH = 0.8
+"""Share of the failures from which on a name is said: what explains less is mostly a neighbour of the cause."""
 
 GRID = 24
 """Points between a parameter's ends that are tried before the best is refined."""
@@ -173,7 +173,9 @@ def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
             return Fit(False, math.inf)
         if got.shape == truth.value.shape and bool((truth.excess(got) > 1).any()):
             wrong += 1
-            foreseen += bool((truth.excess(predicted[name]) > 0.5).any())
+            foreseen += bool((truth.excess(predicted[name]) > 0.5).any()) and (
+                off <= MOST_ERROR and nearer(got, predicted[name], truth.value)
+            )
             error = max(error, off)
     return Fit(wrong == foreseen > 0, error)
 
@@ -295,7 +297,8 @@ def pairs(
     for single in singles[:3]:
         if "+" in single.defect.name:
             continue
-        left = [one for index, one in enumerate(observed) if index not in single.explained][:2]
+        # an exception tells no numbers: what one half raises is no evidence for the other
+        left = [one for index, one in enumerate(observed) if index not in single.explained and one.numeric][:2]
         base = single.defect
         for entry in entries:
             try:

@@ -108,6 +108,19 @@ class Views:
         low = logits.amin(-1, keepdim=True) - (12.0 if logits.dtype == torch.float16 else 40.0)
         return case.with_fields(teacher_logits=logits.scatter(-1, y, low))
 
+    def derivative(self, subject: Subject, case: Any) -> None:
+        """The gradient. A wrong value is another rule's finding; so is a gradient that is right over the whole
+        vocabulary, and over a support with a tail or without."""
+        try:
+            subject.agrees(case, (GRADIENT,))
+        except Disagreement as found:
+            supports = (self.tailed(case), self.renormalised(case))
+            found.secondary = subject.wrong_on(case, VALUE) or not (
+                subject.wrong_on(self.whole(case), (GRADIENT,))
+                or all(subject.wrong_on(one, (GRADIENT,)) for one in supports)
+            )
+            raise
+
     def likely_or_not(self, subject: Subject, case: Any) -> None:
         """The response as it is, and unlikely to the teacher."""
         try:
@@ -300,9 +313,7 @@ def divergence_rules(v: Views) -> tuple[Rule, ...]:
                 alpha=("half", "inside", "zero", "one", "near_zero", "near_one"),
                 mask=("full", "ragged"),
             ),
-            (GRADIENT,),
-            together=v.whole,
-            value_first=True,
+            check=v.derivative,
         ),
     )
 

@@ -122,6 +122,14 @@ def leaking_tail(logprobs: Tensor) -> Tensor:
     return torch.cat((logprobs, torch.log(-torch.expm1(held))), dim=-1)
 
 
+def tail_of_own_top(flow: Flow) -> Tensor:
+    """The teacher's tail as its own k largest leave it."""
+    if flow.finish != "tail" or flow.lt is None:
+        return stages.teacher_categories(flow)
+    own = flow.lt.topk(flow.support.shape[-1], dim=-1).values
+    return torch.cat((flow.b, stages.with_tail(own)[..., -1:]), dim=-1)
+
+
 def off_the_support(flow: Flow, gradient: Tensor) -> Tensor:
     """A gradient with nothing off the support."""
     if flow.sampled or flow.finish != "tail":
@@ -215,6 +223,24 @@ def detached_student_weight(flow: Flow) -> Tensor:
     return flow.alpha * teacher + (1 - flow.alpha) * (weight * (flow.log_q - flow.log_m)).sum(-1)
 
 
+def constant_normaliser(flow: Flow) -> Tensor:
+    """log-softmax whose logsumexp takes no gradient: nothing pulls the gradient's sum over the vocabulary to 0."""
+    found: Tensor = flow.student - flow.student.logsumexp(-1, keepdim=True).detach()
+    return found
+
+
+def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    """A value with another's gradient."""
+    return value.detach() + other - other.detach()
+
+
+def softmax_less_target(flow: Flow) -> Tensor:
+    """The forward KL with the whole vocabulary's gradient, whatever its categories are."""
+    if flow.lt is None:
+        return stages.divergence(flow)
+    return with_gradient_of(stages.divergence(flow), stages.kl(flow.lt, flow.l))
+
+
 def category_mean(before: Stage, flow: Flow) -> Tensor:
     """The mean over categories in place of their sum."""
     return before(flow) if flow.sampled else before(flow) / flow.log_q.shape[-1]
@@ -291,6 +317,26 @@ def temperature_for(side: str) -> Change:
 
 def multiplied(flow: Flow) -> Tensor:
     return flow.z * flow.temperature
+
+
+def tempered_after(flow: Flow) -> Tensor:
+    """The teacher's log-probs divided by the temperature, and not normalised again."""
+    found: Tensor = flow.zt.log_softmax(-1) / flow.temperature
+    return found
+
+
+def normaliser_at_one(flow: Flow) -> Tensor:
+    """Tempered logits less the logsumexp of the untempered ones."""
+    found: Tensor = flow.student - flow.z.logsumexp(-1, keepdim=True)
+    return found
+
+
+def support_normaliser_at_one(flow: Flow) -> Tensor:
+    """The support's tempered logits less the logsumexp of the untempered ones."""
+    if flow.k is None or flow.sampled:
+        return stages.student_at_support(flow)
+    found: Tensor = flow.student.gather(-1, flow.support) - flow.z.logsumexp(-1, keepdim=True)
+    return found
 
 
 def squared(before: Stage, flow: Flow) -> Tensor:
@@ -397,6 +443,25 @@ def untempered_ratio(flow: Flow) -> Tensor | None:
     return (raw - flow.old).clamp(-stages.LOG_CLAMP, stages.LOG_CLAMP)
 
 
+def among_support(before: Stage, flow: Flow) -> Tensor | None:
+    """The token's log-prob looked up in the support; a ratio of 1 where it is not there."""
+    found = before(flow)
+    if found is None or flow.k is None:
+        return found
+    inside = (flow.support == flow.y.unsqueeze(-1)).any(-1)
+    return torch.where(inside, found, torch.zeros_like(found))
+
+
+def old_tempered(before: Stage, flow: Flow) -> Tensor | None:
+    """Behaviour log-probs, which are tempered, divided by the temperature once more."""
+    if flow.clip is None:
+        return None
+    given, flow.old = flow.old, flow.old / flow.temperature
+    found = before(flow)
+    flow.old = given
+    return found
+
+
 def previous_token(before: Stage, flow: Flow) -> Tensor | None:
     """Behaviour log-probs one token late."""
     if flow.clip is None:
@@ -461,6 +526,20 @@ def accepting_mask(function: Callable[[Flow], Tensor]) -> Change:
         return replace(before, accept=accept)
 
     return change
+
+
+def to_first_hole(flow: Flow) -> Tensor:
+    """A row's tokens up to the first one that does not count."""
+    counts = flow.mask != 0
+    found: Tensor = flow.mask * ((counts.cumsum(-1) == 0) | counts).to(flow.mask).cumprod(-1)
+    return found
+
+
+def as_prefix(flow: Flow) -> Tensor:
+    """A row's first tokens, as many as count."""
+    places = torch.arange(flow.mask.shape[-1], device=flow.mask.device)
+    found: Tensor = (places < (flow.mask != 0).sum(-1, keepdim=True)).to(flow.mask)
+    return found
 
 
 # --- other algorithms ---

@@ -132,6 +132,19 @@ def served_tempered(before: Any, flow: Flow) -> Tensor:
     return found / flow.temperature if flow.served and not flow.sampled else found
 
 
+def served_renormalised(before: Any, flow: Flow) -> Tensor:
+    """A served teacher's log-probs normalised over its top-k: nothing is left for a tail."""
+    found: Tensor = before(flow)
+    return found.log_softmax(-1) if flow.served and not flow.sampled else found
+
+
+def _finite_everywhere(loss_input: Any, clean: bool = True) -> Flow:
+    actual = loss_input.teacher_actual_logprobs
+    if actual is not None and not bool(torch.isfinite(actual).all()):
+        raise ValueError("the teacher server gave no log-prob for a token")
+    return PIPELINE.accept(loss_input, clean)
+
+
 def students_own(before: Any, flow: Flow) -> Tensor:
     """As many of the student's largest, whoever holds the teacher."""
     found: Tensor = before(flow)
@@ -297,6 +310,20 @@ SERVER = (
         around("b", served_tempered),
     ),
     defect(
+        "served-renormalised",
+        "A served teacher's log-probs are normalised over its top-k: its tail is empty.",
+        "SRV-1",
+        "They are log-probs of the whole vocabulary: take them as they are.",
+        around("b", served_renormalised),
+    ),
+    defect(
+        "served-padding-refused",
+        "A served log-prob that is not finite is refused where nothing counts, too.",
+        "SRV-2",
+        "Ask for finite log-probs where the mask is not 0 alone.",
+        accepting_with(_finite_everywhere),
+    ),
+    defect(
         "served-padding-leaks",
         "A served teacher's padding of -inf reaches the loss.",
         "SRV-2",
@@ -395,7 +422,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "sampled token": (*common.sampled_defects(defect), REFUSED[0]),
     "temperature": common.temperature_defects(defect),
     "ratio": (*common.ratio_defects(defect), REFUSED[2]),
-    "reduction": REDUCTION,
+    "reduction": (*REDUCTION, *common.mask_defects(defect)),
     "server": SERVER,
     "step": STEP,
     "metric": LOGGED,

@@ -119,6 +119,22 @@ def leaking_clamp(flow: Flow) -> Tensor:
     return found
 
 
+def dense_part_kept(flow: Flow) -> Tensor:
+    """A clamped token loses its own entry of the gradient, and keeps its weight in the normaliser's."""
+    clamped = held_up(flow.a, flow.lowest)
+    at = flow.student.gather(-1, flow.support)
+    own = at if flow.lowest is None else torch.where(flow.a < flow.lowest, at.detach(), at)
+    return wrong.with_gradient_of(clamped, own - flow.student.logsumexp(-1, keepdim=True))
+
+
+def over_candidates(flow: Flow) -> Tensor:
+    """log-probs normalised over the support and as many of the largest other logits."""
+    at = flow.student.gather(-1, flow.support)
+    others = flow.student.scatter(-1, flow.support, -torch.inf)
+    rest = others.topk(min(at.shape[-1], others.shape[-1]), dim=-1).values
+    return at - torch.cat((at, rest), dim=-1).logsumexp(-1, keepdim=True)
+
+
 def cut_rows(flow: Flow) -> Tensor:
     """A clamped token cuts its whole position's gradient."""
     clamped = held_up(flow.a, flow.lowest)
@@ -173,6 +189,20 @@ def leaking_cap(flow: Flow) -> Tensor:
         return uncapped(flow)
     found: Tensor = flow.floored + (flow.floored.clamp(max=flow.highest) - flow.floored).detach()
     return found
+
+
+def scaled_to_cap(flow: Flow) -> Tensor:
+    """Positions above the cap scaled down to it, by a constant."""
+    if flow.highest is None:
+        return uncapped(flow)
+    share = (flow.highest / flow.floored.detach().clamp(min=1e-12)).clamp(max=1.0)
+    found: Tensor = flow.floored * share
+    return found
+
+
+def ranks_not_in_gradient(flow: Flow, gradient: Tensor) -> Tensor:
+    """dp_size left out of the backward."""
+    return gradient / flow.ranks
 
 
 def dropped_above(flow: Flow) -> Tensor:
@@ -309,6 +339,20 @@ DIVERGENCE = (
         replacing(raw=cross_entropy),
     ),
     defect(
+        "normalised-over-candidates",
+        "The student is normalised over the support and its largest other logits, as many, not over the vocabulary.",
+        "SUP-2 DIV-1",
+        "log-prob = logit - logsumexp over the whole vocabulary.",
+        replacing(a=over_candidates),
+    ),
+    defect(
+        "normaliser-detached",
+        "The softmax's normaliser is a constant in the backward: the gradient is not centred.",
+        "DIV-2",
+        "dD/dz_v has pi_v sum p off the support: differentiate through the logsumexp.",
+        replacing(l=wrong.constant_normaliser),
+    ),
+    defect(
         "negated",
         "The sum has the other sign.",
         "DIV-1",
@@ -384,6 +428,13 @@ CLAMPS = (
         replacing(student_clamped=leaking_clamp),
     ),
     defect(
+        "clamp-cuts-own-entry-alone",
+        "A clamped token loses its own entry of the gradient, and keeps its weight in the normaliser's.",
+        "CLAMP-2",
+        "Sum P_k (pi_v - [v = S_k]) over the tokens that are not clamped.",
+        replacing(student_clamped=dense_part_kept),
+    ),
+    defect(
         "clamp-cuts-position",
         "A clamped token cuts its position's whole gradient.",
         "CLAMP-2",
@@ -444,6 +495,13 @@ SWITCHES = (
         **named(capped_at, CAP),
     ),
     defect(
+        "cap-scales",
+        "A position above the cap is scaled down to it: its gradient is scaled, not cut.",
+        "CAP-2",
+        "clamp(max): no gradient.",
+        replacing(per_token=scaled_to_cap),
+    ),
+    defect(
         "cap-leaks",
         "A position above the cap keeps its gradient.",
         "CAP-2",
@@ -498,6 +556,13 @@ REDUCTION = (
         "Divide by {tokens}, times dp_size.",
         counts(tokens=local_tokens, ranks=lambda flow: 1),
         usable_for="One micro-batch a step on one rank.",
+    ),
+    defect(
+        "gradient-without-ranks",
+        "dp_size multiplies the value, not the gradient.",
+        "RED-1",
+        "The gradient is that of sum / {tokens} * dp_size.",
+        graded(ranks_not_in_gradient),
     ),
     defect(
         "ranks-forgotten",
@@ -699,7 +764,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "clamp": CLAMPS,
     "floor and cap": SWITCHES,
     "temperature": TEMPERATURE,
-    "reduction": REDUCTION,
+    "reduction": (*REDUCTION, *common.mask_defects(defect)),
     "step": STEP,
     "metric": METRICS,
     "plumbing": plumbing(),

@@ -16,17 +16,11 @@ from torch import Tensor
 
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.forking import shared_out
-from sdpo_conformance.judging.likeness import largest, likeness, share
+from sdpo_conformance.judging.likeness import MOST_ERROR, largest, likeness, nearer, share
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, FitKey, Observed, expectation_of
 
 Asked = TypeVar("Asked")
-
-MOST_ERROR = 0.05
-"""Relative deviation beyond which a prediction is no evidence, however wide the bound."""
-
-NEARER = 0.5
-"""A prediction has to come nearer to a wrong number than this share of the truth's distance from it."""
 
 FORESEEN = 0.5
 """Share of the bound by which a prediction has to miss the truth itself, to explain a number that is wrong: in half
@@ -51,13 +45,6 @@ def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tupl
     predicted."""
     close, off = likeness(got, predicted, bound, eps)
     return close, share(off, largest(predicted.abs())) if predicted.numel() else off
-
-
-def nearer(got: Tensor, predicted: Tensor, truth: Tensor) -> bool:
-    """Whether a wrong number is told better by the prediction than by the truth, as far as both are finite."""
-    off, wrong = (got - predicted).abs(), (got - truth).abs()
-    known = off.isfinite() & wrong.isfinite()
-    return not bool(known.any()) or bool(off[known].max() <= NEARER * wrong[known].max())
 
 
 def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
