@@ -231,7 +231,7 @@ def constant_normaliser(flow: Flow) -> Tensor:
 
 def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
     """A value with another's gradient."""
-    return value.detach() + other - other.detach()
+    return value.detach() + (other - other.detach())
 
 
 def softmax_less_target(flow: Flow) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -17,12 +18,20 @@ from sdpo_conformance.specs.claas.defects.loss_parts import (
     logits,
     renormalise,
 )
-from sdpo_conformance.specs.claas.defects.parameter import Parameter, logarithmic
+from sdpo_conformance.specs.claas.defects.parameter import Parameter, logarithmic, whole_numbers
+from sdpo_conformance.specs.claas.defects.wrong_anchor import second_order_below
 from sdpo_conformance.specs.claas.defects.wrong_divergence import added_to_mass
 from sdpo_conformance.specs.claas.defects.wrong_factors import smoothed
+from sdpo_conformance.specs.claas.defects.wrong_fused import filtered, overlapping
+from sdpo_conformance.specs.claas.defects.wrong_hidden_states import tiled
+from sdpo_conformance.specs.claas.defects.wrong_reduction import floored_by_chunk
 
 TEMPERATURES = logarithmic(0.25, 4.0, 17)
 CAPS = logarithmic(0.2, 64.0, 17)
+
+
+TILES = whole_numbers(2**power for power in range(2, 13))
+POWERS_OF_TWO = tuple(2.0**-power for power in range(6, 21))
 
 
 def difference(w: Work) -> Tensor:
@@ -240,6 +249,12 @@ NUMBERS: Mapping[str, Parameter] = MappingProxyType(
             (*(-c for c in logarithmic(1 / 32, 32.0, 11)[::-1]), *logarithmic(1 / 32, 32.0, 21)),
             "0.5",
         ),
+        "anchor-second-order-near-zero": Parameter("limit", second_order_below, logarithmic(1e-3, 20.0, 27), "0.25"),
+        "denominator-floored-by-chunk": Parameter("chunk", floored_by_chunk, TILES, "16", whole=True),
+        "vocabulary-tile-overlaps": Parameter("tile", overlapping, TILES, "32", whole=True),
+        "softmax-gradient-filtered": Parameter("threshold", filtered, POWERS_OF_TWO, "0.000244", whole=True),
+        "logprob-running-sum-not-rescaled": Parameter("tile", partial(tiled, own=True), TILES, "32", whole=True),
+        "logprob-tile-sum-not-rescaled": Parameter("tile", partial(tiled, own=False), TILES, "16", whole=True),
         "soft-capped-logits": Parameter(
             "cap",
             lambda c: replacing(logits=lambda w: c * torch.tanh(logits(w) / c)),

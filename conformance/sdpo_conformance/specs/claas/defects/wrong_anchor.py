@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdpo_conformance.specs.claas.defects.defect import Defect, around, replacing
-from sdpo_conformance.specs.claas.defects.loss_parts import Work, k3, kl, loss, renormalise
+from sdpo_conformance.specs.claas.defects.defect import Change, Defect, around, both, replacing
+from sdpo_conformance.specs.claas.defects.loss_parts import Work, drift, k3, kl, loss, renormalise, token_mean
 from sdpo_conformance.specs.claas.defects.sources import cite
 from sdpo_conformance.specs.claas.defects.wrong_divergence import valued
 from sdpo_conformance.specs.claas.defects.wrong_importance import teacher_at_y
@@ -29,6 +29,16 @@ def clamped_to_zero_gradient(w: Work) -> Tensor:
 def sampled_kl_of_support(w: Work) -> Tensor:
     """Not an estimator at the sampled token but KL(q, p) over the support."""
     return kl(renormalise(w.l.gather(-1, w.support)), renormalise(w.tau))
+
+
+def gradient_with_ratio(w: Work) -> Tensor:
+    """The anchor's value with the gradient of its terms times the ratio."""
+    return w.distill_loss + w.kl_reg_weight * valued(w.kl_reg, token_mean(w, w.k3 * w.ratio))
+
+
+def second_order_below(limit: float) -> Change:
+    """d^2 / 2 near 0."""
+    return replacing(k3=lambda w: torch.where(w.drift.abs() < limit, w.drift.square() / 2, k3(w)))
 
 
 DEFECTS = (
@@ -58,6 +68,33 @@ DEFECTS = (
         change=replacing(k3=lambda w: w.drift.square() / 2),
         seen=cite("one-covenant/grail#42"),
         usable_for=WITHOUT_ANCHOR,
+    ),
+    Defect(
+        name="anchor-second-order-near-zero",
+        sentence="For log-ratios within 0.25 the anchor is half their square: the third order is missing.",
+        violates=("KL-1", "KL-4"),
+        fix="k3 = expm1(d) - d loses no digits near 0; else add d^3 / 6 and what follows.",
+        change=second_order_below(0.25),
+        usable_for=WITHOUT_ANCHOR,
+    ),
+    Defect(
+        name="anchor-drift-masked",
+        sentence="The mask multiplies the anchor's log-ratio, not k3.",
+        violates=("RED-4",),
+        fix="sum(k3 mask)/n: k3 of a weighted log-ratio is no weighted k3.",
+        change=both(
+            replacing(drift=lambda w: drift(w) * w.mask),
+            replacing(kl_reg=lambda w: w.k3.sum() / w.count),
+        ),
+        usable_for="Masks of zeros and ones.",
+    ),
+    Defect(
+        name="ratio-applied-to-anchor-gradient",
+        sentence="The anchor's gradient is multiplied by the importance ratio, its value is not.",
+        violates=("IS-8", "KL-4"),
+        fix="The ratio multiplies the divergence alone, in the backward as in the forward.",
+        change=replacing(loss=gradient_with_ratio),
+        usable_for="kl_reg_weight = 0, the default.",
     ),
     Defect(
         name="anchor-absolute",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdpo_conformance.protocol import MASS_FLOOR
 from sdpo_conformance.specs.claas.defects.defect import DIVERGENCES, Change, Defect, around, both, replacing
 from sdpo_conformance.specs.claas.defects.loss_parts import (
     LOG_ZERO,
@@ -56,7 +57,7 @@ def at_own_top_k(before: Part, w: Work) -> Tensor:
 
 def valued(value: Tensor, gradient_of: Tensor) -> Tensor:
     """One tensor's value with another's gradient."""
-    return value.detach() + gradient_of - gradient_of.detach()
+    return value.detach() + (gradient_of - gradient_of.detach())
 
 
 def teacher_part(w: Work) -> Tensor:
@@ -149,6 +150,60 @@ def first_entries_only(keep: int, before: Part, w: Work) -> Tensor:
 
 AGREES_ON_SUPPORT = "Nothing but the full vocabulary as support (K = V), where the two agree."
 METRICS_ONLY = "Reading the metrics: every value is right, the gradient is not."
+
+
+def alpha_rounded(before: Callable[[Any], Work], loss_input: Any) -> Work:
+    """alpha as bfloat16 holds it."""
+    w = before(loss_input)
+    w.alpha = torch.tensor(w.alpha, dtype=torch.bfloat16).item()
+    return w
+
+
+def coefficients(w: Work, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a hand-written backward of D has: the support's own entries (B, T, K), and the factor of the softmax
+    (B, T), which is 0 down to the mass floor. ``weights``: those of the centring term, q unless given."""
+    q, slope = w.log_q.exp(), (1 - w.alpha) * (w.log_q - w.log_m)
+    total = ((q if weights is None else weights) * slope).sum(-1, keepdim=True)
+    floored = w.l_k.exp().sum(-1, keepdim=True) < MASS_FLOOR
+    own = q * slope - torch.where(floored, 0.0, total) * q
+    return own.detach(), torch.where(floored, total, 0.0).squeeze(-1).detach()
+
+
+def by_hand(own: Tensor, dense: Tensor, support: Tensor, w: Work) -> Tensor:
+    """D with the gradient of these coefficients, put where ``support`` says."""
+    entries = (own * w.z.gather(-1, support)).sum(-1)
+    return valued(jensen_shannon(w), entries - dense * w.z.logsumexp(-1))
+
+
+def centred_by_given_mass(w: Work) -> Tensor:
+    """The centring term sums over the student's probabilities before they are renormalised."""
+    return by_hand(*coefficients(w, w.l_k.exp()), w.support, w)
+
+
+def scattered_in_order(w: Work) -> Tensor:
+    """The support's entries written at its ids in ascending order."""
+    return by_hand(*coefficients(w), w.support.sort(-1).values, w)
+
+
+def response_overwritten(w: Work) -> Tensor:
+    """The response token's entry is stored and not added: the divergence's own is lost there."""
+    own, dense = coefficients(w)
+    return by_hand(torch.where(w.support == w.y.unsqueeze(-1), 0.0, own), dense, w.support, w)
+
+
+def lanes_counted(before: Callable[[Any], Work], loss_input: Any) -> Work:
+    """K padded to a power of two with token 0, impossible to the teacher."""
+    w = before(loss_input)
+    lanes = (1 << (w.support.shape[-1] - 1).bit_length()) - w.support.shape[-1]
+    w.tau, w.support = F.pad(w.tau, (0, lanes), value=LOG_ZERO), F.pad(w.support, (0, lanes))
+    return w
+
+
+def transposed(before: Part, w: Work) -> Tensor:
+    """D made (T, B) and read as (B, T)."""
+    found = before(w)
+    return found.T.reshape(found.shape)
+
 
 DEFECTS = (
     Defect(
@@ -259,6 +314,15 @@ DEFECTS = (
         change=with_alpha(lambda alpha: alpha if alpha >= 1 else 0.5),
         seen=cite("huggingface/trl#5731"),
         usable_for="alpha = 0.5 and alpha = 1.",
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="alpha-in-bfloat16",
+        sentence="alpha is held in bfloat16, whatever the input: 0.3 is 0.30078.",
+        violates=("GJS-3", "GJS-1"),
+        fix="Keep alpha a Python float, or in float32.",
+        change=around("accept", alpha_rounded),
+        usable_for="alpha = 0.5 only, where the two agree.",
         capabilities=DIVERGENCES,
     ),
     Defect(
@@ -460,6 +524,23 @@ DEFECTS = (
         capabilities=DIVERGENCES,
     ),
     Defect(
+        name="support-padding-counted",
+        sentence="K is padded to a power of two with token id 0, whose student probability counts each time.",
+        violates=("GJS-2", "FUS-6"),
+        fix="Mask the padding on both sides: -inf for the student's log-probs as for the teacher's.",
+        change=around("accept", lanes_counted),
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="tokens-transposed",
+        sentence="The divergence is computed for (T, B) and read as (B, T): tokens change places.",
+        violates=("RED-5", "GJS-1", "IS-6"),
+        fix="Transpose back before the rows are read.",
+        change=around("per_token", transposed),
+        usable_for="Batches of one row, as the step loop makes them.",
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
         name="raw-logits-on-support",
         sentence="The student's logits on the support are renormalised without their logsumexp over the vocabulary,"
         " so the mass floor sees another mass.",
@@ -578,6 +659,30 @@ DEFECTS = (
         seen=cite("NVIDIA-NeMo/Automodel#2428"),
         usable_for=METRICS_ONLY,
         capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="gradient-centred-by-given-mass",
+        sentence="The gradient's centring term sums over the student's probabilities before they are renormalised.",
+        violates=("GJS-9",),
+        fix="dD/dz_k = q_k (g_k - sum q g): q is renormalised over the support in both places.",
+        change=replacing(jensen_shannon=centred_by_given_mass),
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="gradient-at-sorted-ids",
+        sentence="The backward writes the support's entries at its ids in ascending order, not at their own.",
+        violates=("GJS-9", "GJS-5"),
+        fix="Sort ids and coefficients together.",
+        change=replacing(jensen_shannon=scattered_in_order),
+        usable_for="Supports sorted by token id.",
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="response-gradient-overwrites",
+        sentence="The response token's gradient is stored, not added: the divergence's own entry is lost there.",
+        violates=("GJS-9",),
+        fix="scatter_add, not scatter: the response token may be in the support.",
+        change=replacing(jensen_shannon=response_overwritten),
     ),
     Defect(
         name="mixture-detached-below-floor",

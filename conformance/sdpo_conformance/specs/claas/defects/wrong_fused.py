@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.specs.claas.defects.defect import DIVERGENCES, Defect, around, replacing
+from sdpo_conformance.specs.claas.defects.defect import DIVERGENCES, Change, Defect, around, replacing
 from sdpo_conformance.specs.claas.defects.loss_parts import Parts, Result, Work, logits, project
 from sdpo_conformance.specs.claas.defects.sources import cite
-from sdpo_conformance.specs.claas.defects.wrong_divergence import keeping_support
+from sdpo_conformance.specs.claas.defects.wrong_divergence import keeping_support, valued
 
 FUSED = (Capability.FUSED,)
 HIDDEN = (Capability.FUSED, Capability.DIVERGENCE)
@@ -106,11 +106,18 @@ def head_of_first_row(w: Work) -> Tensor:
     return torch.cat([project(w.z[:1], w.head), project(w.z[1:], w.head.detach())])
 
 
-def head_of_last_tile(w: Work) -> Tensor:
-    """Logits through which only the last four tokens reach the head's gradient: the tile overwrites it."""
-    if w.head is None:
-        return w.z
-    return torch.cat([project(w.z[:, :-4], w.head.detach()), project(w.z[:, -4:], w.head)], dim=1)
+def head_of_last_tile(tile: float) -> Change:
+    """Logits through which only the last tile of tokens reaches the head's gradient: each overwrites it."""
+
+    def logits(w: Work) -> Tensor:
+        if w.head is None:
+            return w.z
+        tokens = w.z.reshape(-1, w.z.shape[-1])
+        last = max(len(tokens) - 1, 0) // int(tile) * int(tile)
+        found = torch.cat([project(tokens[:last], w.head.detach()), project(tokens[last:], w.head)])
+        return found.reshape(*w.z.shape[:-1], len(w.head))
+
+    return replacing(logits=logits)
 
 
 def hidden_or_head(w: Work) -> Tensor:
@@ -132,6 +139,49 @@ def head_made_trainable(before: Callable[[Parts, Any], Result], parts: Parts, lo
     if loss_input.lm_head_weight.is_leaf and loss_input.lm_head_weight.is_floating_point():
         loss_input.lm_head_weight.requires_grad_()
     return before(parts, loss_input)
+
+
+def negatives_lost(w: Work) -> Tensor:
+    """Picked logits merged over tiles by the maximum, from 0 on."""
+    return valued(w.z.clamp(min=0.0), w.z) - w.z.logsumexp(-1, keepdim=True)
+
+
+def overlapping(tile: float) -> Change:
+    """The logsumexp of full tiles: the last one begins earlier, and what it shares with the one before counts twice;
+    the backward's softmax has the same normaliser."""
+
+    def log_softmax(w: Work) -> Tensor:
+        width, size = w.z.shape[-1], int(tile)
+        first = max(0, width - size) if width % size else width
+        last = width - width % size
+        twice = w.z[..., first:last]
+        lse = torch.cat([w.z, twice], -1).logsumexp(-1, keepdim=True).detach()
+        return w.z - valued(lse, ((w.z - lse).exp().detach() * w.z).sum(-1, keepdim=True))
+
+    return replacing(log_softmax=log_softmax)
+
+
+def filtered(threshold: float) -> Change:
+    """Softmax entries below a threshold left out of the backward."""
+
+    def log_softmax(w: Work) -> Tensor:
+        lse = w.z.logsumexp(-1, keepdim=True)
+        kept = (w.z - lse).exp().detach()
+        kept = torch.where(kept > threshold, kept, 0.0)
+        return w.z - valued(lse, (kept * w.z).sum(-1, keepdim=True))
+
+    return replacing(log_softmax=log_softmax)
+
+
+def unscaled_head() -> Change:
+    """The gradient that arrives scales the hidden states' gradient and not the head's."""
+    arrived: list[Tensor] = []
+
+    def incoming(gradient: Tensor) -> Tensor:
+        arrived[:] = [gradient]
+        return gradient
+
+    return replacing(incoming=incoming, head_gradient=lambda w, gradient: gradient / arrived[0])
 
 
 DEFECTS = (
@@ -188,6 +238,31 @@ DEFECTS = (
         change=replacing(log_softmax=lambda w: not_rescaled(32, w)),
         seen=cite("verl-project/verl#2656"),
         usable_for="Vocabularies of up to 32 tokens.",
+    ),
+    Defect(
+        name="vocabulary-tile-overlaps",
+        sentence="The last tile of 32 columns begins earlier, to be full: what it shares with the one before counts "
+        "twice in the logsumexp.",
+        violates=("IS-1", "KL-1", "FUS-6"),
+        fix="Mask what the tile before has counted.",
+        change=overlapping(32),
+        usable_for="Vocabularies of up to 32 tokens.",
+    ),
+    Defect(
+        name="negative-logits-lost",
+        sentence="Logits at the support and the response are merged over tiles by the maximum, from 0: no negative "
+        "one is seen.",
+        violates=("IS-1", "FUS-1", "GJS-1"),
+        fix="Add the tiles up, or begin at -inf.",
+        change=replacing(log_softmax=negatives_lost),
+    ),
+    Defect(
+        name="softmax-gradient-filtered",
+        sentence="Softmax entries below 0.000244 are left out of the backward, in float32 too.",
+        violates=("KL-4", "RKL-3", "NUM-1"),
+        fix="Filter in half precision alone, below what that rounds away.",
+        change=filtered(2.0**-12),
+        usable_for="bfloat16 runs.",
     ),
     Defect(
         name="last-columns-without-gradient",
@@ -306,6 +381,15 @@ DEFECTS = (
         capabilities=FUSED,
     ),
     Defect(
+        name="head-gradient-not-scaled",
+        sentence="The gradient that arrives at the loss scales the hidden states' gradient, not the head's.",
+        violates=("GRAD-1", "FUS-3"),
+        fix="Multiply both by the gradient that arrives.",
+        change=unscaled_head(),
+        usable_for="Frozen heads.",
+        capabilities=FUSED,
+    ),
+    Defect(
         name="head-gradient-of-first-row",
         sentence="Only the first row of the batch contributes to the head's gradient.",
         violates=("FUS-3",),
@@ -316,10 +400,10 @@ DEFECTS = (
     ),
     Defect(
         name="head-gradient-of-last-tile",
-        sentence="Each tile of four tokens overwrites the head's gradient instead of adding to it.",
+        sentence="Each tile of 4 tokens overwrites the head's gradient instead of adding to it.",
         violates=("FUS-3",),
         fix="Accumulate over tiles.",
-        change=replacing(logits=head_of_last_tile),
+        change=head_of_last_tile(4),
         usable_for="Frozen heads.",
         capabilities=FUSED,
     ),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdpo_conformance.protocol import Capability
-from sdpo_conformance.specs.claas.defects.defect import Defect, replacing
+from sdpo_conformance.specs.claas.defects.defect import Change, Defect, replacing
 from sdpo_conformance.specs.claas.defects.loss_parts import (
     logprobs_of,
     project,
@@ -149,6 +149,46 @@ def graphed_topk(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
+def zero_skipped(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+    """Log-probs of 0 where the token id is 0."""
+    return torch.where(ids == 0, 0.0, response_logprobs(hidden, head, ids))
+
+
+def remembered() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Log-probs through a copy of the head that is made once for each tensor, whatever it holds later."""
+    last: list[Tensor] = []
+
+    def logprobs(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+        if not last or last[0] is not head:
+            last[:] = [head, head.detach().clone()]
+        return response_logprobs(hidden, last[1], ids)
+
+    return logprobs
+
+
+def tiled(size: float, own: bool) -> Change:
+    """An online logsumexp of which one sum is taken to a new maximum: the tile's ``own``, or the running one."""
+
+    def of(hidden: Tensor, head: Tensor) -> Tensor:
+        z = raw_logits(hidden, head)
+        top, total = torch.full_like(z[..., 0], -torch.inf), torch.zeros_like(z[..., 0])
+        for part in z.split(int(size), dim=-1):
+            tile = part.amax(-1)
+            new = torch.maximum(top, tile)
+            sums = (part - (new if own else tile).unsqueeze(-1)).exp().sum(-1)
+            total = (total if own else total * (top - new).exp()) + sums
+            top = new
+        return z - (top + total.log()).unsqueeze(-1)
+
+    return replacing(response_logprobs=partial(gathered, of))
+
+
+def ids_sorted(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ids sorted, the log-probs in their own order."""
+    values, ids = teacher_topk(hidden, head, k)
+    return values, ids.sort(-1).values
+
+
 DEFECTS = (
     Defect(
         name="logprob-unnormalised",
@@ -193,6 +233,41 @@ DEFECTS = (
         change=replacing(response_logprobs=partial(gathered, padded)),
         seen=cite("verl-project/verl#2899"),
         usable_for="Vocabularies divisible by 16.",
+        capabilities=LOGPROBS,
+    ),
+    Defect(
+        name="logprob-running-sum-not-rescaled",
+        sentence="The online logsumexp over tiles of 32 columns keeps its sum when a later tile raises the maximum.",
+        violates=("LP-1",),
+        fix="Multiply the running sum by exp(old maximum - new).",
+        change=tiled(32, own=True),
+        usable_for="Vocabularies of one tile.",
+        capabilities=LOGPROBS,
+    ),
+    Defect(
+        name="logprob-tile-sum-not-rescaled",
+        sentence="The online logsumexp over tiles of 16 columns adds a tile's sum at that tile's own maximum.",
+        violates=("LP-1",),
+        fix="Take each tile's exponentials at the running maximum.",
+        change=tiled(16, own=False),
+        usable_for="Vocabularies of one tile.",
+        capabilities=LOGPROBS,
+    ),
+    Defect(
+        name="logprob-token-zero-ignored",
+        sentence="Token id 0 is taken for padding, and has a log-prob of 0.",
+        violates=("LP-1",),
+        fix="Ignore no token: cross_entropy's ignore_index has to be an id that is none.",
+        change=replacing(response_logprobs=zero_skipped),
+        capabilities=LOGPROBS,
+    ),
+    Defect(
+        name="logprob-head-remembered",
+        sentence="A copy of the head is kept, and used again after the head was changed in place.",
+        violates=("LP-1",),
+        fix="Upcast the head in each call: an optimizer step changes it where it lies.",
+        change=replacing(response_logprobs=remembered()),
+        usable_for="Frozen heads.",
         capabilities=LOGPROBS,
     ),
     Defect(
@@ -264,6 +339,15 @@ DEFECTS = (
         violates=("TK-1",),
         fix="Subtract the logsumexp over the vocabulary.",
         change=replacing(teacher_topk=partial(topk_of, raw_logits)),
+        capabilities=TOPK,
+    ),
+    Defect(
+        name="top-k-ids-sorted-alone",
+        sentence="The ids are sorted and the log-probs are not: each is another token's.",
+        violates=("TK-1",),
+        fix="Sort both together.",
+        change=replacing(teacher_topk=ids_sorted),
+        usable_for="k = 1.",
         capabilities=TOPK,
     ),
     Defect(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdpo_conformance.specs.claas.defects.defect import Defect, around, both, replacing
+from sdpo_conformance.protocol import RATIO_LOG_CLAMP
+from sdpo_conformance.specs.claas.defects.defect import Change, Defect, around, both, replacing
 from sdpo_conformance.specs.claas.defects.loss_parts import Work, log_ratio, ratio, token_mean, weighted
 from sdpo_conformance.specs.claas.defects.sources import cite
+from sdpo_conformance.specs.claas.defects.wrong_divergence import valued
 
 ON_POLICY = "steps_per_batch = 1 with log-probs recorded by the same policy and software: the ratio is 1 there."
 TRAINING = "Training: loss and gradient are right, the metric is not."
@@ -58,6 +63,54 @@ def teacher_at_y(w: Work) -> Tensor:
     """tau at y, -20 outside the support."""
     match = w.support == w.y.unsqueeze(-1)
     return torch.where(match.any(-1), torch.where(match, w.tau, 0.0).sum(-1), -20.0)
+
+
+def clamped(difference: Tensor) -> Tensor:
+    """A log-ratio within +-20, without gradient."""
+    return difference.detach().clamp(-RATIO_LOG_CLAMP, RATIO_LOG_CLAMP)
+
+
+def with_old(change: Callable[[Work, Tensor], Tensor]) -> Change:
+    """Other behaviour log-probs, made of all that are given: of masked tokens too."""
+
+    def accept(before: Callable[[Any], Work], loss_input: Any) -> Work:
+        w = before(loss_input)
+        w.old = change(w, loss_input.old_student_logprobs.to(w.old))
+        return w
+
+    return around("accept", accept)
+
+
+def of_other_order(w: Work, old: Tensor) -> Tensor:
+    """Rows in descending order of length, behaviour log-probs in the order given."""
+    order = (w.mask != 0).sum(-1).argsort(descending=True, stable=True)
+    return torch.empty_like(old).index_copy(0, order, old)
+
+
+def of_first_tokens(w: Work, old: Tensor) -> Tensor:
+    """Counted tokens compacted, behaviour log-probs cut to as many from the start."""
+    counted = w.mask != 0
+    return torch.zeros_like(old).masked_scatter(counted, old.reshape(-1)[: int(counted.sum())])
+
+
+def infinite_old_skipped(w: Work) -> Tensor:
+    """A ratio of 1 where the behaviour log-prob is not finite."""
+    return torch.where(w.old.isfinite(), log_ratio(w), 0.0)
+
+
+def gradient_of_uncapped(w: Work) -> Tensor:
+    """D r with the gradient of D times the uncapped ratio."""
+    return valued(weighted(w), w.divergence * w.log_ratio.exp())
+
+
+CHUNK = 16
+
+
+def metrics_of_last_chunk(of: Callable[[Work], Tensor], w: Work) -> Tensor:
+    """A mean over the last chunk of tokens alone."""
+    start = (w.mask.numel() - 1) // CHUNK * CHUNK if w.mask.numel() else 0
+    values, mask = of(w).reshape(-1)[start:], w.mask.reshape(-1)[start:]
+    return (values * mask).sum() / mask.sum().clamp(min=1e-12)
 
 
 DEFECTS = (
@@ -195,6 +248,22 @@ DEFECTS = (
         usable_for=ON_POLICY,
     ),
     Defect(
+        name="old-of-other-row-order",
+        sentence="Rows are sorted by length and old_student_logprobs are not: rows get each other's.",
+        violates=("RED-5", "IS-6"),
+        fix="Permute old_student_logprobs with everything else.",
+        change=with_old(of_other_order),
+        usable_for="Batches of one row, as the step loop makes them.",
+    ),
+    Defect(
+        name="old-of-first-tokens",
+        sentence="Tokens that count are compacted, old_student_logprobs are cut to as many from the start.",
+        violates=("IS-6", "RED-2"),
+        fix="Compact old_student_logprobs with the same mask.",
+        change=with_old(of_first_tokens),
+        usable_for="Masks that are 1 everywhere, as the step loop makes them.",
+    ),
+    Defect(
         name="ratio-symmetric-clip",
         sentence="The ratio is clipped from below as well, to [1 / is_clip, is_clip].",
         violates=("IS-5",),
@@ -237,6 +306,14 @@ DEFECTS = (
         fix="Clamp the ratio with max=is_clip.",
         change=replacing(ratio=lambda w: w.log_ratio.exp()),
         seen=cite("OpenRLHF/OpenRLHF#1293"),
+        usable_for="Ratios below is_clip, and on-policy steps.",
+    ),
+    Defect(
+        name="gradient-with-uncapped-ratio",
+        sentence="The value has the capped ratio, the gradient the uncapped one.",
+        violates=("IS-5",),
+        fix="Keep the capped ratio for the backward.",
+        change=replacing(weighted=gradient_of_uncapped),
         usable_for="Ratios below is_clip, and on-policy steps.",
     ),
     Defect(
@@ -368,6 +445,13 @@ DEFECTS = (
         ),
     ),
     Defect(
+        name="old-taken-for-bits",
+        sentence="The kernel's log-prob is in bits, and old_student_logprobs is subtracted from it in nats.",
+        violates=("IS-1", "IS-3"),
+        fix="Multiply old_student_logprobs by log2(e) before the difference.",
+        change=replacing(log_ratio=lambda w: clamped(w.chosen - w.old * math.log(2))),
+    ),
+    Defect(
         name="ratio-from-teacher",
         sentence="The numerator of the ratio is the teacher's log-prob, not the student's.",
         violates=("IS-1", "IS-3"),
@@ -413,6 +497,14 @@ DEFECTS = (
         fix="Clamp new - old before exp; an infinite old then saturates.",
         change=around("ratio", lambda before, w: before(w) + 0 * w.old),
         seen=cite("THUDM/slime#2198", "MakazhanAlpamys/Soup#342"),
+        usable_for="Finite behaviour log-probs.",
+    ),
+    Defect(
+        name="old-infinite-skipped",
+        sentence="Where the behaviour log-prob is infinite the ratio is 1.",
+        violates=("NUM-7",),
+        fix="Let the clamp saturate: -inf gives exp(20), +inf exp(-20), then the cap.",
+        change=replacing(log_ratio=infinite_old_skipped),
         usable_for="Finite behaviour log-probs.",
     ),
     Defect(
@@ -529,6 +621,17 @@ DEFECTS = (
         change=both(
             replacing(mean_is_ratio=lambda w: torch.ones_like(w.count)),
             replacing(clip_fraction=lambda w: torch.zeros_like(w.count)),
+        ),
+        usable_for=TRAINING,
+    ),
+    Defect(
+        name="ratio-metrics-of-last-chunk",
+        sentence="mean_is_ratio and clip_fraction are those of the last 16 tokens alone.",
+        violates=("IS-10",),
+        fix="Add up the chunks' sums, then divide by the mask's sum.",
+        change=replacing(
+            mean_is_ratio=partial(metrics_of_last_chunk, lambda w: w.ratio),
+            clip_fraction=partial(metrics_of_last_chunk, lambda w: (w.ratio >= w.is_clip).to(w.ratio)),
         ),
         usable_for=TRAINING,
     ),

@@ -79,6 +79,12 @@ def summed_in_half(w: Work, values: Tensor) -> Tensor:
     return valued((values * w.mask).half().sum().to(values) / w.count, token_mean(w, values))
 
 
+def in_scaled_float16(w: Work, gradient: Tensor) -> Tensor:
+    """Rounded to float16 in parts of each row's largest entry."""
+    scale = gradient.abs().amax(-1, keepdim=True)
+    return (gradient / scale.clamp(min=1e-30)).half().to(gradient) * scale
+
+
 DEFECTS = (
     Defect(
         name="logsumexp-without-max",
@@ -140,6 +146,15 @@ DEFECTS = (
         violates=("NUM-1", "GJS-9"),
         fix="Store the gradient in the input's dtype.",
         change=replacing(logits_gradient=through(torch.float16)),
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="gradient-in-scaled-float16",
+        sentence="The gradient of the logits is kept in float16, divided by its row's largest entry.",
+        violates=("NUM-1", "GJS-9"),
+        fix="Keep the gradient in float32.",
+        change=replacing(logits_gradient=in_scaled_float16),
+        usable_for="bfloat16 runs that bear its rounding.",
         capabilities=DIVERGENCES,
     ),
     Defect(

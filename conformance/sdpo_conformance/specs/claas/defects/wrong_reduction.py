@@ -134,6 +134,45 @@ def unblanked(change: Change) -> Change:
     return both_of
 
 
+def as_prefix(mask: Tensor) -> Tensor:
+    """A row's first tokens, as many as count."""
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    return (places < (mask != 0).sum(-1, keepdim=True)).to(mask)
+
+
+def spread_over_prefix(mask: Tensor) -> Tensor:
+    """A row's first tokens, as many as count, each with the row's mean weight."""
+    return as_prefix(mask) * mask.sum(-1, keepdim=True) / (mask != 0).sum(-1, keepdim=True).clamp(min=1)
+
+
+def to_first_hole(mask: Tensor) -> Tensor:
+    """A row's tokens up to the first one that does not count."""
+    counts = mask != 0
+    return mask * ((counts.cumsum(-1) == 0) | counts).to(mask).cumprod(-1)
+
+
+def made_of(change: Callable[[Tensor], Tensor]) -> Change:
+    """Another mask, and what stands under the right one's zeros as it is given."""
+
+    def accept(before: Callable[[Any], Work], loss_input: Any) -> Work:
+        del before
+        w = parts.accept(loss_input, clean=False)
+        w.mask = change(w.mask)
+        return w
+
+    return around("accept", accept)
+
+
+def mask_in_cap(w: Work) -> Tensor:
+    """sum(D min(exp(log-ratio) mask, is_clip)) / n."""
+    return (w.divergence * (w.log_ratio.exp() * w.mask).clamp(max=w.is_clip)).sum() / w.count
+
+
+def floored_by_chunk(size: float) -> Change:
+    """Each chunk of tokens counts at least 1."""
+    return replacing(count=lambda w: sum(part.sum().clamp(min=1.0) for part in w.mask.reshape(-1).split(int(size))))
+
+
 DEFECTS = (
     Defect(
         name="row-mean",
@@ -227,6 +266,14 @@ DEFECTS = (
         usable_for="Masks of zeros and ones.",
     ),
     Defect(
+        name="denominator-floored-by-chunk",
+        sentence="The denominator is added up over chunks of 16 tokens, each of at least 1.",
+        violates=("RED-4", "RED-2"),
+        fix="Add up the mask, then take at least 1, once.",
+        change=floored_by_chunk(16),
+        usable_for=FULL_MASKS,
+    ),
+    Defect(
         name="mask-binarised",
         sentence="Every non-zero mask weight counts as 1.",
         violates=("RED-4",),
@@ -243,6 +290,14 @@ DEFECTS = (
             around("weighted", lambda before, w: before(w) * w.mask),
             around("k3", lambda before, w: before(w) * w.mask),
         ),
+        usable_for="Masks of zeros and ones.",
+    ),
+    Defect(
+        name="mask-inside-cap",
+        sentence="The mask multiplies the ratio before the cap: a fraction of a capped token weighs too much.",
+        violates=("RED-4",),
+        fix="mask min(r, is_clip): cap first.",
+        change=replacing(distill_loss=mask_in_cap),
         usable_for="Masks of zeros and ones.",
     ),
     Defect(
@@ -286,6 +341,30 @@ DEFECTS = (
         fix="Keep mask, response ids and logits aligned.",
         change=around("accept", shifted_mask),
         seen=cite("Goekdeniz-Guelmez/mlx-lm-lora#80"),
+        usable_for=FULL_MASKS,
+    ),
+    Defect(
+        name="mask-as-prefix",
+        sentence="The mask is made anew of each row's number of tokens: as many first tokens count.",
+        violates=("RED-2", "RED-4"),
+        fix="Multiply by the mask: it may be padded on the left, have holes and fractions.",
+        change=made_of(as_prefix),
+        usable_for=FULL_MASKS,
+    ),
+    Defect(
+        name="mask-spread-over-prefix",
+        sentence="Each row's weight is spread over as many first tokens as count.",
+        violates=("RED-2", "RED-4"),
+        fix="Multiply by the mask: it may be padded on the left, have holes and fractions.",
+        change=made_of(spread_over_prefix),
+        usable_for=FULL_MASKS,
+    ),
+    Defect(
+        name="mask-to-first-hole",
+        sentence="A row ends at its first token that does not count: what follows a hole in the mask is dropped.",
+        violates=("RED-1", "RED-4"),
+        fix="Multiply by the mask: a response of several turns has holes.",
+        change=made_of(to_first_hole),
         usable_for=FULL_MASKS,
     ),
     Defect(

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sdpo_conformance.specs.claas.defects.defect import Defect, around, replacing
-from sdpo_conformance.specs.claas.defects.loss_parts import Part, Work, kl, renormalise, teacher_at_response
+from sdpo_conformance.specs.claas.defects.loss_parts import (
+    Part,
+    Work,
+    kl,
+    renormalise,
+    reverse_kl,
+    teacher_at_response,
+)
 from sdpo_conformance.specs.claas.defects.sources import cite
 from sdpo_conformance.specs.claas.defects.wrong_divergence import valued, with_alpha
 
@@ -51,6 +60,27 @@ def zero_is_absent(w: Work) -> Tensor:
 def over_support(w: Work) -> tuple[Tensor, Tensor]:
     """log p and log q on the support."""
     return renormalise(w.tau), renormalise(w.l.gather(-1, w.support))
+
+
+def at_sorted_place(w: Work) -> Tensor:
+    """tau_y read at the place that y has among the sorted ids."""
+    ordered, wanted = w.support.sort(-1).values.contiguous(), w.y.unsqueeze(-1).contiguous()
+    place = torch.searchsorted(ordered, wanted).clamp(max=ordered.shape[-1] - 1)
+    member = ordered.gather(-1, place) == wanted
+    return torch.where(member, w.tau.gather(-1, place), -20.0).squeeze(-1)
+
+
+def what_is_left(w: Work) -> Tensor:
+    """tau_y, outside the support the log of all that the support leaves, from -20 up."""
+    values, member = found(w)
+    left = (1 - w.tau.exp().sum(-1)).clamp(min=math.exp(-20.0)).log()
+    return torch.where(member, values, left)
+
+
+def onehot_alone(w: Work) -> Tensor:
+    """The surrogate whose gradient lacks the softmax."""
+    own = w.z.gather(-1, w.y.unsqueeze(-1)).squeeze(-1)
+    return valued(reverse_kl(w), (w.chosen - w.tau_y).detach() * own)
 
 
 DEFECTS = (
@@ -133,6 +163,22 @@ DEFECTS = (
         usable_for=f"{BELOW_ONE} At alpha = 1 the values are right, the gradient is not.",
     ),
     Defect(
+        name="reverse-kl-gradient-sparse",
+        sentence="The surrogate's gradient is at the response token alone: the softmax is missing.",
+        violates=("RKL-3",),
+        fix="(l[y] - tau_y) (onehot(y) - softmax(z)): the log-prob has a normaliser.",
+        change=replacing(reverse_kl=onehot_alone),
+        usable_for=BELOW_ONE,
+    ),
+    Defect(
+        name="reverse-kl-clamped-at-zero",
+        sentence="The surrogate is clamped to at least 0 like a divergence, which it is not.",
+        violates=("RKL-1", "RKL-3"),
+        fix="Leave sg(l[y] - tau_y) l[y] as it is: it may be negative.",
+        change=around("reverse_kl", lambda before, w: before(w).clamp(min=0.0)),
+        usable_for=BELOW_ONE,
+    ),
+    Defect(
         name="reverse-kl-teacher-renormalised",
         sentence="tau_y is renormalised over the support.",
         violates=("RKL-1",),
@@ -201,6 +247,22 @@ DEFECTS = (
         fix="Outside the support tau_y is -20.",
         change=replacing(teacher_at_response=smallest_of_support),
         usable_for="alpha < 1, and responses inside the support.",
+    ),
+    Defect(
+        name="reverse-kl-floor-of-tail",
+        sentence="Outside the support tau_y is the log of the mass that the support leaves.",
+        violates=("RKL-2",),
+        fix="Outside the support tau_y is -20.",
+        change=replacing(teacher_at_response=what_is_left),
+        usable_for="alpha < 1, and responses inside the support.",
+    ),
+    Defect(
+        name="reverse-kl-at-sorted-place",
+        sentence="The response token is looked up among the sorted ids, and tau read at that place unsorted.",
+        violates=("RKL-2", "RKL-1"),
+        fix="Sort ids and log-probs together, or search unsorted.",
+        change=replacing(teacher_at_response=at_sorted_place),
+        usable_for=BELOW_ONE,
     ),
     Defect(
         name="reverse-kl-first-entry-missed",
