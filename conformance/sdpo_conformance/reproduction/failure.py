@@ -65,7 +65,7 @@ def failure_of(
         )
     else:
         found["words"] = error.extra.get("words", "")
-        kept = ("shows", "mistake", "evidence", "metrics", "scenario", "step")
+        kept = ("shows", "mistake", "evidence", "metrics", "scenario", "step", "seed")
         found.update({key: error.extra[key] for key in kept if error.extra.get(key) is not None})
         if "observed" in error.extra:
             name = observed_path(record_key(requirement.id, entry.value))

@@ -15,10 +15,13 @@ from hypothesis.strategies import DrawFn
 
 from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.inputs.choices import HypothesisSource, SeededSource, Source
+from sdpo_conformance.judging.records import Status, read_records
 from sdpo_conformance.specs.shared.defect import SpecDefect
 from sdpo_conformance.specs.shared.diagnosing import diagnose_spec_run
 from sdpo_conformance.specs.shared.recordings import recordings
 from sdpo_conformance.specs.shared.spec_case import CaseKind, SpecCase
+from sdpo_conformance.specs.shared.teacher_diagnosis import diagnose_teacher, with_teacher
+from sdpo_conformance.specs.shared.wrong_teachers import TeacherDefect
 from sdpo_conformance.specs.spec import Parts, Spec
 
 Build = Callable[[Source, Any, Sequence[torch.dtype]], SpecCase]
@@ -68,8 +71,10 @@ def parts_of(
     catalogue: Callable[[], Mapping[str, SpecDefect]],
     dialects: Sequence[SpecDefect],
     load: Callable[[str], Any],
+    teachers: Sequence[TeacherDefect] = (),
 ) -> Parts:
-    """``neutral``, ``everything``: corners; recorded cases are visited where every corner is."""
+    """``neutral``, ``everything``: corners; recorded cases are visited where every corner is. ``teachers``: known
+    mistakes of an EMA teacher."""
 
     @cache
     def known() -> tuple[SpecCase, ...]:
@@ -107,7 +112,9 @@ def parts_of(
         return build(SeededSource("ordinary"), neutral.but(size="small", support="few"), [DTYPES[dtype]])
 
     def diagnose(folder: Path, failed: Sequence[Any], offered: Sequence[Any]) -> Mapping[str, Any] | None:
-        return diagnose_spec_run(folder, failed, spec, kind, [*catalogue().values(), *dialects])
+        loss = diagnose_spec_run(folder, failed, spec, kind, [*catalogue().values(), *dialects])
+        held = {one.requirement for one in read_records(folder).values() if one.status is Status.PASSED}
+        return with_teacher(loss, diagnose_teacher(failed, held, spec, teachers))
 
     return Parts(
         visits=visits,

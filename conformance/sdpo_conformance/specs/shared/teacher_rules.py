@@ -64,19 +64,20 @@ SLACK = 1e-3
 @dataclass(frozen=True, eq=False)
 class TeacherCase:
     """One call after another: ``teacher`` before the first, and the student's weights at each; then ``other``, another
-    teacher, with the first student, or nothing."""
+    teacher, with the first student, or nothing. ``seed``: the run's, that the weights are drawn by."""
 
     teacher: State
     students: tuple[State, ...]
     rate: float
     words: str
     other: State = field(default_factory=dict)
+    seed: int = 0
 
     def found(
         self, aspect: str, expected: str, got: str, detail: str = "", at_rest: Sequence[int] = ()
     ) -> Disagreement:
         """A failure of this case, with the program that shows it."""
-        extra = {"words": self.words, "reproduction": partial(write, self, at_rest)}
+        extra = {"words": self.words, "seed": self.seed, "reproduction": partial(write, self, at_rest)}
         return Disagreement(aspect, expected, got, detail=detail, extra=extra)
 
 
@@ -96,7 +97,7 @@ def model_cases(subject: Subject, rates: tuple[float, ...], calls: int) -> Itera
             *first, before_last, last = SHAPES
             students = [{name: one[name] for name in (*first, last, before_last)} for one in moved]
             words = f"{name}, teacher_update_rate {rate:g}, {calls} call{'s' if calls > 1 else ''}"
-            yield TeacherCase(teacher, tuple(students), rate, words)
+            yield TeacherCase(teacher, tuple(students), rate, words, seed=subject.seed)
 
 
 def updated(subject: Subject, teacher: dict[str, Tensor], student: State, rate: float) -> dict[str, Tensor]:
@@ -275,7 +276,7 @@ def adapter_at_rest(subject: Subject, _: Any) -> None:
     student = state(Numbers(SeededSource(f"adapter/{subject.seed}").integer(0, 2**16)), ADAPTER, torch.float32)
     zeros = {name: torch.zeros_like(value) for name, value in student.items()}
     words = f"LoRA factors at rest, float32, teacher_update_rate {RATE}"
-    subject.each([TeacherCase(zeros, (student,), RATE, words)], check)
+    subject.each([TeacherCase(zeros, (student,), RATE, words, seed=subject.seed)], check)
 
 
 Check = Callable[[Subject, Any], None]

@@ -75,6 +75,11 @@ def sharing(teacher: State, student: State, rate: float) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in student.items()} if rate == 1 else average(teacher, student, rate)
 
 
+def handed_over(teacher: State, student: State, rate: float) -> dict[str, Tensor]:
+    """At rate 1 the student's own tensors are handed on, parameters as they are."""
+    return dict(student) if rate == 1 else average(teacher, student, rate)
+
+
 class FromTheStart:
     """The average of the last student with the first teacher that was seen."""
 
@@ -146,6 +151,13 @@ def teacher_defects(spec: str, prefix: str) -> tuple[TeacherDefect, ...]:
             "into-the-student", "The student is overwritten.", 4, "Write the teacher alone.", lambda: into_the_student
         ),
         defect("with-graph", "The teacher has a graph to the student.", 4, "Update under no_grad.", lambda: with_graph),
+        defect(
+            "handed-over",
+            "At rate 1 the student's own parameters are the teacher.",
+            4,
+            "Copy the values.",
+            lambda: handed_over,
+        ),
         defect("sharing", "At rate 1 teacher and student share memory.", 4, "Copy the values.", lambda: sharing),
     )
 

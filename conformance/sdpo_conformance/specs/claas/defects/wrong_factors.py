@@ -144,6 +144,15 @@ DEFECTS = (
         capabilities=(Capability.FUSED, Capability.DIVERGENCE),
     ),
     Defect(
+        name="forward-projection-in-bfloat16",
+        sentence="The product of hidden states and head is taken in bfloat16, whatever the input, the backward's not.",
+        violates=("NUM-1", "FUS-1"),
+        fix="Switch autocast off around the product, or cast its operands to float32.",
+        change=replacing(logits=lambda w: valued(projected_in(torch.bfloat16)(w), logits(w))),
+        usable_for="bfloat16 runs that bear its rounding.",
+        capabilities=(Capability.FUSED, Capability.DIVERGENCE),
+    ),
+    Defect(
         name="logits-rounded-to-float16",
         sentence="The logits are rounded to float16 before the softmax, whatever the input.",
         violates=("NUM-1", "GJS-1"),

@@ -12,6 +12,7 @@ from sdpo_conformance.judging.likeness import roundoff
 from sdpo_conformance.specs.claas.defects import catalogue, combine
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import DIALECTS, Dialect
+from sdpo_conformance.specs.claas.defects.parameter import simplest
 from sdpo_conformance.specs.claas.diagnosis.fitting import best_value
 from sdpo_conformance.specs.claas.diagnosis.observed import Observed
 from sdpo_conformance.specs.claas.diagnosis.prediction import Predictor, effect
@@ -135,6 +136,8 @@ def explanation(
         singles = fitted
         if len(singles[0].explained) == len(observed):
             return told(singles, len(observed))
+    for candidate in side_by_side(singles, observed):
+        return told([candidate], len(observed))
     pairs = pairs and len(observed) >= ENOUGH_FOR_PAIRS
     found = pairings(singles, known, observed, predictor) if pairs else ()
     twos = ranked([candidate for candidate in found if not contradicted(candidate, held)], broken)
@@ -165,9 +168,20 @@ def numbered(known: Sequence[Defect], observed: Sequence[Observed], predictor: P
         for index in numeric[:FITTED_ON]:
             value = best_value(defect, observed[index], lambda at, one: predictor.fit(at, one).matched)
             if value is not None:
-                at = defect.at(value)
-                yield judged((at,), at, observed, predictor)
+                yield rounded(defect, value, observed, predictor)
                 break
+
+
+def rounded(defect: Defect, value: float, observed: Sequence[Observed], predictor: Predictor) -> Candidate:
+    """A defect at the number of fewest digits that explains all that the fitted one explains: the failure that it was
+    fitted to may not ask for so many."""
+    fitted = judged((defect.at(value),), defect.at(value), observed, predictor)
+
+    def explains(simpler: float) -> bool:
+        return all(predictor.fit(defect.at(simpler), observed[index]).matched for index in fitted.explained)
+
+    at = defect.at(simplest(value, explains))
+    return judged((at,), at, observed, predictor)
 
 
 def representative(observed: Sequence[Observed]) -> list[int]:
@@ -216,6 +230,22 @@ def ranked(candidates: Sequence[Candidate], broken: frozenset[str]) -> list[Cand
 def farther(error: float, nearest: float) -> bool:
     """Whether an explanation with this error is told from the nearest one by it."""
     return error > FARTHER * max(nearest, ROUNDED)
+
+
+def side_by_side(singles: Sequence[Candidate], observed: Sequence[Observed]) -> Iterable[Candidate]:
+    """Two defects that explain everything between them and nothing twice, each a failure of the rule that names it: so
+    told apart they need no third failure, nor to be run as one."""
+    own = [
+        one
+        for one in distinct(singles)
+        if {observed[index].requirement for index in one.explained} & {*rules_named(one)[:1]}
+    ]
+    for place, first in enumerate(own):
+        for second in own[place + 1 :]:
+            both = first.explained | second.explained
+            if len(first.explained) + len(second.explained) == len(both) == len(observed):
+                error = max(first.error, second.error)
+                yield Candidate((first.whole, second.whole), first.whole, both, error)
 
 
 def pairings(

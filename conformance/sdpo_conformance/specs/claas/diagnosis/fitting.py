@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.specs.claas.defects.defect import Defect
-from sdpo_conformance.specs.claas.defects.parameter import simplest
 from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, Observed, expectation_of
 
 PROMISING = 0.9
@@ -16,12 +15,10 @@ small step away from what does nothing comes nearer."""
 
 
 def best_value(defect: Defect, observed: Observed, fits: Callable[[Defect, Observed], bool]) -> float | None:
-    """The value at which ``fits`` holds, with as few digits as do it, or None."""
+    """The value at which ``fits`` holds, or None."""
     assert defect.parameter is not None
     value, _ = defect.parameter.fitted(lambda value: distance(defect.at(value), observed), PROMISING)
-    if not fits(defect.at(value), observed):
-        return None
-    return simplest(value, lambda rounded: fits(defect.at(rounded), observed))
+    return value if fits(defect.at(value), observed) else None
 
 
 def distance(defect: Defect, observed: Observed) -> float:

@@ -3,8 +3,6 @@ on the failing input with the defect in the implementation's place."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +11,7 @@ from sdpo_conformance.inputs.heads import HeadCase
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
 from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.judging.findings_alike import alike, place
 from sdpo_conformance.judging.profiles import PROFILES
 from sdpo_conformance.protocol import Claims
 from sdpo_conformance.specs import find_spec
@@ -21,8 +20,6 @@ from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.diagnosis.observed import Observed
 from sdpo_conformance.specs.claas.diagnosis.prediction import NO_FIT, Fit
 from sdpo_conformance.specs.claas.loss_case import LossCase
-
-NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 
 
 @dataclass
@@ -93,19 +90,6 @@ def replayed(defect: Defect, observed: Observed) -> Fit:
     else:
         return NO_FIT
     return Fit(True, 0.0, frozenset({observed.aspect})) if same else NO_FIT
-
-
-def place(aspect: str) -> str:
-    """The quantity, without the element: two elements may be equally wrong."""
-    return aspect.partition("[")[0]
-
-
-def alike(one: str, other: str) -> bool:
-    """The same words, with numbers that agree to three digits."""
-    if NUMBER.sub("#", one) != NUMBER.sub("#", other):
-        return False
-    pairs = zip(NUMBER.findall(one), NUMBER.findall(other), strict=True)
-    return all(math.isclose(float(a), float(b), rel_tol=1e-3, abs_tol=1e-12) for a, b in pairs)
 
 
 def kind(summary: str) -> str:

@@ -11,7 +11,7 @@ from sdpo_conformance.judging.cross_check import SURE, breaks_what_held, judged_
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs import find_spec
-from sdpo_conformance.specs.claas.defects import catalogue, combine
+from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.dialects import Dialect
 from sdpo_conformance.specs.claas.diagnosis.diagnose import Diagnosis, diagnose, rules_behind
@@ -163,14 +163,16 @@ def standing(found: Diagnosis, observed: Sequence[Observed], held: Sequence[str]
         suspect = defect.implementation()
         return breaks_what_held(suspect, defect.violates, entry, spec, held, dtype) is None
 
-    single = len(found.defects) == 1
-    first = found.defects[0] if single else combine(*found.defects)
+    first = found.defects[0]
     # Something else than numbers tells as little of how mild it is as many failures do.
     many = (found.complete and found.total >= SURE) or not any(observed[index].numeric for index in found.explained)
+    if len(found.defects) > 1:
+        alike = tuple(one for one in found.equivalent if stands(one))
+        return replace(found, equivalent=alike) if many or all(stands(one) for one in found.defects) else None
     left = left_standing((first, *found.equivalent), stands, many)
     if left and left[0] is first:
         return replace(found, equivalent=tuple(left[1:]))
-    if left and single:
+    if left:
         return replace(found, defects=(left[0],), equivalent=tuple(left[1:]))
     return found if many else None
 

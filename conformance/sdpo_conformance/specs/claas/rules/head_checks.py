@@ -115,7 +115,7 @@ def judge_two_calls(
             judge(one, result)
         except Disagreement as found:
             found.detail = f"{found.detail}; {words}" if found.detail else words
-            knows_its_input(found, one, {})
+            knows_its_input(found, case, {})
             found.extra["reproduction"] = partial(write_reproduction, one, found, before=before, after=after)
             raise
 
