@@ -14,8 +14,9 @@ ROUNDING = 64.0
 MOST_ERROR = 0.05
 """Relative deviation beyond which a prediction is no evidence, however wide the bound."""
 
-NEARER = 0.5
-"""A prediction has to come nearer to a wrong number than this share of the truth's distance from it."""
+NEARER, NEARER_IN_HALF = 0.2, 0.5
+"""A prediction has to come nearer to a wrong number than this share of the truth's distance from it. In half precision
+rounding alone may be as large."""
 
 
 class Input(Protocol):
@@ -59,11 +60,16 @@ def likeness(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tuple
     return bool((distance <= allowed).all()), math.inf if math.isnan(off) else off
 
 
-def nearer(got: Tensor, predicted: Tensor, truth: Tensor) -> bool:
-    """Whether a wrong number is told better by the prediction than by the truth, as far as both are finite."""
+def left(got: Tensor, predicted: Tensor, truth: Tensor) -> float:
+    """What a prediction leaves of a wrong number's distance from the truth, as far as both are finite."""
     off, wrong = (got - predicted).abs(), (got - truth).abs()
     known = off.isfinite() & wrong.isfinite()
-    return not bool(known.any()) or bool(off[known].max() <= NEARER * wrong[known].max())
+    return share(float(off[known].max()), float(wrong[known].max())) if bool(known.any()) else 0.0
+
+
+def nearer(left: float, eps: float) -> bool:
+    """Whether a prediction that leaves so much tells a wrong number; ``eps``: the roundoff of what was given."""
+    return left <= (NEARER_IN_HALF if eps > roundoff(torch.float32) else NEARER)
 
 
 def share(off: float, size: float) -> float:

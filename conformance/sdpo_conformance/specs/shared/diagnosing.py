@@ -21,7 +21,7 @@ from torch import Tensor
 from sdpo_conformance.judging.call import ImplementationError, Outcome, evaluate
 from sdpo_conformance.judging.cross_check import SURE, breaks_what_held, judged_in, left_standing
 from sdpo_conformance.judging.expectation import Expectation
-from sdpo_conformance.judging.likeness import MOST_ERROR, coarsest, largest, likeness, nearer, roundoff, share
+from sdpo_conformance.judging.likeness import MOST_ERROR, coarsest, largest, left, likeness, nearer, roundoff, share
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.requirement import Level
@@ -174,7 +174,7 @@ def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
         if got.shape == truth.value.shape and bool((truth.excess(got) > 1).any()):
             wrong += 1
             foreseen += bool((truth.excess(predicted[name]) > 0.5).any()) and (
-                off <= MOST_ERROR and nearer(got, predicted[name], truth.value)
+                off <= MOST_ERROR and nearer(left(got, predicted[name], truth.value), eps)
             )
             error = max(error, off)
     return Fit(wrong == foreseen > 0, error)

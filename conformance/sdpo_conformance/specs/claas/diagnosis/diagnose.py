@@ -168,8 +168,31 @@ def numbered(known: Sequence[Defect], observed: Sequence[Observed], predictor: P
         for index in numeric[:FITTED_ON]:
             value = best_value(defect, observed[index], lambda at, one: predictor.fit(at, one).matched)
             if value is not None:
-                yield rounded(defect, value, observed, predictor)
+                candidate = rounded(defect, value, observed, predictor)
+                if seen_by_more(candidate, observed, predictor):
+                    yield candidate
                 break
+
+
+FEW_DIGITS = 2
+"""Significant digits up to which a number is one that people write: none that fits by chance."""
+
+
+EXACT = 1e-3
+"""What a round number may leave of a distance from the truth: more is left by one in a hundred, whatever it is."""
+
+
+def seen_by_more(candidate: Candidate, observed: Sequence[Observed], predictor: Predictor) -> bool:
+    """Whether a fitted number is borne out by more than the one number that it was fitted to: by another input, by a
+    gradient or a value for each token, or by being round."""
+    explained = [observed[index] for index in candidate.explained if observed[index].numeric]
+    if len({one.input for one in explained}) > 1:
+        return True
+    if any(got.numel() > 1 for one in explained for got in one.wrong.values()):
+        return True
+    value = candidate.whole.value or 0.0
+    is_round = float(f"{value:.{FEW_DIGITS}g}") == value
+    return is_round and all(predictor.fit(candidate.whole, one).left <= EXACT for one in explained)
 
 
 def rounded(defect: Defect, value: float, observed: Sequence[Observed], predictor: Predictor) -> Candidate:

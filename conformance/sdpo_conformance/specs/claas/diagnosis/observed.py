@@ -72,6 +72,23 @@ class Observed(ABC):
         return max(roundoff(one.dtype) for one in self.case.tensors().values() if one.is_floating_point())
 
     @cached_property
+    def wrong(self) -> Mapping[str, Tensor]:
+        """Those of the values that are beyond their bound."""
+        known = {name: expectation_of(self.truth, name) for name in self.values}
+        return {
+            name: got
+            for name, got in self.values.items()
+            if (truth := known[name]) is not None
+            and (got.shape != truth.value.shape or bool((truth.excess(got) > 1).any()))
+        }
+
+    @cached_property
+    def input(self) -> tuple[object, ...]:
+        """What tells the input from others: its options, and of each tensor the sum."""
+        sums = (float(one.double().nan_to_num().sum()) for one in self.case.tensors().values())
+        return (str(getattr(self.case, "training", "")), *sums)
+
+    @cached_property
     def not_finite(self) -> bool:
         """Whether something observed is NaN or infinite."""
         return not all(bool(torch.isfinite(value).all()) for value in self.values.values())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.forking import shared_out
-from sdpo_conformance.judging.likeness import MOST_ERROR, largest, likeness, nearer, share
+from sdpo_conformance.judging.likeness import MOST_ERROR, largest, left, likeness, nearer, share
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.diagnosis.observed import GRADIENT, FitKey, Observed, expectation_of
 
@@ -30,11 +30,13 @@ precision a defect that does nothing on an input would else explain what is slig
 @dataclass(frozen=True)
 class Fit:
     """``matched``: every number that the implementation got wrong, and every other, is as predicted.
-    ``error``: the largest relative deviation; ``aspects``: the wrong numbers that are as predicted."""
+    ``error``: the largest relative deviation; ``aspects``: the wrong numbers that are as predicted; ``left``: what the
+    prediction leaves of their distance from the truth."""
 
     matched: bool
     error: float
     aspects: frozenset[str]
+    left: float = 0.0
 
 
 NO_FIT = Fit(False, math.inf, frozenset())
@@ -50,7 +52,7 @@ def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tupl
 def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
     """Compare a prediction with what was observed."""
     eps = observed.roundoff
-    matched, error, aspects, wrong = True, 0.0, set(), 0
+    matched, error, aspects, wrong, rest = True, 0.0, set(), 0, 0.0
     for name, got in observed.values.items():
         truth = expectation_of(observed.truth, name)
         if truth is None:
@@ -61,11 +63,16 @@ def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:
         is_wrong = got.shape == truth.value.shape and bool((truth.excess(got) > 1).any())
         wrong += is_wrong
         foreseen = is_wrong and bool((truth.excess(predicted[name]) > FORESEEN).any())
-        if close and off <= MOST_ERROR and foreseen and nearer(got, predicted[name], truth.value):
+        if (
+            close
+            and off <= MOST_ERROR
+            and foreseen
+            and nearer(remaining := left(got, predicted[name], truth.value), eps)
+        ):
             aspects.add(name)
-            error = max(error, off)
+            error, rest = max(error, off), max(rest, remaining)
         matched = matched and close
-    return Fit(matched and len(aspects) == wrong > 0, error, frozenset(aspects))
+    return Fit(matched and len(aspects) == wrong > 0, error, frozenset(aspects), rest)
 
 
 def best_fit(defect: Defect, observed: Observed, native: bool) -> Fit:
