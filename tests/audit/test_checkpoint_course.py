@@ -182,3 +182,12 @@ def test_the_best_checkpoint_is_the_best(
     assert found_of(evaluated(tmp_path / "a", name, values, best), "worst-is-best") == expected
     named = evaluated(tmp_path / "b", name, values, best, metric_for_best_model=name, greater_is_better=False)
     assert found_of(named, "worst-is-best") == expected
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "true", "null", '"x"', "[1]", "NaN", "Infinity"])
+def test_evaluations_that_are_no_numbers(value: str, tmp_path: Path) -> None:
+    evaluated(tmp_path, "reward", [0.6, 0.7, 0.8], 0)
+    path = tmp_path / "checkpoint-30" / "trainer_state.json"
+    for old in ("0.7", "0.6"):
+        path.write_text(path.read_text().replace(old, value))
+        assert found(tmp_path) == {}

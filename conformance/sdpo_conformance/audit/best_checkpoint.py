@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from sdpo_conformance.audit.checkpoints import folder_of
 from sdpo_conformance.audit.declared import Declared
@@ -14,6 +14,8 @@ from sdpo_conformance.audit.errors import AuditError, shown
 from sdpo_conformance.audit.run_files import parse_json, read_text
 
 _TIMES = re.compile(r"eval_(runtime|.*_per_second|.*_time|model_preparation.*)")
+
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def find_best(run: Path | None, checkpoints: Sequence[Path], settings: Declared)
         return None
     value, checkpoint = document.get("best_metric"), document.get("best_model_checkpoint")
     rows = [row for row in document["log_history"] if isinstance(row, Mapping) and isinstance(row.get("step"), int)]
-    if not isinstance(value, int | float) or not isinstance(checkpoint, str) or not math.isfinite(value):
+    if not _finite(value) or not isinstance(checkpoint, str):
         return None
     named = settings.words("metric_for_best_model")
     names = {name if name.startswith("eval_") else f"eval_{name}" for name in named} or {
@@ -52,10 +54,15 @@ def find_best(run: Path | None, checkpoints: Sequence[Path], settings: Declared)
     if len(names) != 1:
         return None
     metric = names.pop()
-    found = {row["step"]: float(row[metric]) for row in rows if isinstance(row.get(metric), int | float)}
-    if value not in found.values() or not all(map(math.isfinite, found.values())):
+    numbers = {row["step"]: row[metric] for row in rows if metric in row}
+    found = {step: float(number) for step, number in numbers.items() if _finite(number)}
+    if len(found) < len(numbers) or value not in found.values():
         return None
     return BestCheckpoint(Path(checkpoint).name, metric, float(value), tuple(sorted(found.items())))
+
+
+def _finite(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _is_evaluation(key: object) -> bool:

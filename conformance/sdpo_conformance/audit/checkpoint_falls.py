@@ -44,12 +44,12 @@ def find_fall(checkpoints: Sequence[Path]) -> Fall | None:
     try:
         adapters = [open_adapter(path) for _, path in numbered]
         norms = [_update_norm(adapter) for adapter in adapters]
+        rows = [(number, name_of(path), a, n) for (number, path), a, n in zip(numbered, adapters, norms, strict=True)]
+        for (begin, first, old, high), (end, second, new, low) in pairwise(rows):
+            if 0 < low <= _FALLEN * high < math.inf and begin >= _LONGER * (end - begin):
+                return Fall(first, second, begin, end, low / high, compare_adapters(old, new))
     except AuditError:
-        return None
-    rows = [(number, name_of(path), a, n) for (number, path), a, n in zip(numbered, adapters, norms, strict=True)]
-    for (begin, first, old, high), (end, second, new, low) in pairwise(rows):
-        if 0 < low <= _FALLEN * high < math.inf and begin >= _LONGER * (end - begin):
-            return Fall(first, second, begin, end, low / high, compare_adapters(old, new))
+        pass
     return None
 
 

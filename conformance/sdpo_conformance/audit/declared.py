@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ _OTHERS = re.compile(
     r"(adapter_config|trainer_state|.*results|generation_config|tokenizer.*|special_tokens.*|vocab|added_tokens|"
     r".*\.index|metrics|per_step_metrics|.*response|quantization_config)"
 )
-#: `name: value` of YAML, `name = value` of TOML, `path.name=value` of Hydra, `--name value` of a command line.
-_PAIR = re.compile(
-    r"(?:(?<=\s)|^)(?:--|\+{0,2})(?P<name>[A-Za-z_][\w./-]*)(?P<link>\s*:\s+|\s*=\s*|\s+)"
-    r"(?P<value>\"[^\"\n]*\"|'[^'\n]*'|[^\s#\\\"']+)",
-    re.MULTILINE,
-)
-_LINE = re.compile(r"^\s*(?:-\s+)?(?P<name>[A-Za-z_][\w.-]*)\s*[:=]\s*(?P<value>[^#\n]*?)\s*(?:#.*)?$", re.MULTILINE)
+#: `path.name=value` of Hydra, `--name value` and `--name=value` of a command line.
+_WORD = re.compile(r"(?P<dashes>--|\+{0,2})(?P<name>[A-Za-z_][\w./-]{0,100})(?P<value>=.*)?", re.DOTALL)
+#: `name: value` of YAML, `name = value` of TOML and INI.
+_LINE = re.compile(r"(?:- +)?(?P<name>[A-Za-z_][\w.-]{0,100}) *[:=] *(?P<value>.*)")
+_LONGEST_LINE = 1000
+_LONGEST_NAME = 100
 
 Scalar = bool | float | str
 
@@ -90,7 +90,8 @@ def read_declared(*folders: Path | None) -> Declared:
             values[path.name.lower()].add(_scalar(text.strip()))
         elif path.suffix in _SETTINGS:
             for name, value in _settings(path, text):
-                values[name.rsplit(".", 1)[-1].rsplit("/", 1)[-1].replace("-", "_").lower()].add(value)
+                if len(name) <= _LONGEST_NAME:
+                    values[name.rsplit(".", 1)[-1].rsplit("/", 1)[-1].replace("-", "_").lower()].add(value)
     return Declared({name: frozenset(found) for name, found in values.items()}, "\n".join(texts))
 
 
@@ -110,10 +111,19 @@ def _settings(path: Path, text: str) -> Iterator[tuple[str, Scalar]]:
         except (ValueError, RecursionError):
             return
         return
-    for match in (_PAIR if path.suffix == ".sh" else _LINE).finditer(text):
-        value = match["value"].strip().strip("\"'")
-        if path.suffix != ".sh" or match[0].lstrip().startswith("--") or "=" in match["link"]:
-            yield match["name"], _scalar(value)
+    lines = [line.strip() for line in text.splitlines() if len(line) <= _LONGEST_LINE]
+    if path.suffix == ".sh":
+        words = [word.strip("\"'") for line in lines for word in line.split()]
+        for word, following in pairwise([*words, ""]):
+            match = _WORD.fullmatch(word)
+            if match and match["value"]:
+                yield match["name"], _scalar(match["value"][1:].strip("\"'"))
+            elif match and match["dashes"] == "--" and not following.startswith("-"):
+                yield match["name"], _scalar(following)
+        return
+    for line in lines:
+        if match := _LINE.fullmatch(line):
+            yield match["name"], _scalar(match["value"].partition(" #")[0].strip().strip("\"'"))
 
 
 def _flat(document: Any, name: str) -> Iterator[tuple[str, Scalar]]:

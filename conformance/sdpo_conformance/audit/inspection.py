@@ -146,9 +146,9 @@ def _delivered(files: RunFiles, last: Adapter | None) -> AdapterChange | None:
     """The adapter in RUN itself against the last checkpoint, where both are there and can be read."""
     try:
         adapter = open_adapter(files.delivered) if files.delivered is not None else None
+        return compare_adapters(last, adapter) if adapter and last is not None and not adapter.fresh else None
     except AuditError:
         return None
-    return compare_adapters(last, adapter) if adapter is not None and last is not None and not adapter.fresh else None
 
 
 def _metrics(files: RunFiles) -> tuple[RunMetrics | None, str, bool]:

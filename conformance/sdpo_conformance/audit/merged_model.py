@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _MERGED = re.compile(r"(.*[_-])?(merged|export|exported|fused)([_-].*)?", re.IGNORECASE)
 _BASE = re.compile(r"(.*[_-])?(base|base_model|pretrained)", re.IGNORECASE)
+#: A LoRA matrix larger than this is not multiplied out.
+_LARGEST_FACTOR = 2**24
 #: Modules that are looked at, spread over the model.
 _MOST_MODULES = 8
 
@@ -117,5 +119,7 @@ def _weight(
     one, two = merged.tensors.get(f"{module}.weight"), base.tensors.get(f"{module}.weight")
     a, b = (pair[key].shape for key in keys)
     if one is None or two is None or one.shape != two.shape or one.dtype not in SPACING or two.dtype not in SPACING:
+        return False
+    if max(pair[key].numel for key in keys) > _LARGEST_FACTOR:
         return False
     return len(a) == len(b) == 2 and a[0] == b[1] and one.shape == (b[0], a[1])

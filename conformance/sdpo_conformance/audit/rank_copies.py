@@ -49,7 +49,10 @@ def find_rank_copies(
                 series[match["head"]][int(match["number"])] = path
         for copies in series.values():
             if len(copies) > 1 and sorted(copies) == list(range(len(copies))):
-                return _furthest([copies[number] for number in sorted(copies)], _shapes(after), known)
+                try:
+                    return _furthest([copies[number] for number in sorted(copies)], _shapes(after), known)
+                except AuditError:
+                    return None
     return None
 
 
@@ -58,10 +61,7 @@ def _shapes(adapter: Adapter) -> Mapping[str, tuple[int, ...]]:
 
 
 def _furthest(paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], known: bool) -> RankCopies | None:
-    try:
-        adapters = [open_adapter(path) for path in paths]
-    except AuditError:
-        return None
+    adapters = [open_adapter(path) for path in paths]
     if any(_shapes(one) != shapes for one in adapters):
         return None
     found = []

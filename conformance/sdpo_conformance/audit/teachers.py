@@ -39,14 +39,20 @@ class Teachers:
 
 
 def find_teachers(checkpoints: Sequence[Path]) -> Teachers:
-    """Compare the teachers of a run's checkpoints with one another and with the actors beside them."""
+    """Compare the teachers of a run's checkpoints with one another and with the actors beside them; what cannot be read
+    is no teacher.
+    """
+    try:
+        return _compared(checkpoints)
+    except AuditError:
+        return Teachers()
+
+
+def _compared(checkpoints: Sequence[Path]) -> Teachers:
     pairs: list[tuple[str, Adapter, Adapter]] = []
     for checkpoint in checkpoints:
         place = _teacher_beside(checkpoint)
-        try:
-            pairs += [(name_of(checkpoint), open_adapter(checkpoint), open_adapter(place))] if place else []
-        except AuditError:
-            continue
+        pairs += [(name_of(checkpoint), open_adapter(checkpoint), open_adapter(place))] if place else []
     marks = [(content_mark(actor), content_mark(teacher)) for _, actor, teacher in pairs]
     if len(pairs) < 2:
         return Teachers(len(pairs))
