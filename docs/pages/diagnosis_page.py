@@ -27,8 +27,11 @@ TITLES: Mapping[str, str] = {
     "batches": "The step loop: which samples count, micro-batches, keys",
     "tokens": "The step loop: which tokens count, attention masks, recorded log-probs",
     "prompts": "The step loop: what is read before the response, and settings of 0",
+    "masks": "The step loop: padded and packed rows",
     "caches": "The step loop: keys and values, and answers, that are kept",
     "refresh": "The step loop: when the refresh runs, and for what",
+    "precision": "The step loop: what is rounded to bfloat16 on the way",
+    "clipping": "The step loop: by which norm gradients are clipped",
     "updates": "The step loop: the optimizer, and what is left behind",
     "metrics": "The step loop: what is reported",
 }

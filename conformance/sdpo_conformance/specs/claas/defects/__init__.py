@@ -30,8 +30,11 @@ FAMILIES = (
     "batches",
     "tokens",
     "prompts",
+    "masks",
     "caches",
     "refresh",
+    "precision",
+    "clipping",
     "updates",
     "metrics",
 )

@@ -60,7 +60,8 @@ class Defect:
     ``usable_for``: what an implementation with this defect may still be used for, empty for nothing.
     Exactly one of ``change`` (a loss, divergence, log-probs or top-k defect) and ``distill`` (a defective
     step loop) is set. ``parameter``: the number in it, where that may be another; ``value``: the number it has,
-    None for the one that the sentence names.
+    None for the one that the sentence names. ``rounded``: a step loop that rounds sums on its way, which no two
+    trainers add up alike: a gradient that comes near its own is its own.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Defect:
     capabilities: tuple[Capability, ...] = LOSSES
     parameter: Parameter | None = field(default=None, repr=False)
     value: float | None = None
+    rounded: bool = False
 
     def at(self, value: float) -> Defect:
         """The same defect with another number in it."""

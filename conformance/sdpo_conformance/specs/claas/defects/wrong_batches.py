@@ -11,6 +11,7 @@ from sdpo_conformance.specs.claas.defects import step_loop_variants as right
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.parameter import logarithmic, whole_numbers
 from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, Run, TrainerParts, trainer
+from sdpo_conformance.specs.claas.defects.wrong_forwards import attention, is_double
 from sdpo_conformance.specs.claas.defects.wrong_samples import (
     KEEP_WITH,
     MEAN,
@@ -367,6 +368,49 @@ def changed(parts: TrainerParts) -> dict[str, Callable[..., object]]:
     return {name: part for name, part in vars(parts).items() if part is not getattr(TrainerParts, name)}
 
 
+def twice(order: Order) -> Order:
+    """An order taken of what is already in it."""
+
+    def places(run: Run) -> Sequence[int]:
+        once = order(run)
+        return [once[place] for place in once]
+
+    return places
+
+
+@torch.no_grad()
+def read_past(run: Run, one: Prepared, length: int) -> Tensor:
+    """The log-probs (1, length) of a response in a row that is padded on the right with token 0 to the longest of the
+    batch: behind its end those of the padding."""
+    width = max(other.ids.shape[1] for other in run.batch)
+    row = torch.nn.functional.pad(one.ids, (0, width - one.ids.shape[1]))
+    seen = torch.nn.functional.pad(torch.ones_like(one.ids), (0, row.shape[1] - one.ids.shape[1]))
+    logits = run.model(
+        input_ids=row, attention_mask=attention(seen) if is_double(run) else seen, use_cache=False
+    ).logits
+    places = torch.arange(length, device=row.device) + one.ids.shape[1] - one.response.shape[1] - 1
+    scores = logits[:, places.clamp(max=width - 1)].log_softmax(-1)
+    token = torch.nn.functional.pad(one.response[:, :length], (0, max(0, length - one.response.shape[1])))
+    return scores.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def refresh_from(order: Order) -> Callable[[Run], None]:
+    """The refresh gives each sample the log-probs of another, and where these are too few those of its padding."""
+
+    def refresh(run: Run) -> None:
+        pairs = list(zip(run.batch, order(run), strict=True))
+        fresh = [
+            right.logprobs(run, one.ids, one.response)
+            if run.batch[place] is one
+            else read_past(run, run.batch[place], one.response.shape[1])
+            for one, place in pairs
+        ]
+        for one, log_probs in zip(run.batch, fresh, strict=True):
+            one.behaviour = log_probs
+
+    return refresh
+
+
 def left_sorted() -> list[Defect]:
     """Samples in order of length, their log-probs not, or the other way round."""
     found = []
@@ -387,17 +431,27 @@ def left_sorted() -> list[Defect]:
                     ONE_SAMPLE,
                 )
             )
-            found.append(
-                loop(
-                    f"refresh-left-sorted{name}",
-                    f"The refresh reads the samples sorted {by}, and its log-probs are not put back in order.",
-                    ("STEP-4", "STEP-2"),
-                    KEEP_WITH,
-                    trainer(**changed(behaviour_from(order, False, True, padded=True))),
-                    (),
-                    ONE_SAMPLE,
-                )
-            )
+            for kind, words, places in (
+                ("refresh-left-sorted", "are not put back in order", order),
+                ("refresh-sorted-twice", "are put back by that order, not by its inverse", twice(order)),
+            ):
+                zeros = behaviour_from(places, False, True, padded=True).refresh
+                for tail, behind, refresh in (
+                    ("", "zeros", zeros),
+                    ("-padding-read", "the padding's", refresh_from(places)),
+                ):
+                    found.append(
+                        loop(
+                            f"{kind}{name}{tail}",
+                            f"The refresh reads the samples sorted {by}, and its log-probs {words}; where they are too "
+                            f"few, {behind} follow.",
+                            ("STEP-4", "STEP-2"),
+                            KEEP_WITH,
+                            trainer(refresh=refresh),
+                            (),
+                            ONE_SAMPLE,
+                        )
+                    )
     return found
 
 

@@ -27,6 +27,22 @@ FORGET = "Forget what was kept when a call ends, or keep it by model and setting
 
 
 @torch.no_grad()
+def whole_prompt(model: Any, ids: Tensor, response: Tensor) -> tuple[Any, Tensor]:
+    """Keys and values of a row's prompt (1, P), and the logits (1, 1, V) behind it."""
+    out = model(input_ids=ids[:, : -response.shape[1]], use_cache=True)
+    return out.past_key_values, out.logits[:, -1:]
+
+
+def read_behind(model: Any, kept: tuple[Any, Tensor], response: Tensor) -> Tensor:
+    """The logits that predict the response, (1, T, V), the first as they were kept."""
+    cache, first = kept
+    if response.shape[1] == 1:
+        return first
+    rest = model(input_ids=response[:, :-1], past_key_values=copy.deepcopy(cache), use_cache=True).logits
+    return torch.cat([first, rest], dim=1)
+
+
+@torch.no_grad()
 def prompt_cache(model: Any, ids: Tensor, response: Tensor) -> Any:
     """Keys and values of a row's prompt (1, P) but for its last token; None where it has no other."""
     prompt = ids[:, : -response.shape[1] - 1]
@@ -63,6 +79,24 @@ def refresh_on_kept(run: Run) -> None:
     """The refresh reads the responses behind prompts that were read before the step."""
     for one, cache in zip(run.batch, run.kept["prompts"], strict=True):
         one.behaviour = chosen(read_on(run.model, cache, one.ids, one.response), one.response)
+
+
+def keeping_whole_prompts(every_step: bool) -> Callable[[Run], None]:
+    """The prompts are read to their ends before the first step, or before each."""
+
+    @torch.no_grad()
+    def before_step(run: Run) -> None:
+        if every_step or run.step == 1:
+            run.kept["prompts"] = [whole_prompt(run.model, one.ids, one.response) for one in run.batch]
+
+    return before_step
+
+
+@torch.no_grad()
+def refresh_behind_kept(run: Run) -> None:
+    """The refresh reads the responses behind prompts that were read before the step, first tokens too."""
+    for one, kept in zip(run.batch, run.kept["prompts"], strict=True):
+        one.behaviour = chosen(read_behind(run.model, kept, one.response), one.response)
 
 
 def on_first_prompts(run: Run, ids: Tensor, response: Tensor) -> Tensor:
@@ -120,6 +154,54 @@ def grown(wanted: Callable[[], bool]) -> ReadWhere:
     return ReadWhere(forward, lambda run, ids, response: wanted() and bool(before_it(run, ids, response)))
 
 
+def grown_behind(wanted: Callable[[], bool]) -> ReadWhere:
+    """The same where the whole prompt is kept, and the logits behind it: first tokens are predicted right."""
+
+    def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        first = right.read(run.model, ids[:, : ids.shape[1] - response.shape[1] + 1], response[:, :1])
+        if response.shape[1] == 1:
+            return first
+        start = ids.shape[1] - response.shape[1]
+        earlier = [row[:, 1:] for row in before_it(run, ids, response)]
+        row = torch.cat([ids[:, :start], *earlier, ids[:, start:]], dim=1)
+        return torch.cat([first, right.read(run.model, row, response[:, 1:])], dim=1)
+
+    return ReadWhere(forward, lambda run, ids, response: wanted() and bool(before_it(run, ids, response)))
+
+
+def uncleared(run: Run) -> None:
+    """At alpha = 1 the teacher's log-probs are written into one table over the vocabulary, token by token, that keeps
+    what samples before left there."""
+    if run.training.alpha < 1:
+        return
+    supports = run.kept.setdefault("supports", [one.support for one in run.batch])
+    count = len(run.batch)
+    for place, one in enumerate(run.batch):
+        latest = [*range(place - 1, -1, -1), *(range(count - 1, place, -1) if run.step > 1 else ())]
+        one.support = with_left_over(supports[place], [supports[other] for other in latest], one.response)
+
+
+def with_left_over(
+    own: tuple[Tensor, Tensor], others: Sequence[tuple[Tensor, Tensor]], response: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A support (1, T, K) and an entry more for the response's token where it is not in it, but at the same place of
+    another, the first of which counts."""
+    values, indices = own
+    token = response.unsqueeze(-1)
+    found, left = (indices == token).any(-1), torch.full_like(values[..., 0], -torch.inf)
+    for their_values, their_indices in others:
+        length = min(their_values.shape[1], left.shape[1])
+        same = their_indices[:, :length] == token[:, :length]
+        fresh = same.any(-1) & ~found[:, :length]
+        kept = torch.where(same, their_values[:, :length], -torch.inf).amax(-1)
+        left[:, :length] = torch.where(fresh, kept, left[:, :length])
+        found[:, :length] |= fresh
+    missing = left.isinf().unsqueeze(-1)
+    values = torch.cat([values, torch.where(missing, -20.0, left.unsqueeze(-1))], dim=-1)
+    # any other token: at alpha = 1 the response's alone is looked up
+    return values, torch.cat([indices, torch.where(missing, (token == 0).long(), token)], dim=-1)
+
+
 def always() -> bool:
     """Every forward."""
     return True
@@ -172,6 +254,19 @@ DEFECTS: tuple[Defect, ...] = (
         (),
         STEP_ONE,
     ),
+    *(
+        loop(
+            f"refresh-on-{whose}-prompt-cache-and-logits",
+            "The refresh goes on from keys and values of the prompt, and from the logits behind it, that the policy of "
+            f"the {words} made.",
+            ("STEP-2", "STEP-3"),
+            OWN_CACHE,
+            trainer(before_step=keeping_whole_prompts(whose == "previous"), refresh=refresh_behind_kept),
+            (),
+            STEP_ONE,
+        )
+        for whose, words in (("first", "start"), ("previous", "step before"))
+    ),
     loop(
         "policy-on-first-prompt-cache",
         "Every forward of the policy goes on from keys and values of the prompt that the starting policy made.",
@@ -211,20 +306,31 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     *(
         loop(
-            f"prompt-cache-grows{suffix}",
-            f"Samples of one prompt share its keys and values, to which every forward adds{words}: later ones see the "
-            "responses of earlier ones.",
+            f"prompt-cache-grows{suffix}{behind}",
+            f"Samples of one prompt share its keys and values{kept}, to which every forward adds{words}: later ones "
+            "see the responses of earlier ones.",
             requirements,
             COPY,
-            trainer(forward=grown(wanted)),
+            trainer(forward=make(wanted)),
             (),
             ONE_SAMPLE,
         )
+        for behind, kept, make in (("", "", grown), ("-behind-logits", " and the logits behind them", grown_behind))
         for suffix, words, wanted, requirements in (
             ("", "", always, ("STEP-1", "STEP-2")),
             ("-in-training", ", those with gradient alone", torch.is_grad_enabled, ("STEP-1", "STEP-2")),
             ("-without-gradient", ", those without gradient alone", without_gradient, ("STEP-5", "STEP-2")),
         )
+    ),
+    loop(
+        "teacher-table-not-cleared",
+        "At alpha = 1 the teacher's top-k is written into one table over the vocabulary that is not cleared: a token "
+        "outside a support has the log-prob that an earlier sample left there, and not the floor of -20.",
+        ("STEP-5", "STEP-1", "STEP-2"),
+        "Clear the table before each sample, or compare the token with the support.",
+        trainer(before_step=uncleared),
+        (),
+        "alpha below 1.",
     ),
     loop(
         "teacher-of-earlier-call",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,15 @@ from torch import Tensor
 from sdpo_conformance.specs.claas.defects import wrong_forwards as forwards
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.parameter import whole_numbers
-from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, Run, TrainerParts, logprobs, topk, trainer
+from sdpo_conformance.specs.claas.defects.step_loop_variants import (
+    Prepared,
+    ReadWhere,
+    Run,
+    TrainerParts,
+    logprobs,
+    topk,
+    trainer,
+)
 from sdpo_conformance.specs.claas.defects.wrong_samples import TOP_K, most_likely, numbered, supported
 from sdpo_conformance.specs.claas.defects.wrong_trainer import ONE_SAMPLE, loop
 
@@ -23,6 +32,7 @@ Teacher = Callable[[Run, Prepared], tuple[Tensor, Tensor]]
 
 TEACHER_LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 32, 64, 100, 128, 256, 512, 1000, 1024)
 WHOLE_LENGTHS = (8, 10, 12, 14, 15, 16, 18, 20, 24, 30, 32, 48, 64, 100, 128, 256, 512, 1024)
+CHUNKS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64, 128, 256, 512)
 WHOLE_PROMPT = "Score the whole of teacher_prompt_token_ids + response_token_ids."
 READ_WHOLE = "Read the response after the whole prompt."
 AS_SET = "Ask whether the setting is None, not whether it is true: 0 is a value."
@@ -48,6 +58,21 @@ def teacher_behind(prompt: Ids) -> Teacher:
             return topk(run, row, one.response, run.training.teacher_top_k)
 
     return teacher
+
+
+def restarting(teacher: bool, size: float) -> TrainerParts:
+    """Positions start again with every chunk of a row, or of the teacher's rows alone."""
+
+    def forward(run: Run, ids: Tensor, response: Tensor) -> Tensor:
+        positions = (torch.arange(ids.shape[1], device=ids.device) % int(size))[None]
+        seen = torch.ones_like(ids)  # without it positions that start again stand for packed samples
+        out = run.model(input_ids=ids, position_ids=positions, attention_mask=seen, use_cache=False)
+        return forwards.read(out.logits, response)
+
+    def concerns(run: Run, ids: Tensor, response: Tensor) -> bool:
+        return ids.shape[1] > int(size) and (not teacher or forwards.is_teachers(run, ids))
+
+    return TrainerParts(forward=ReadWhere(forward, concerns))
 
 
 def fitting(length: float, end: bool) -> Ids:
@@ -416,5 +441,20 @@ DEFECTS = (
         trainer(teacher=supported(lambda k: k if k > 0 else 10**9)),
         (),
         "teacher_top_k above 0.",
+    ),
+    *(
+        numbered(
+            f"{'teacher-' * teacher}positions-restart",
+            f"position_ids{' of the teacher' * teacher} start again at 0 every 16 tokens, with each chunk of a row "
+            "that is read in chunks.",
+            ("STEP-5",) if teacher else ("STEP-1", "STEP-2"),
+            "Count positions over the whole row: a chunk starts at the number of tokens before it.",
+            "tokens",
+            partial(restarting, teacher),
+            whole_numbers(CHUNKS),
+            16,
+            whole=True,
+        )
+        for teacher in (False, True)
     ),
 )

@@ -14,6 +14,8 @@ from sdpo_conformance.specs.claas.defects.wrong_samples import numbered
 from sdpo_conformance.specs.claas.defects.wrong_trainer import ONE_SAMPLE, REFRESH, STEP_ONE, loop
 
 Refresh = Callable[[Run], None]
+CHUNKS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64, 128, 256)
+MOVES = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 EVERY_SAMPLE = "Refresh every sample after every step but the last."
 
 
@@ -43,6 +45,37 @@ def of_tokens(chosen: Callable[[int], Tensor]) -> Refresh:
             one.behaviour = torch.where(mask, fresh, one.behaviour.to(fresh.dtype))
 
     return refresh
+
+
+def whole_chunks(size: float) -> Callable[[int], Tensor]:
+    """Which tokens of a response are in whole chunks; all where it has fewer than one."""
+    return lambda length: torch.arange(length)[None] < (length // int(size) * int(size) or length)
+
+
+def where_moved(least: float) -> Refresh:
+    """The refresh reads a copy of the policy whose tensors are written only where an entry has moved by more than this
+    part of the largest one."""
+
+    @torch.no_grad()
+    def refresh(run: Run) -> None:
+        now = [parameter.detach().clone() for parameter in run.parameters]
+        copies = run.kept["copies"]
+        for index, value in enumerate(now):
+            if float((value - copies[index]).abs().max()) > least * float(value.abs().max()):
+                copies[index] = value
+        for parameter, copied in zip(run.parameters, copies, strict=True):
+            parameter.copy_(copied)
+        right.refresh(run)
+        for parameter, value in zip(run.parameters, now, strict=True):
+            parameter.copy_(value)
+
+    return refresh
+
+
+def copying(run: Run) -> None:
+    """The copy begins as the policy."""
+    if run.step == 1:
+        run.kept["copies"] = [parameter.detach().clone() for parameter in run.parameters]
 
 
 def up_to(length: Callable[[list[int]], int], kept: bool) -> Refresh:
@@ -215,6 +248,29 @@ DEFECTS = (
         lambda count: TrainerParts(refresh=of_tokens(lambda length: torch.arange(length)[None] < count)),
         whole_numbers((1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64, 128, 256)),
         8,
+        whole=True,
+    ),
+    numbered(
+        "refresh-of-whole-chunks",
+        "Only tokens in whole chunks of 4 are refreshed; those of an incomplete last one keep what they had.",
+        ("STEP-2",),
+        REFRESH,
+        "tokens",
+        lambda size: TrainerParts(refresh=of_tokens(whole_chunks(size))),
+        whole_numbers(CHUNKS),
+        4,
+        whole=True,
+    ),
+    numbered(
+        "refresh-misses-small-moves",
+        "The refresh reads a copy of the policy, of which a tensor is written only where an entry of it moved by more "
+        "than 0.001 of its largest.",
+        ("STEP-2", "STEP-3"),
+        "Copy every parameter after every step.",
+        "of the largest",
+        lambda least: TrainerParts(before_step=copying, refresh=where_moved(least)),
+        MOVES,
+        0.001,
         whole=True,
     ),
     loop(

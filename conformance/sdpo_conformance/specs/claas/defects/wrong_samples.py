@@ -206,6 +206,22 @@ def supported(k: Callable[[int], int]) -> Callable[[Run, Prepared], tuple[Tensor
     return teacher
 
 
+def from_tiles(more: int, size: float) -> TrainerParts:
+    """A support of the most likely tokens among as many of each tile of the vocabulary as its share, and some more."""
+
+    def teacher(run: Run, one: Prepared) -> tuple[Tensor, Tensor]:
+        l = scored(run, one).log_softmax(-1)  # noqa: E741
+        k = min(max(1, run.training.teacher_top_k), l.shape[-1])
+        tiles = l.split(int(size), dim=-1)
+        kept = torch.full_like(l, -torch.inf)
+        for number, tile in enumerate(tiles):
+            values, indices = most_likely(tile, min(-(-k // len(tiles)) + more, tile.shape[-1]))
+            kept.scatter_(-1, indices + number * int(size), values)
+        return most_likely(kept, min(k, int(kept.isfinite().sum(-1).min())))
+
+    return TrainerParts(teacher=teacher)
+
+
 def short_of_vocabulary(tokens: float) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
     """A support that never holds the last tokens of the vocabulary."""
 
@@ -766,6 +782,21 @@ DEFECTS = (
         whole_numbers(SIZES),
         16,
         whole=True,
+    ),
+    *(
+        numbered(
+            f"support-of-tiles{suffix}",
+            f"The support is picked from the ceil(K / tiles){words} most likely tokens of each tile of 16 of the "
+            "vocabulary, which may hold more of the top-k.",
+            ("STEP-5",),
+            TOP_K,
+            "tokens a tile",
+            partial(from_tiles, more),
+            whole_numbers((8, 16, 32, 64, 128)),
+            16,
+            whole=True,
+        )
+        for suffix, words, more in (("", "", 0), ("-and-one", " + 1", 1), ("-and-two", " + 2", 2))
     ),
     numbered(
         "support-short-of-vocabulary",

@@ -554,6 +554,7 @@ def loop(
     seen: tuple[str, ...] = (),
     usable_for: str = "",
     parameter: Parameter | None = None,
+    rounded: bool = False,
 ) -> Defect:
     """A defect of the step loop."""
     return Defect(
@@ -566,6 +567,7 @@ def loop(
         usable_for=usable_for,
         capabilities=(Capability.DISTILL,),
         parameter=parameter,
+        rounded=rounded,
     )
 
 

@@ -53,7 +53,8 @@ against it as an unexplained one does."""
 
 HALFWAY = 0.5
 """Of the truth's distance: a step in half precision that comes nearer than this to a mistake that explains the others
-is not held against it. There a tie in the support, or a ratio at its cap, may fall either way."""
+is not held against it. There a tie in the support, or a ratio at its cap, may fall either way. A mistake that rounds
+sums on the way explains a step that comes nearer than this: what is rounded otherwise is further off than the truth."""
 
 SAME = 1e-3
 """Of the truth's distance: what is this near to a mistake's gradient is it, beyond the bound too. Bounds are for the
@@ -177,9 +178,9 @@ def misfit(wrong: TakenStep, gradient: Mapping[str, Tensor]) -> float:
     return furthest(wrong.got, gradient, {name: scale * b for name, b in wrong.bounds.gradient.items()})[0]
 
 
-def allowed(taken: TakenStep) -> float:
+def allowed(taken: TakenStep, defect: Defect) -> float:
     """How far, in units of the bound, a step's gradient may be from a mistake's to be it."""
-    return max(1.0, SAME * misfit(taken, taken.moment.gradient))
+    return max(1.0, (HALFWAY if defect.rounded else SAME) * misfit(taken, taken.moment.gradient))
 
 
 def outcomes(candidate: StepExplanation, forced: Forced, steps: Sequence[int]) -> Iterator[tuple[int, ReplayOutcome]]:
@@ -238,7 +239,7 @@ def refuted_by(right: Sequence[TakenRun]) -> Callable[[StepExplanation], bool]:
 
     def refuted(candidate: StepExplanation) -> bool:
         made = ((run.taken[step], one) for run in right for step, one in outcomes(candidate, run.forced, (1, 2)))
-        return any(misfit(taken, one.gradient) > allowed(taken) for taken, one in made)
+        return any(misfit(taken, one.gradient) > allowed(taken, candidate.defect) for taken, one in made)
 
     return refuted
 
@@ -264,7 +265,7 @@ def on_all(candidate: StepExplanation, runs: Sequence[TakenRun]) -> Tried:
         fits = {}
         for step, outcome in outcomes(candidate, run.forced, sorted(run.taken)):
             taken, off = run.taken[step], misfit(run.taken[step], outcome.gradient)
-            if off <= allowed(taken):
+            if off <= allowed(taken, candidate.defect):
                 fits[step] = outcome
             elif step in run.wrong and run.in_half and off <= HALFWAY * misfit(taken, taken.moment.gradient):
                 nearly.add((index, step))
@@ -331,7 +332,7 @@ def fit_of(candidate: StepExplanation, search: Search) -> float | None:
     taken = search.wrong
     if idle(candidate, search.step) or search.refuted(candidate):
         return None
-    near = min(allowed(taken), NEARER * misfit(taken, taken.moment.gradient))
+    near = min(allowed(taken, candidate.defect), NEARER * misfit(taken, taken.moment.gradient))
     for _, outcome in outcomes(candidate, search.forced, [search.step]):
         off = misfit(taken, outcome.gradient)
         if off <= near and not contradicted(taken, outcome):
@@ -393,7 +394,7 @@ def values_that_fit(defect: Defect, search: Search, start: float) -> Iterator[fl
         made = outcomes(explanation_of(defect.at(value)), search.forced, [search.step])
         return next((misfit(taken, one.gradient) for _, one in made), math.inf)
 
-    for value, off in parameter.fitting(distance, allowed(taken), PROMISING * start):
+    for value, off in parameter.fitting(distance, allowed(taken, defect), PROMISING * start):
         enough = max(off, CLOSE)
         yield value if parameter.whole else simplest(value, lambda v, e=enough: distance(v) <= e)  # type: ignore[misc]
 

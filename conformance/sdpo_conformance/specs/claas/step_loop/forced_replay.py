@@ -147,7 +147,7 @@ def replayed(
 ) -> Iterator[tuple[int, ReplayOutcome]]:
     """Each ``wanted`` step (all by default) with its outcome. Others are passed over where nothing of them remains."""
     run, names, other = started(parts, forced), list(forced.history[0]), replaced(parts)
-    carried = bool(other & {"zero", "report"})
+    carried = bool(other & {"zero", "report", "clip"})
     last = max(wanted) if wanted else len(forced.history)
     for step in range(1, last + 1):
         run.step = step
