@@ -66,7 +66,11 @@ step, to those that the trainer had, and its gradient is compared with the one h
 fits, the right loop is tried around every wrong loss.
 
 Some defects have a number in them: a cap, a temperature, a floor. It is fitted to what was observed, and is part of
-the answer.
+the answer. Where it was fitted to one wrong number, another input has to bear it out, or a gradient, or the number is
+round: a number fitted to a number explains anything.
+
+Log-probs and a teacher's top-k are matched by what came back, ties in any order; an EMA teacher by what each rule of
+updates finds of the same update.
 
 What an implementation is still usable for is said of one named defect that explains every failed MUST, after a run of
 all rules in the dtypes that the words name: not where another entry fails otherwise, where a defect with other words

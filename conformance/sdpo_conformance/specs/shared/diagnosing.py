@@ -368,8 +368,9 @@ def refuses_nothing(entry: SpecDefect, observed: Observed) -> bool:
 
 
 def raises(entry: SpecDefect, observed: Observed) -> bool:
-    """A call that had to be answered, and raises: no number in a formula makes it do so."""
-    return entry.parameter is None and predicted(entry, observed) is None
+    """A call that had to be answered, and raises: no number in a formula makes it do so, and no other algorithm is told
+    by it."""
+    return entry.parameter is None and not entry.dialect and predicted(entry, observed) is None
 
 
 def steps_alike(entry: SpecDefect, observed: Observed) -> bool:

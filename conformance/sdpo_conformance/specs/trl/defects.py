@@ -145,6 +145,16 @@ def _finite_everywhere(loss_input: Any, clean: bool = True) -> Flow:
     return PIPELINE.accept(loss_input, clean)
 
 
+def _finite_up_to_longest(loss_input: Any, clean: bool = True) -> Flow:
+    counted = loss_input.completion_mask != 0
+    places = torch.arange(1, counted.shape[-1] + 1, device=counted.device)
+    longest = int((counted * places).amax()) if counted.numel() else 0
+    actual = loss_input.teacher_actual_logprobs
+    if actual is not None and not bool(torch.isfinite(actual[:, :longest]).all()):
+        raise ValueError("the teacher server gave no log-prob for a token")
+    return PIPELINE.accept(loss_input, clean)
+
+
 def students_own(before: Any, flow: Flow) -> Tensor:
     """As many of the student's largest, whoever holds the teacher."""
     found: Tensor = before(flow)
@@ -322,6 +332,13 @@ SERVER = (
         "SRV-2",
         "Ask for finite log-probs where the mask is not 0 alone.",
         accepting_with(_finite_everywhere),
+    ),
+    defect(
+        "served-short-rows-refused",
+        "A served log-prob that is not finite is refused up to the batch's longest completion.",
+        "SRV-2",
+        "Ask for finite log-probs where the mask is not 0 alone: shorter rows come back padded with -inf.",
+        accepting_with(_finite_up_to_longest),
     ),
     defect(
         "served-padding-leaks",

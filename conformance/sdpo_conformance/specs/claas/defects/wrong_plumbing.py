@@ -311,7 +311,7 @@ DEFECTS = (
     ),
     Defect(
         name="logits-overwritten",
-        sentence="Log-probs are written over the caller's logits or hidden states.",
+        sentence="The caller's logits or hidden states are written over, with log-probs or less their maximum.",
         violates=("GRAD-3",),
         fix="Write into a buffer of your own.",
         change=touching(overwrite_logits),
