@@ -165,6 +165,15 @@ def numbered(known: Sequence[Defect], observed: Sequence[Observed], predictor: P
     for defect in known:
         if defect.parameter is None:
             continue
+        if defect.parameter.whole:
+            counts = (defect.at(value) for value in defect.parameter.values)
+            fitting = [
+                at for at in counts if any(predictor.fit(at, observed[one]).matched for one in numeric[:FITTED_ON])
+            ]
+            # on a small input several counts do the same: the one that explains most is meant
+            tried = [judged((at,), at, observed, predictor) for at in fitting]
+            yield from sorted(tried, key=lambda one: (-len(one.explained), one.error))[:1]
+            continue
         for index in numeric[:FITTED_ON]:
             value = best_value(defect, observed[index], lambda at, one: predictor.fit(at, one).matched)
             if value is not None:
