@@ -207,6 +207,13 @@ def accept_anything(samples: Any, training: Any) -> None:
     """Refuses nothing."""
 
 
+def accept_by_total(samples: Any, training: Any) -> None:
+    """Refuses log-probs whose number is wrong over the whole batch."""
+    responses = sum(len(sample.response_token_ids) for sample in samples)
+    if not samples or sum(len(sample.response_logprobs) for sample in samples) != responses:
+        raise ValueError("response_logprobs and the responses differ in length")
+
+
 DEFECTIVE: Mapping[str, tuple[str, Callable[..., Any]]] = {
     "no ratio": ("STEP-1", trainer(loss=loss_with(ratio=ratio_one))),
     "recorded log-probs ignored": ("STEP-1", trainer(first_behaviour=own_at_start)),
@@ -248,6 +255,10 @@ DEFECTIVE: Mapping[str, tuple[str, Callable[..., Any]]] = {
     "only lora_B trained": ("STEP-10", trainer(make_optimizer=only_lora_b)),
     "moments forgotten": ("STEP-10", trainer(before_step=new_optimizer_each_step)),
     "adapter restored at the end": ("STEP-10", trainer(before_step=remembers_start, finish=restores_start)),
+    "lengths checked over the batch": (
+        "STEP-11",
+        trainer(accept=accept_by_total, first_behaviour=lambda run, one: fit(one.recorded, one.response.shape[1])),
+    ),
     "accepts anything": ("STEP-12", trainer(accept=accept_anything)),
 }
 """Name -> the requirement that must name it, and the trainer."""

@@ -184,6 +184,11 @@ def bad_inputs(subject: Subject, scenario: Scenario, level: Level) -> Iterator[B
     yield BadInput("no samples", (), training)
     yield spoilt("response_logprobs one shorter than the response", response_logprobs=recorded[:-1])
     yield spoilt("response_logprobs one longer than the response", response_logprobs=[*recorded, -1.0])
+    if others and others[0].response_logprobs is not None:
+        more = replace(others[0], response_logprobs=[*others[0].response_logprobs, -1.0])
+        fewer = replace(last, response_logprobs=recorded[:-1])
+        words = "response_logprobs one longer in the first sample and one shorter in the last"
+        yield BadInput(words, (more, *others[1:], fewer), training)
     yield spoilt("response_logprobs of None", may_accept=True, response_logprobs=None)
     if (most := subject.claims.max_steps_per_batch) is not None:
         longer = replace(training, steps_per_batch=most + 1)
