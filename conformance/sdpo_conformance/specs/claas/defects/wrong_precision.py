@@ -15,7 +15,7 @@ from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.parameter import whole_numbers
 from sdpo_conformance.specs.claas.defects.step_loop_variants import Prepared, ReadWhere, Run, TrainerParts, trainer
 from sdpo_conformance.specs.claas.defects.wrong_batches import micro_batches
-from sdpo_conformance.specs.claas.defects.wrong_forwards import Forward, read
+from sdpo_conformance.specs.claas.defects.wrong_forwards import Forward, read, student_only
 from sdpo_conformance.specs.claas.defects.wrong_samples import added, alone, gathered, numbered
 from sdpo_conformance.specs.claas.defects.wrong_trainer import STEP_ONE, loop
 
@@ -44,11 +44,6 @@ def in_copy(run: Run, ids: Tensor, response: Tensor) -> Tensor:
     return read(logits, response).to(next(run.model.parameters()).dtype)
 
 
-def where(wanted: Callable[[], bool], forward: Forward) -> ReadWhere:
-    """Some of the loop's forwards made otherwise."""
-    return ReadWhere(forward, lambda run, ids, response: wanted())
-
-
 def refreshed_by(forward: Forward) -> Callable[[Run], None]:
     """The refresh alone."""
     return lambda run: right.refresh(replace(run, forward=forward))
@@ -62,16 +57,6 @@ def base_by(forward: Forward) -> Callable[[Run, Prepared], Tensor]:
 def teacher_by(forward: Forward) -> Callable[[Run, Prepared], tuple[Tensor, Tensor]]:
     """The teacher alone."""
     return lambda run, one: right.teacher(replace(run, forward=forward), one)
-
-
-def always() -> bool:
-    """Every forward."""
-    return True
-
-
-def without_gradient() -> bool:
-    """Forwards without gradient alone."""
-    return not torch.is_grad_enabled()
 
 
 def summed_in_bfloat16(size: float) -> Callable[[Run, list[list[Tensor]]], list[Tensor]]:
@@ -114,7 +99,7 @@ def read_in_half(suffix: str, how: str, forward: Forward) -> list[Defect]:
             f"Whatever is read without gradient {how}, {beside}.",
             ("STEP-2", "STEP-5", "STEP-1"),
             SAME_PRECISION,
-            trainer(forward=where(without_gradient, forward)),
+            trainer(forward=ReadWhere(forward, lambda run, ids, response: not torch.is_grad_enabled())),
             rounded=True,
         ),
         loop(
@@ -122,7 +107,7 @@ def read_in_half(suffix: str, how: str, forward: Forward) -> list[Defect]:
             f"The forward with gradient {how}, what is read without gradient does not.",
             ("STEP-1", "STEP-2"),
             SAME_PRECISION,
-            trainer(forward=where(torch.is_grad_enabled, forward)),
+            trainer(forward=student_only(forward)),
             rounded=True,
         ),
         loop(
@@ -130,7 +115,7 @@ def read_in_half(suffix: str, how: str, forward: Forward) -> list[Defect]:
             f"Every forward {how}, whatever the model's precision.",
             ("STEP-1", "STEP-2", "STEP-5"),
             "Run the model in its own precision.",
-            trainer(forward=where(always, forward)),
+            trainer(forward=forward),
             rounded=True,
         ),
     ]
