@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.programs import Programs, Ran
 
 from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import Disagreement
@@ -77,13 +78,8 @@ def compute_sdpo_loss(i):
 """
 
 
-def run_program(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *options, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
 @pytest.mark.parametrize("probe", DEFECTS)
-def test_reproduces_and_is_silent_once_mended(probe: str, tmp_path: Path) -> None:
+def test_reproduces_and_is_silent_once_mended(probe: str, tmp_path: Path, programs: Programs) -> None:
     requirement, body = DEFECTS[probe]
     target, spec = tmp_path / "mine.py", find_spec("claas")
     target.write_text(RIGHT + PRELUDE + body)
@@ -96,23 +92,22 @@ def test_reproduces_and_is_silent_once_mended(probe: str, tmp_path: Path) -> Non
     assert failure["probe"] in (probe.partition(",")[0], "inference_mode")
     program = tmp_path / failure["reproduction"]
     assert "sdpo_conformance" not in program.read_text().replace("sdpo_conformance import", "")
-    shown = run_program(program)
+    shown = programs.run(program)
     assert shown.returncode == 1, shown.stdout + shown.stderr
     assert shown.stdout.strip()
     (tmp_path / "mine.py").write_text("from sdpo_implementations.reference.loss import compute_sdpo_loss\n")
-    mended = run_program(program)
+    mended = programs.run(program)
     assert mended.returncode == 0, mended.stdout + mended.stderr
     assert "the defect is gone" in mended.stdout
     (tmp_path / "mine.py").write_text("import sys\nsys.exit('no licence')\n")
-    could_not_run(program, "SystemExit: no licence")
+    could_not_run(programs.run(program), "SystemExit: no licence")
     program.with_suffix(".safetensors").unlink()
     (tmp_path / "mine.py").write_text("def compute_sdpo_loss(i): ...\n")
-    could_not_run(program, "No such file")
+    could_not_run(programs.run(program), "No such file")
 
 
-def could_not_run(program: Path, words: str, *options: str) -> None:
+def could_not_run(ran: Ran, words: str) -> None:
     """Status 1 would say that the defect is there."""
-    ran = run_program(program, *options)
     assert ran.returncode == 125, ran.stdout + ran.stderr
     assert ran.stderr.startswith("could not run: ")
     assert words in ran.stderr
@@ -120,10 +115,12 @@ def could_not_run(program: Path, words: str, *options: str) -> None:
 
 @pytest.mark.parametrize("program", [*sorted(PROGRAMS.glob("[!_]*.py")), ON_RANKS], ids=lambda path: path.stem)
 def test_without_torch_it_could_not_run(program: Path) -> None:
-    could_not_run(program, "No module named", "-S", "-I")
+    command = [sys.executable, "-S", "-I", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    could_not_run(Ran(done.returncode, done.stdout, done.stderr), "No module named")
 
 
-def test_a_process_that_ends_is_told_from_a_call_that_returns(tmp_path: Path) -> None:
+def test_a_process_that_ends_is_told_from_a_call_that_returns(tmp_path: Path, programs: Programs) -> None:
     target, spec = tmp_path / "mine.py", find_spec("claas")
     case = spec.parts.ordinary("float32", Capability.LOSS)
     error = ImplementationError("ended the process")
@@ -131,6 +128,6 @@ def test_a_process_that_ends_is_told_from_a_call_that_returns(tmp_path: Path) ->
     found = failure_of(tmp_path, str(target), "cpu", spec, spec.requirements()["IS-1"], Capability.LOSS, error)
     program = tmp_path / found["reproduction"]
     target.write_text("import os\ndef compute_sdpo_loss(i):\n    os._exit(0)\n")
-    assert run_program(program).returncode == 1
+    assert programs.run(program).returncode == 1
     target.write_text("from sdpo_implementations.reference.loss import compute_sdpo_loss\n")
-    assert run_program(program).returncode == 0
+    assert programs.run(program).returncode == 0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.evidence.spec_scores import verdict
+from tests.programs import Programs
 
 from sdpo_conformance.running.options import RunOptions
 from sdpo_conformance.running.process import run_with
@@ -65,13 +64,13 @@ def test_its_own_mean_is_found_though_each_call_is_right() -> None:
         ("ms-swift", "ms-swift-count-kept", "MSS-AGG-1"),
     ],
 )
-def test_the_program_shows_it(spec: str, defect: str, rule: str, tmp_path: Path) -> None:
+def test_the_program_shows_it(spec: str, defect: str, rule: str, tmp_path: Path, programs: Programs) -> None:
     options = RunOptions(spec=spec, profile="quick", only=(rule,), jobs=1, out=tmp_path / "run")
     report = run_with(f"defect:{defect}", options)
     (record,) = report.results["records"]
     assert record["status"] == "failed"
     program = report.folder / record["failure"]["reproduction"]
-    assert subprocess.run([sys.executable, str(program)], check=False).returncode == 1
+    assert programs.run(program).returncode == 1
 
 
 def test_a_family_may_be_named() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.evidence.spec_scores import known_defects, verdict
+from tests.programs import Programs
 from torch import Tensor
 
 from sdpo_conformance.protocol import Capability
@@ -98,14 +97,14 @@ def test_factors_averaged_apart_are_told_so() -> None:
         ("trl", "exchanged", "EMA-5"),
     ],
 )
-def test_the_program_shows_it(spec: str, defect: str, rule: str, tmp_path: Path) -> None:
+def test_the_program_shows_it(spec: str, defect: str, rule: str, tmp_path: Path, programs: Programs) -> None:
     options = RunOptions(spec=spec, profile="quick", only=(f"{PREFIXES[spec]}-{rule}",), jobs=1, out=tmp_path / "run")
     report = run_with(f"defect:{spec}-teacher-{defect}", options)
     (record,) = report.results["records"]
     assert record["status"] == "failed"
     assert record["entry"] == Capability.UPDATE_TEACHER
     program = report.folder / record["failure"]["reproduction"]
-    assert subprocess.run([sys.executable, str(program)], check=False).returncode == 1
+    assert programs.run(program).returncode == 1
 
 
 def test_a_loss_alone_is_not_asked_for_a_teacher(tmp_path: Path) -> None:
