@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -308,17 +308,15 @@ def float64_copy(model: Any) -> Any:
     twin = copy.deepcopy(model).to(device="cpu", dtype=torch.float64).eval()
     twin.zero_grad(set_to_none=True)
     twin.adapter_is_off = False
-    twin.disable_adapter = partial(adapter_off, twin)
+    # a property of PEFT's layers; of a transformers model the name is a method's
+    layers = [module for module in twin.modules() if isinstance(getattr(type(module), "disable_adapters", 0), property)]
+    twin.disable_adapter = partial(adapter_off, twin, layers)
     return twin
 
 
 @contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """The base model, as inside PEFT's ``disable_adapter``."""
-    # a property of PEFT's layers; of a transformers model the name is a method's
-    layers = [
-        module for module in model.modules() if isinstance(getattr(type(module), "disable_adapters", 0), property)
-    ]
+def adapter_off(model: Any, layers: Sequence[Any]) -> Iterator[None]:
+    """The base model, as inside PEFT's ``disable_adapter``; ``layers``: those that have an adapter."""
     before = model.adapter_is_off
     try:
         for layer in layers:
