@@ -384,6 +384,17 @@ def probe_changed_in_place() -> None:
     judge_all(result, backward(loss_input, result))
 
 
+def probe_options_changed() -> None:
+    """Options changed in place between two calls are read anew."""
+    before = fresh_input("other.")
+    backward(before, call(before))
+    vars(before.training).update(TRAINING)
+    loss_input = fresh_input()
+    loss_input.training = before.training
+    result = call(loss_input)
+    judge_all(result, backward(loss_input, result))
+
+
 def probe_incoming_expanded() -> None:
     """An incoming gradient that is one number expanded."""
     loss_input = fresh_input()

@@ -206,6 +206,13 @@ def norm_by_tokens(flow: Flow) -> Tensor:
     return (flow.weighted * flow.mask).sum() / flow.count
 
 
+def norm_by_longest(flow: Flow) -> Tensor:
+    """seq-mean-token-sum-norm divided by the longest response."""
+    found = PIPELINE.stages["loss"](flow)
+    share = flow.mask.shape[-1] / wrong.longest(flow.response_mask)
+    return found * share if flow.aggregation == "seq-mean-token-sum-norm" else found
+
+
 def norm_by_rows(flow: Flow) -> Tensor:
     """seq-mean-token-sum-norm averaged over rows as well."""
     found = PIPELINE.stages["loss"](flow)
@@ -502,6 +509,13 @@ REDUCTION = (
         replacing(loss=norm_by_tokens),
     ),
     defect(
+        "norm-by-longest",
+        "seq-mean-token-sum-norm divides by the longest response, not by T.",
+        "RED-6",
+        "Divide by T, the mask's width, padding included.",
+        replacing(loss=norm_by_longest),
+    ),
+    defect(
         "norm-by-rows",
         "seq-mean-token-sum-norm is averaged over rows as well.",
         "RED-6",
@@ -628,6 +642,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "rollout weight": ROLLOUT,
     "reduction": (*REDUCTION, *common.mask_defects(defect)),
     "step": STEP,
+    "kept": common.kept_defects(defect, "response_mask"),
     "plumbing": common.plumbing_defects(defect),
 }
 

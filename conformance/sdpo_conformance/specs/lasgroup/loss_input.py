@@ -13,9 +13,9 @@ from torch import Tensor
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class LasgroupTraining:
-    """Options of the loss, with the defaults of ``sdpo.yaml``.
+    """Options of the loss, with the defaults of ``sdpo.yaml``; a trainer may write another batch's into them.
 
     ``distillation_topk`` None: the whole vocabulary, no tail, no renormalisation. ``is_clip`` None: no ratio.
     ``rollout_is`` ("token", "sequence" or None) and the two after it say how rollout weights are computed from

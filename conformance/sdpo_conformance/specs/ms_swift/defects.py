@@ -661,6 +661,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "vocabulary": VOCABULARY,
     "reduction": REDUCTION,
     "step": STEP,
+    "kept": common.kept_defects(defect, "labels", "teacher_labels"),
     "plumbing": tuple(one for one in common.plumbing_defects(defect) if "logsumexp" not in one.name),
 }
 

@@ -13,12 +13,13 @@ INACTIVE = -100
 """The label of a position that does not count."""
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class MsSwiftTraining:
     """``beta`` in [0, 1] weighs the teacher; 0 is the forward, 1 the reverse KL. ``gkd_logits_topk``: how many of the
     raw teacher logits to keep, None for all. ``num_items_in_batch``: active positions of the whole batch, of which this
     call may see a part: the losses of the parts add up. None: this call is the whole batch. It is the name under which
-    transformers hands that count to ``compute_loss``; upstream does not read it."""
+    transformers hands that count to ``compute_loss``; upstream does not read it. A trainer may write another batch's
+    values into these options."""
 
     beta: float = 0.5
     temperature: float = 1.0

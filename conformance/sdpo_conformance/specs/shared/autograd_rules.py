@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from sdpo_conformance.judging.call import (
 )
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement, compare
 from sdpo_conformance.judging.examples import Subject
+from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.shared.rule import ALL, LOSS, VALUE, Rule
 
@@ -69,6 +70,60 @@ def unlike(case: Any) -> Any:
     mask = without_every_second(getattr(case.loss_input, case.kind.mask))
     changes = {"student_logits": 0.5 * case.loss_input.student_logits, case.kind.mask: mask}
     return replace(case.with_fields(**changes), incoming=2.0)
+
+
+def another_batch(case: Any) -> Any:
+    """``unlike`` with the positions of every row in reverse order."""
+    other = unlike(case)
+    return other.with_fields(**{key: one.flip(1) for key, one in other.tensors().items() if one.dim() > 1})
+
+
+def another_batchs_options(case: Any) -> Any:
+    """The case with another temperature and, where they are given, other counts of the whole batch."""
+    changes = {key: 2 * value for key, value in vars(case.training).items() if key in COUNTS and value is not None}
+    return case.with_training(temperature=0.75 * case.training.temperature, **changes)
+
+
+def second_call(function: Callable[[Any], Any], case: Any, probe: str, device: str = "cpu") -> Outcome:
+    """The outcome on ``case``, in the tensors or in the options object that held others in the call before it."""
+    before = CHANGED[probe](case)
+    loss_input = materialise(before, device)
+    loss_input.training = replace(before.training)
+    output = differentiable_output(call_entry(function, Capability.LOSS, loss_input), Capability.LOSS)
+    gradients_of(loss_input, before, Capability.LOSS, output)
+    if probe == "options_changed":
+        vars(loss_input.training).update(vars(case.training))
+        loss_input = replace(materialise(case, device), training=loss_input.training)
+    else:
+        with torch.no_grad():
+            for key, tensor in case.tensors().items():
+                getattr(loss_input, key).copy_(tensor)
+    result = call_entry(function, Capability.LOSS, loss_input)
+    output = differentiable_output(result, Capability.LOSS)
+    return Outcome(result, gradients_of(loss_input, case, Capability.LOSS, output))
+
+
+CHANGED: Mapping[str, Callable[[Any], Any]] = {
+    "changed_in_place": another_batch,
+    "options_changed": another_batchs_options,
+}
+"""Probe -> what stood there before."""
+
+CHANGED_WORDS = {"changed_in_place": "the same tensors", "options_changed": "the same options object"}
+COUNTS = ("batch_num_tokens", "global_batch_size", "num_items_in_batch")
+
+
+def nothing_is_kept(subject: Subject, case: Any) -> None:
+    """A call in the tensors, and one with the options object, of a call before it."""
+    if subject.expectations(case) is None:
+        return
+    for probe, words in CHANGED_WORDS.items():
+        found = compare(case, second_call(subject.function, case, probe, subject.device), ALL, case.expectations)
+        if found is not None:
+            found.probe, found.detail = probe, found.detail or f"after {words} held another batch's values"
+            found.extra["other"] = CHANGED[probe](case)
+            found.secondary = plainly_wrong(subject, case)
+            raise found
 
 
 def two_graphs(subject: Subject, case: Any) -> None:
@@ -173,7 +228,7 @@ def limit_is_met(subject: Subject, case: Any, control: Any) -> None:
 
 
 def autograd_rules(prefix: str, broad: Any, source: str) -> tuple[Rule, ...]:
-    """``prefix``-GRAD-1 to 8 in the corner ``broad``."""
+    """``prefix``-GRAD-1 to 9 in the corner ``broad``."""
     contract = f"{source}, and the contract of torch.autograd"
     return (
         Rule(
@@ -254,6 +309,16 @@ def autograd_rules(prefix: str, broad: Any, source: str) -> tuple[Rule, ...]:
             "a caller reads it and calls backward",
             broad,
             check=result_is_readable,
+            share=0.3,
+        ),
+        Rule(
+            f"{prefix}-GRAD-9",
+            MUST,
+            "nothing is kept of an earlier call: tensors and options that were changed in place are read anew",
+            contract,
+            "a loader fills the same buffers, and a trainer writes each batch's counts into the same options",
+            broad,
+            check=nothing_is_kept,
             share=0.3,
         ),
     )

@@ -637,6 +637,26 @@ def mask_defects(make: Make) -> tuple[SpecDefect, ...]:
     )
 
 
+def kept_defects(make: Make, *masks: str) -> tuple[SpecDefect, ...]:
+    """What an earlier call left behind. ``masks``: the fields that say which positions count."""
+    return (
+        make(
+            "options-kept",
+            "The options are read once per object: values that are written into it later are not seen.",
+            "GRAD-9",
+            "Read loss_input.training in every call.",
+            wrong.read_once("training"),
+        ),
+        make(
+            "positions-kept",
+            "Which positions count is remembered by the mask's object, whatever is written into it later.",
+            "GRAD-9",
+            "Read the mask in every call, or compare its contents.",
+            wrong.read_once(*masks),
+        ),
+    )
+
+
 def plumbing_defects(make: Make) -> tuple[SpecDefect, ...]:
     """A wrong backward, wrong numerics."""
     return (

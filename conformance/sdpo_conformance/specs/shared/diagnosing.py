@@ -25,6 +25,7 @@ from sdpo_conformance.judging.likeness import MOST_ERROR, coarsest, largest, lef
 from sdpo_conformance.judging.records import Record, Status, read_records
 from sdpo_conformance.protocol import Capability
 from sdpo_conformance.specs.requirement import Level
+from sdpo_conformance.specs.shared.autograd_rules import CHANGED, second_call
 from sdpo_conformance.specs.shared.defect import SpecDefect, combine
 from sdpo_conformance.specs.shared.micro_batch_rules import SHARES, steps
 from sdpo_conformance.specs.shared.spec_case import CaseKind, SpecCase
@@ -386,10 +387,20 @@ def steps_alike(entry: SpecDefect, observed: Observed) -> bool:
     return any(fit(values_of(one), observed).matched for one in found)
 
 
+def kept_alike(entry: SpecDefect, observed: Observed) -> bool:
+    """A call after another in the same tensors or options object: the entry's is as wrong."""
+    try:
+        found = second_call(entry.wrong, observed.exact, observed.probe)
+    except ImplementationError:
+        return False
+    return fit(values_of(found), observed).matched
+
+
 PROBES: Mapping[str, Callable[[SpecDefect, Observed], bool]] = {
     "refusal": refuses_nothing,
     "raises": raises,
     **dict.fromkeys(SHARES, steps_alike),
+    **dict.fromkeys(CHANGED, kept_alike),
 }
 
 

@@ -161,6 +161,12 @@ def draw_mask(source: Source, numbers: Numbers, kinds: Sequence[str], b: int, t:
     return mask.to(source.pick((side, torch.int64)))
 
 
+def lengths_of(mask: Tensor) -> Tensor:
+    """(B,) int64: a row's positions up to its last one that counts."""
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (places * (mask != 0)).amax(1)
+
+
 def draw_rows(source: Source, numbers: Numbers, kinds: Sequence[str], b: int, side: torch.dtype) -> Tensor | None:
     """(B,) self-distillation mask, or None. kinds: absent, all, some, none."""
     kind = source.pick(kinds)

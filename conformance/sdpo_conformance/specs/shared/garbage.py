@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from sdpo_conformance.specs.shared.drawing import lengths_of
+
 WILD = {
     "student_logits": 30.0,
     "teacher_logits": 30.0,
@@ -44,6 +46,16 @@ def with_garbage(case: Any) -> Any:
             noise = -noise.abs()
         changes[key] = torch.where(here.reshape(*here.shape, *[1] * (tensor.dim() - 2)), noise.to(tensor.dtype), tensor)
     return case.with_fields(**changes)
+
+
+def padded(case: Any) -> Any:
+    """The case with a last column in which no row counts; the lengths, where the input has them, end before it."""
+    width = case.loss_input.student_logits.shape[1]
+    wide = case.columns([*range(width), width - 1])
+    mask = getattr(wide.loss_input, case.kind.mask).clone()
+    mask[:, -1] = 0
+    lengths = {"response_lengths": lengths_of(mask)} if hasattr(case.loss_input, "response_lengths") else {}
+    return wide.with_fields(**{case.kind.mask: mask}, **lengths)
 
 
 def filled(case: Any, value: float) -> Any:

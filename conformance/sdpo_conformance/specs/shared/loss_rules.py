@@ -16,6 +16,7 @@ from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.specs.requirement import Level
+from sdpo_conformance.specs.shared.garbage import padded
 from sdpo_conformance.specs.shared.rule import ALL, VALUE, Rule, fades
 
 MUST = Level.MUST
@@ -150,6 +151,12 @@ def nothing_beside_the_count(subject: Subject, case: Any) -> None:
         found.secondary = not fades(subject, case, ALL, found.excess)
         found.detail = found.detail or "less so on the same tokens several times over"
         raise
+
+
+def over_all_positions(subject: Subject, case: Any, idle: Any) -> None:
+    """As it is, and with a last column in which no row counts: it counts among the positions. ``idle``: the control."""
+    subject.agrees(case, ALL, control=[idle])
+    subject.agrees(padded(case), ALL, control=[case])
 
 
 def support_rules(v: Views) -> tuple[Rule, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdpo_conformance.specs.shared import stages
+from sdpo_conformance.specs.shared.drawing import lengths_of
 from sdpo_conformance.specs.shared.pipeline import (
     Change,
     Flow,
@@ -542,6 +543,11 @@ def as_prefix(flow: Flow) -> Tensor:
     return found
 
 
+def longest(mask: Tensor) -> int:
+    """Columns up to the last one in which a row counts, at least 1."""
+    return max(int(lengths_of(mask).max()), 1)
+
+
 # --- other algorithms ---
 
 
@@ -608,6 +614,26 @@ def kept_for_the_step(stage: str) -> Change:
         return held["value"]
 
     return both(accepting(read), around(stage, first))
+
+
+def read_once(*names: str) -> Change:
+    """Fields of the input, ``training`` or masks, read once per object: what is written into it later is not seen."""
+
+    def change(before: Pipeline) -> Pipeline:
+        held: dict[str, tuple[Any, Any]] = {}
+
+        def once(name: str, now: Any) -> Any:
+            if name not in held or held[name][0] is not now:
+                held[name] = now, now.detach().clone() if isinstance(now, Tensor) else replace(now)
+            return held[name][1]
+
+        def accept(loss_input: Any, clean: bool = True) -> Flow:
+            kept = {name: once(name, getattr(loss_input, name)) for name in names}
+            return before.accept(replace(loss_input, **kept), clean)
+
+        return replace(before, accept=accept)
+
+    return change
 
 
 # --- metrics ---

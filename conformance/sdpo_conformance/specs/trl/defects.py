@@ -443,6 +443,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "server": SERVER,
     "step": STEP,
     "metric": LOGGED,
+    "kept": common.kept_defects(defect, "completion_mask"),
     "plumbing": common.plumbing_defects(defect),
 }
 

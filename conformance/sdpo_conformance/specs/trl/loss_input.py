@@ -13,10 +13,11 @@ from torch import Tensor
 MODES = ("sampled_token", "topk_logits", "full_logits")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class TRLTraining:
     """Options of the loss, with TRL's defaults. ``distillation_topk`` must be set in mode topk_logits, and be at most
-    V. ``distillation_is_clip`` None: no ratio, nor without ``old_per_token_logps``."""
+    V. ``distillation_is_clip`` None: no ratio, nor without ``old_per_token_logps``. A trainer may write another batch's
+    values into them."""
 
     distillation_mode: str = "sampled_token"
     distillation_topk: int | None = None

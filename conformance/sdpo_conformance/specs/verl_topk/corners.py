@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,8 @@ from sdpo_conformance.specs.verl_topk.loss_input import AGGREGATIONS, VerlTopKLo
 CLAMPS: dict[str, tuple[float | None, ...]] = {"default": (-10.0,), "off": (None,), "other": (-2.0, -5.0, -20.0)}
 CAPS: dict[str, tuple[float | None, ...]] = {"default": (10.0,), "off": (None,), "other": (0.3, 0.05, 1.5)}
 
+CHUNKS = ("even", "one_over", "one_under", "beyond")
+
 
 @dataclass(frozen=True)
 class VerlTopKCorner(drawing.Kinds):
@@ -22,7 +24,9 @@ class VerlTopKCorner(drawing.Kinds):
 
     clamp (log_prob_min_clamp), cap (loss_max_clamp): default, off, other · tokens: plain, student_low (a support token
     far below the clamp), teacher_low, teacher_inf (-inf), both_low, negative (the student above the teacher), far (the
-    sum beyond the cap) · counts: local (of this call), global (of a larger batch, over ranks) · scale: none, given.
+    sum beyond the cap) · counts: local (of this call), global (of a larger batch, over ranks) · scale: none, given ·
+    lengths (response_lengths): absent, given · chunks of the vocabulary: off, even, one_over (the last of one column),
+    one_under (one column short), beyond (one chunk).
     """
 
     clamp: tuple[str, ...] = ("default",)
@@ -34,6 +38,8 @@ class VerlTopKCorner(drawing.Kinds):
     counts: tuple[str, ...] = ("local",)
     aggregation: tuple[str, ...] = ("token-mean",)
     scale: tuple[str, ...] = ("none",)
+    lengths: tuple[str, ...] = ("absent",)
+    chunks: tuple[str, ...] = ("off",)
     logits: tuple[str, ...] = ("normal", "flat", "peaked")
     size: tuple[str, ...] = ("small", "small", "small", "tall", "wide", "crowd")
     layout: tuple[str, ...] = ("contiguous",)
@@ -50,10 +56,19 @@ EVERYTHING = VerlTopKCorner(
     counts=("local", "global"),
     aggregation=AGGREGATIONS,
     scale=("none", "given"),
+    lengths=("absent", "given"),
+    chunks=("off", *CHUNKS),
     layout=("contiguous", "contiguous", "transposed", "strided", "offset", "sliced"),
     incoming=(1.0, 1.0, -0.5, 3.0),
 )
 """Every kind that a MUST may ask for at once."""
+
+
+def draw_chunk_size(source: Source, kind: str, vocabulary: int) -> int:
+    """Columns in a chunk; more than the vocabulary has where no size is of this kind."""
+    of = {"even": vocabulary, "one_over": vocabulary - 1, "one_under": vocabulary + 1, "beyond": 0}[kind]
+    sizes = [size for size in range(2, vocabulary) if of and of % size == 0]
+    return source.pick(sizes or (vocabulary + 1,))
 
 
 def draw(source: Source, corner: VerlTopKCorner, dtypes: Sequence[torch.dtype]) -> VerlTopKLossInput:
@@ -110,10 +125,16 @@ def draw(source: Source, corner: VerlTopKCorner, dtypes: Sequence[torch.dtype]) 
         global_batch_size=b + source.pick((3, 7)) if is_global else b,
         loss_scale_factor=source.pick((12.0, 100.0)) if source.pick(corner.scale) == "given" else None,
     )
+    lengths = drawing.lengths_of(mask) if source.pick(corner.lengths) == "given" else None
+    chunks = source.pick(corner.chunks)
+    if chunks != "off":
+        size = draw_chunk_size(source, chunks, extent.v)
+        training = replace(training, use_chunked_topk=True, chunked_topk_chunk_size=size)
     return VerlTopKLossInput(
         student_logits=drawing.separated(student, extent.k, dtype),
         teacher_logprobs=logprobs.to(wide),
         teacher_ids=ids,
         response_mask=mask,
         training=training,
+        response_lengths=lengths,
     )

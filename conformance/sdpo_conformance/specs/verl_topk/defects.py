@@ -103,6 +103,23 @@ def weighed_before_clamp(flow: Flow) -> Tensor:
     return found
 
 
+def in_chunks(last: Callable[[int, int], int]) -> Change:
+    """The normaliser by chunks of the vocabulary, of which the last starts below ``last`` (V, size)."""
+
+    def read(flow: Flow, loss_input: Any) -> None:
+        training = loss_input.training
+        flow.chunk = training.chunked_topk_chunk_size if training.use_chunked_topk else flow.z.shape[-1]
+
+    def logprobs(flow: Flow) -> Tensor:
+        z, size = flow.student, min(flow.chunk, flow.student.shape[-1])
+        starts = range(0, last(z.shape[-1], size), size) if size < z.shape[-1] else (0,)
+        parts = [z[..., start : start + size].logsumexp(-1) for start in starts]
+        found: Tensor = z - torch.stack(parts, dim=-1).logsumexp(-1, keepdim=True)
+        return found
+
+    return both(accepting(read), replacing(l=logprobs))
+
+
 # --- clamp ---
 
 
@@ -234,6 +251,12 @@ def counts(**changes: Callable[[Flow], Any]) -> Change:
     return accepting(change)
 
 
+def scale_from_lengths(flow: Flow, loss_input: Any) -> None:
+    """The largest length, where they are given, in place of T."""
+    if flow.scale is None and loss_input.response_lengths is not None:
+        flow.scale = max(int(loss_input.response_lengths.max()), 1)
+
+
 def local_tokens(flow: Flow) -> Tensor:
     found: Tensor = flow.mask.sum().clamp(min=1.0)
     return found
@@ -344,6 +367,20 @@ DIVERGENCE = (
         "SUP-2 DIV-1",
         "log-prob = logit - logsumexp over the whole vocabulary.",
         replacing(a=over_candidates),
+    ),
+    defect(
+        "last-column-left-out",
+        "A last chunk of one column is left out of the normaliser.",
+        "DIV-3",
+        "range(0, V, chunk size): a chunk starts wherever a column is left.",
+        in_chunks(lambda v, size: v - 1),
+    ),
+    defect(
+        "last-chunk-left-out",
+        "Columns behind the last whole chunk are left out of the normaliser.",
+        "DIV-3",
+        "range(0, V, chunk size): the last chunk is shorter than the others.",
+        in_chunks(lambda v, size: v - size + 1),
     ),
     defect(
         "normaliser-detached",
@@ -643,6 +680,20 @@ REDUCTION = (
         counts(sequences=local_rows),
     ),
     defect(
+        "norm-by-longest",
+        "seq-mean-token-sum-norm divides by the longest response, not by T.",
+        "RED-6",
+        "Divide by the width of response_mask, padding included.",
+        counts(scale=lambda flow: wrong.longest(flow.mask) if flow.scale is None else flow.scale),
+    ),
+    defect(
+        "norm-by-response-lengths",
+        "Where response_lengths is given, seq-mean-token-sum-norm divides by the largest of them, not by T.",
+        "RED-6",
+        "Divide by the width of response_mask, padding included.",
+        accepting(scale_from_lengths),
+    ),
+    defect(
         "scale-ignored",
         "loss_scale_factor is ignored.",
         "RED-6",
@@ -767,6 +818,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "reduction": (*REDUCTION, *common.mask_defects(defect)),
     "step": STEP,
     "metric": METRICS,
+    "kept": common.kept_defects(defect, "response_mask"),
     "plumbing": plumbing(),
 }
 

@@ -13,11 +13,11 @@ from torch import Tensor
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class VerlTopKTraining:
     """``log_prob_min_clamp`` and ``loss_max_clamp`` None: not applied. The last four name the whole batch, of which
     this call may see a part: tokens that count, sequences, data-parallel ranks, and the divisor of
-    seq-mean-token-sum-norm (None: T)."""
+    seq-mean-token-sum-norm (None: T). A trainer may write another batch's values into these options."""
 
     log_prob_min_clamp: float | None = -10.0
     loss_max_clamp: float | None = 10.0

@@ -20,6 +20,7 @@ from sdpo_conformance.specs.shared.loss_rules import (
     Views,
     divergence_rules,
     nothing_beside_the_count,
+    over_all_positions,
     ratio_rules,
     refuses,
     sampled_rules,
@@ -122,9 +123,6 @@ BROAD = NEUTRAL.but(
     rows=("absent", "some"),
     size=SMALL,
 )
-
-
-ANY_MODE = NEUTRAL.but(mode=ANY, alpha=("half", "inside", "zero", "one"))
 
 ANY_MODE = NEUTRAL.but(mode=ANY, alpha=("half", "inside", "zero", "one"))
 OLD_REQUIRED = Rule(
@@ -264,11 +262,11 @@ REDUCTION = (
     Rule(
         "LAS-RED-6",
         MUST,
-        "loss_agg_mode: row sums, row means (sum + 1e-8) or sums over T, as named",
+        "loss_agg_mode: row sums, row means (sum + 1e-8) or sums over T, padding included, as named",
         f"{CORE} 1061-1078",
         "an option that is silently ignored is believed",
         REDUCED.but(aggregation=AGGREGATIONS[1:], mask=("full", "ragged", "tiny")),
-        control=token_mean,
+        check=lambda subject, case: over_all_positions(subject, case, token_mean(case)),
     ),
     Rule(
         "LAS-RED-7",

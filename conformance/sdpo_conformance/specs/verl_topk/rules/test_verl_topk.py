@@ -12,9 +12,10 @@ from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.shared.autograd_rules import autograd_rules, limit_is_met, precision_rules
 from sdpo_conformance.specs.shared.garbage import filled, with_garbage
+from sdpo_conformance.specs.shared.loss_rules import over_all_positions
 from sdpo_conformance.specs.shared.micro_batch_rules import cut_rule, logged_is_trained
 from sdpo_conformance.specs.shared.rule import ALL, VALUE, Rule, as_test
-from sdpo_conformance.specs.verl_topk.corners import EVERYTHING, NEUTRAL
+from sdpo_conformance.specs.verl_topk.corners import CHUNKS, EVERYTHING, NEUTRAL
 from sdpo_conformance.specs.verl_topk.loss_input import AGGREGATIONS
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
@@ -161,6 +162,15 @@ RULES = (
         value_first=True,
     ),
     Rule(
+        "VTK-DIV-3",
+        MUST,
+        "use_chunked_topk changes how the normaliser is computed, not what it is, whatever the chunk size",
+        "verl/workers/config/distillation.py: use_chunked_topk, chunked_topk_chunk_size",
+        "a last chunk that is left out, or of one column, moves every log-prob",
+        NEUTRAL.but(chunks=CHUNKS, size=("small", "small", "wide")),
+        control=lambda case: case.with_training(use_chunked_topk=False),
+    ),
+    Rule(
         "VTK-CLAMP-1",
         MUST,
         "both log-probs are clamped from below at log_prob_min_clamp before exp",
@@ -303,11 +313,16 @@ RULES = (
     Rule(
         "VTK-RED-6",
         MUST,
-        "seq-mean-token-sum-norm divides by loss_scale_factor where it is given, else by T",
+        "seq-mean-token-sum-norm divides by loss_scale_factor where it is given, else by T, padding included",
         AGG,
         "a constant normaliser that is ignored",
-        REDUCED.but(aggregation="seq-mean-token-sum-norm", scale=("given", "none")),
-        control=lambda case: case.with_training(loss_scale_factor=None),
+        REDUCED.but(
+            aggregation="seq-mean-token-sum-norm",
+            scale=("given", "none"),
+            mask=("full", "ragged"),
+            lengths=("absent", "given"),
+        ),
+        check=lambda subject, case: over_all_positions(subject, case, case.with_training(loss_scale_factor=None)),
     ),
     cut_rule(
         "VTK-AGG-1",
