@@ -22,7 +22,7 @@ from sdpo_conformance.specs.claas.defects.parameter import Parameter, logarithmi
 from sdpo_conformance.specs.claas.defects.wrong_anchor import second_order_below
 from sdpo_conformance.specs.claas.defects.wrong_divergence import added_to_mass
 from sdpo_conformance.specs.claas.defects.wrong_factors import smoothed
-from sdpo_conformance.specs.claas.defects.wrong_fused import filtered, head_of_last_tile, overlapping
+from sdpo_conformance.specs.claas.defects.wrong_fused import counted_twice, filtered, head_of_last_tile, overlapping
 from sdpo_conformance.specs.claas.defects.wrong_hidden_states import tiled
 from sdpo_conformance.specs.claas.defects.wrong_reduction import floored_by_chunk
 
@@ -253,6 +253,7 @@ NUMBERS: Mapping[str, Parameter] = MappingProxyType(
         "denominator-floored-by-chunk": Parameter("chunk", floored_by_chunk, TILES, "16", whole=True),
         "head-gradient-of-last-tile": Parameter("tile", head_of_last_tile, TILES, "4 tokens", whole=True),
         "vocabulary-tile-overlaps": Parameter("tile", overlapping, TILES, "32", whole=True),
+        "vocabulary-tile-counted-twice": Parameter("tile", counted_twice, TILES, "32", whole=True),
         "softmax-gradient-filtered": Parameter("threshold", filtered, POWERS_OF_TWO, "0.000244", whole=True),
         "logprob-running-sum-not-rescaled": Parameter("tile", partial(tiled, own=True), TILES, "32", whole=True),
         "logprob-tile-sum-not-rescaled": Parameter("tile", partial(tiled, own=False), TILES, "16", whole=True),

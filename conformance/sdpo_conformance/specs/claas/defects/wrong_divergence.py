@@ -21,6 +21,7 @@ from sdpo_conformance.specs.claas.defects.loss_parts import (
     log_of,
     mix,
     renormalise,
+    student_distribution,
 )
 from sdpo_conformance.specs.claas.defects.sources import cite
 
@@ -203,6 +204,25 @@ def transposed(before: Part, w: Work) -> Tensor:
     """D made (T, B) and read as (B, T)."""
     found = before(w)
     return found.T.reshape(found.shape)
+
+
+def nothing_for_one(w: Work) -> Tensor:
+    """D of a support of one token taken for 0."""
+    return 0 * w.chosen if w.support.shape[-1] == 1 and not w.reverse else w.divergence
+
+
+def support_in_sixteen_bits(before: Callable[[Any], Work], loss_input: Any) -> Work:
+    """Ids of the support with their upper bits lost."""
+    w = before(loss_input)
+    w.support = w.support & 0xFFFF
+    return w
+
+
+def floor_under_grad(w: Work) -> Tensor:
+    """log q with the floor on its mass only where a gradient is made."""
+    if torch.is_grad_enabled() and w.z.requires_grad:
+        return student_distribution(w)
+    return w.l_k.log_softmax(-1)
 
 
 DEFECTS = (
@@ -451,6 +471,32 @@ DEFECTS = (
         fix="The divergence has no temperature.",
         change=around("student_at_support", lambda before, w: before(w) / 0.8),
         seen=cite("huggingface/trl#3029", "huggingface/trl#5731"),
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="divergence-of-one-token-skipped",
+        sentence="The divergence over a support of one token is taken for 0 without being computed.",
+        violates=("GJS-9",),
+        fix="Below a mass of 1e-8 one token's distribution is not 1: compute it as for any other support.",
+        change=replacing(per_token=nothing_for_one),
+        usable_for="Supports of two tokens or more.",
+        capabilities=DIVERGENCES,
+    ),
+    Defect(
+        name="support-ids-of-sixteen-bits",
+        sentence="Ids of the support are kept in 16 bits: from 65536 on they are other tokens.",
+        violates=("FUS-6", "GJS-1"),
+        fix="Keep ids in 32 or 64 bits.",
+        change=around("accept", support_in_sixteen_bits),
+        usable_for="Vocabularies of up to 65536 tokens.",
+    ),
+    Defect(
+        name="mass-floor-under-grad-alone",
+        sentence="Where no gradient is made, the student's support is renormalised without the floor on its mass.",
+        violates=("GRAD-6",),
+        fix="Compute the values in one way, whether or not a gradient is asked for.",
+        change=replacing(student_distribution=floor_under_grad),
+        usable_for="Training.",
         capabilities=DIVERGENCES,
     ),
     Defect(

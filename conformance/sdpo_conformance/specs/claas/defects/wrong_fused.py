@@ -127,6 +127,13 @@ def hidden_or_head(w: Work) -> Tensor:
     return project(w.z.detach() if w.head.requires_grad else w.z, w.head)
 
 
+def head_beside_hidden(w: Work) -> Tensor:
+    """Logits that pass gradient to the head only where the hidden states ask for one too."""
+    if w.head is None:
+        return w.z
+    return project(w.z, w.head if w.z.requires_grad else w.head.detach())
+
+
 def head_rows_of_support(w: Work, gradient: Tensor) -> Tensor:
     """The head's gradient in the rows of the supports alone."""
     kept = torch.zeros(gradient.shape[0], dtype=torch.bool, device=gradient.device)
@@ -157,6 +164,17 @@ def overlapping(tile: float) -> Change:
         twice = w.z[..., first:last]
         lse = torch.cat([w.z, twice], -1).logsumexp(-1, keepdim=True).detach()
         return w.z - valued(lse, ((w.z - lse).exp().detach() * w.z).sum(-1, keepdim=True))
+
+    return replacing(log_softmax=log_softmax)
+
+
+def counted_twice(tile: float) -> Change:
+    """The same with the gradient of what it adds up: what two tiles share pulls twice as well."""
+
+    def log_softmax(w: Work) -> Tensor:
+        width, size = w.z.shape[-1], int(tile)
+        first = max(0, width - size) if width % size else width
+        return w.z - torch.cat([w.z, w.z[..., first : width - width % size]], -1).logsumexp(-1, keepdim=True)
 
     return replacing(log_softmax=log_softmax)
 
@@ -246,6 +264,15 @@ DEFECTS = (
         violates=("IS-1", "KL-1", "FUS-6"),
         fix="Mask what the tile before has counted.",
         change=overlapping(32),
+        usable_for="Vocabularies of up to 32 tokens.",
+    ),
+    Defect(
+        name="vocabulary-tile-counted-twice",
+        sentence="The last tile of 32 columns begins earlier, to be full, and what it shares with the one before "
+        "counts twice in the logsumexp and in its gradient.",
+        violates=("IS-1", "KL-1", "FUS-6"),
+        fix="Mask what the tile before has counted.",
+        change=counted_twice(32),
         usable_for="Vocabularies of up to 32 tokens.",
     ),
     Defect(
@@ -368,6 +395,15 @@ DEFECTS = (
         fix="Return both gradients.",
         change=replacing(logits=hidden_or_head),
         usable_for="Frozen heads.",
+        capabilities=FUSED,
+    ),
+    Defect(
+        name="head-gradient-lost-with-hidden",
+        sentence="Where the hidden states ask for no gradient, the head gets none.",
+        violates=("FUS-3",),
+        fix="dD/dW where lm_head_weight.requires_grad, whatever the hidden states ask for.",
+        change=replacing(logits=head_beside_hidden),
+        usable_for="Frozen heads, and hidden states that ask for a gradient.",
         capabilities=FUSED,
     ),
     Defect(

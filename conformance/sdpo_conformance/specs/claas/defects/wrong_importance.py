@@ -38,6 +38,12 @@ def batch_mean(w: Work, values: Tensor) -> Tensor:
     return ((values * w.mask).sum() / w.mask.sum().clamp(min=1.0)).expand_as(values)
 
 
+def one_where_close(w: Work, nats: float = 1e-3) -> Tensor:
+    """0 for every token where no log-ratio is larger than ``nats``."""
+    found = log_ratio(w)
+    return torch.zeros_like(found) if bool((found.abs() <= nats).all()) else found
+
+
 def tile_start(length: int, tile: int) -> Tensor:
     """For each position the same place in the first tile."""
     return torch.arange(length) % tile
@@ -138,6 +144,14 @@ DEFECTS = (
         violates=("IS-3", "IS-4", "IS-5"),
         fix="The log-ratio is new minus old.",
         change=replacing(log_ratio=lambda w: (-difference(w)).clamp(-20, 20)),
+        usable_for=ON_POLICY,
+    ),
+    Defect(
+        name="ratio-one-where-close",
+        sentence="A batch whose log-ratios are all small is taken for on-policy: its ratio is 1.",
+        violates=("IS-3",),
+        fix=f"Compute the ratio for every batch. {APPLY_RATIO}",
+        change=replacing(log_ratio=one_where_close),
         usable_for=ON_POLICY,
     ),
     Defect(

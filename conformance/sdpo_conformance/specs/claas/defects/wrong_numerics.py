@@ -57,6 +57,13 @@ def ids_in_bfloat16(before: Callable[[Any], Work], loss_input: Any) -> Work:
     return w
 
 
+def about_support(w: Work, most: float) -> Tensor:
+    """l with a logsumexp in which no logit counts for more than ``most`` above support and response."""
+    near = torch.cat([w.support, w.y.unsqueeze(-1)], dim=-1)
+    top = w.z.detach().gather(-1, near).amax(-1, keepdim=True)
+    return w.z - top - (w.z - top).clamp(max=most).exp().sum(-1, keepdim=True).log()
+
+
 def logged_probabilities(logprobs: Tensor) -> Tensor:
     """log q by way of q: -inf where q underflows."""
     return renormalise(logprobs).exp().log()
@@ -114,6 +121,14 @@ DEFECTS = (
         change=replacing(weighted=lambda w: w.divergence if half(w) else weighted(w)),
         seen=cite("linkedin/Liger-Kernel#1082"),
         usable_for=FLOAT32_INPUT,
+    ),
+    Defect(
+        name="logsumexp-about-the-support",
+        sentence="The logsumexp is taken about the largest logit of support and response, and terms e^11 above it are "
+        "cut off.",
+        violates=("NUM-6", "NUM-1"),
+        fix="Take it about the row's maximum.",
+        change=replacing(log_softmax=lambda w: about_support(w, 11.0)),
     ),
     Defect(
         name="half-token-ids",

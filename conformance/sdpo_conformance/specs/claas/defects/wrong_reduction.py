@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,15 @@ def without_blanking(before: Callable[[Any], Work], loss_input: Any) -> Work:
     """Masked positions as they are: the mask is only multiplied in at the end."""
     del before
     return parts.accept(loss_input, clean=False)
+
+
+def cut_to_count(before: Callable[[Any], Work], loss_input: Any) -> Work:
+    """As many first columns as the fullest row's mask adds up to."""
+    w = before(loss_input)
+    kept = math.ceil(float(w.mask.sum(-1).max())) if w.mask.numel() else 0
+    for name in ("z", "tau", "support", "base", "old", "mask", "y"):
+        setattr(w, name, getattr(w, name)[:, :kept])
+    return w
 
 
 def permuted_rows(before: Callable[[Any], Work], loss_input: Any) -> Work:
@@ -341,6 +351,23 @@ DEFECTS = (
         fix="Keep mask, response ids and logits aligned.",
         change=around("accept", shifted_mask),
         seen=cite("Goekdeniz-Guelmez/mlx-lm-lora#80"),
+        usable_for=FULL_MASKS,
+    ),
+    Defect(
+        name="response-logprobs-squeezed",
+        sentence="The response's log-probs lose every dimension of size 1: with one token a row, (B,) meets (B, 1) and "
+        "becomes (B, B).",
+        violates=("RED-1",),
+        fix="squeeze(-1) after the gather.",
+        change=replacing(chosen=lambda w: parts.chosen(w).squeeze()),
+        usable_for="Responses of two tokens or more.",
+    ),
+    Defect(
+        name="batch-cut-to-longest-count",
+        sentence="The batch is cut to as many columns as the fullest row has tokens that count.",
+        violates=("RED-2", "RED-4"),
+        fix="Cut behind the last token that counts, if at all: a mask may be padded on the left and have holes.",
+        change=around("accept", cut_to_count),
         usable_for=FULL_MASKS,
     ),
     Defect(

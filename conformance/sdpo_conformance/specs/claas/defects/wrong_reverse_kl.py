@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sdpo_conformance.protocol import RKL_FLOOR_LOGPROB
 from sdpo_conformance.specs.claas.defects.defect import Defect, around, replacing
 from sdpo_conformance.specs.claas.defects.loss_parts import (
     Part,
@@ -81,6 +82,12 @@ def onehot_alone(w: Work) -> Tensor:
     """The surrogate whose gradient lacks the softmax."""
     own = w.z.gather(-1, w.y.unsqueeze(-1)).squeeze(-1)
     return valued(reverse_kl(w), (w.chosen - w.tau_y).detach() * own)
+
+
+def matched_as_given(w: Work) -> Tensor:
+    """tau_y where ids are alike in the dtype of what was given."""
+    match = w.support.to(w.given) == w.y.to(w.given).unsqueeze(-1)
+    return torch.where(match.any(-1), torch.where(match, w.tau, 0.0).sum(-1), RKL_FLOOR_LOGPROB)
 
 
 DEFECTS = (
@@ -279,6 +286,14 @@ DEFECTS = (
         fix="Ask whether any entry matches, not whether the sum over matches is non-zero.",
         change=replacing(teacher_at_response=zero_is_absent),
         usable_for="alpha < 1, and teachers that are nowhere certain.",
+    ),
+    Defect(
+        name="response-matched-in-half",
+        sentence="Response and support are compared after a cast to the logits' dtype: past 256 bfloat16 merges ids.",
+        violates=("NUM-2",),
+        fix="Compare ids as integers.",
+        change=replacing(teacher_at_response=matched_as_given),
+        usable_for="alpha < 1, float32 logits, and vocabularies of up to 256 tokens.",
     ),
     Defect(
         name="reverse-kl-outside-skipped",

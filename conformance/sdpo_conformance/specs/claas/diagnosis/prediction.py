@@ -44,9 +44,9 @@ NO_FIT = Fit(False, math.inf, frozenset())
 
 def deviation(got: Tensor, predicted: Tensor, bound: Tensor, eps: float) -> tuple[bool, float]:
     """Whether ``got`` is ``predicted`` up to rounding, and the largest deviation in parts of the largest number
-    predicted."""
+    predicted, or of what is lost beside the bound where all that is predicted is less."""
     close, off = likeness(got, predicted, bound, eps)
-    return close, share(off, largest(predicted.abs())) if predicted.numel() else off
+    return close, share(off, max(largest(predicted.abs()), eps * largest(bound))) if predicted.numel() else off
 
 
 def fit(predicted: Mapping[str, Tensor], observed: Observed) -> Fit:

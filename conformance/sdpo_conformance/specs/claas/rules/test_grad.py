@@ -339,11 +339,13 @@ def test_grad_6(subject: Subject) -> None:
 
     subject.for_all(corner_of(subject), check, share=0.3)
     seen_first = special_case(subject.entry, subject.widest, subject.seed, EVALUATED_FIRST)
+    seen_first = seen_first.with_training(**CONFIGURED_FIRST)
     subject.each([seen_first], lambda case: trained_after_evaluation(subject, case, check))
 
 
 EVALUATED_FIRST = Shape(b=2, t=6, v=29, k=11, h=14)
-"""No other input has this shape, so what is remembered by shape is made where no gradient is taken."""
+CONFIGURED_FIRST = {"alpha": 0.4307, "is_clip": 4.307, "kl_reg_weight": 0.04307}
+"""No other input has this shape or these numbers, so what is remembered by them is made where no gradient is taken."""
 
 
 def trained_after_evaluation(subject: Subject, case: LossCase, evaluate: Callable[[LossCase], object]) -> None:

@@ -34,6 +34,8 @@ from sdpo_conformance.specs.requirement import UPSTREAM, Level, requirement
 SOURCE = f"{UPSTREAM} compute_sdpo_loss, step 3"
 METRICS = ("mean_is_ratio", "clip_fraction")
 ANY_ALPHA = ("half", "inside", "one")
+BARELY = (1e-2, -1e-3, 9e-4, 9e-5, -9e-5)
+"""Nats between two policies that some take for one."""
 
 
 def judged(subject: Subject, corner: Corner, *aspects: str) -> None:
@@ -104,6 +106,15 @@ def with_unlikely_responses(case: LossCase) -> LossCase:
     moved = case.with_fields(student_logits=lowered)
     old = (moved.truth.chosen - 30.0).to(fields.old_student_logprobs.dtype)
     return moved.with_fields(old_student_logprobs=old)
+
+
+def barely_off_policy(case: LossCase) -> list[LossCase]:
+    """The case with every token counted and log-ratios that all have one sign and at most a given size: close to
+    on-policy is not on-policy."""
+    case = case.with_fields(response_mask=torch.ones_like(case.loss_input.response_mask))
+    chosen, dtype = case.truth.chosen, case.loss_input.old_student_logprobs.dtype
+    steps = torch.linspace(0.5, 1.0, chosen.numel(), dtype=torch.float64).reshape(chosen.shape)
+    return [case.with_fields(old_student_logprobs=(chosen + size * steps).to(dtype)) for size in BARELY]
 
 
 def exactly_at_the_cap(dtype: torch.dtype) -> LossCase:
@@ -187,9 +198,10 @@ def test_is_2(subject: Subject) -> None:
 def test_is_3(subject: Subject) -> None:
     corner = NEUTRAL.but(ratio=("below", "mild", "certain"), is_clip=("default", "high"))
     judged(subject, corner, *VALUE, "mean_is_ratio")
-    case = negative_zeros(special_case(subject.entry, subject.widest, subject.seed, anchor=0.0))
+    plain = special_case(subject.entry, subject.widest, subject.seed, anchor=0.0)
+    cases = [negative_zeros(plain), *barely_off_policy(plain)]
     aspects = (*VALUE, "mean_is_ratio", GRADIENT)
-    subject.each([case], lambda case: beside_the_clamp(subject, case, aspects, on_policy(case)))
+    subject.each(cases, lambda case: beside_the_clamp(subject, case, aspects, on_policy(case)))
 
 
 @requirement(

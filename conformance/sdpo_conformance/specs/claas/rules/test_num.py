@@ -146,6 +146,8 @@ def test_num_4(subject: Subject) -> None:
         reserved = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, support, True).scatter(-1, y, True)
         off = logits.masked_fill(~reserved & (torch.arange(logits.shape[-1]) % 2 == 0), -torch.inf)
         limit_is_met(subject, on_policy(case.with_fields(student_logits=off)), case)
+        alone = logits.masked_fill(~reserved, -torch.inf)
+        limit_is_met(subject, on_policy(case.with_fields(student_logits=alone)), case)
         inside = support[..., :1]
         holed = logits.scatter(-1, inside, -torch.inf)
         logits = torch.where((inside == y).expand_as(logits), logits, holed)
