@@ -476,7 +476,7 @@ DEFECTS = (
     Defect(
         name="divergence-of-one-token-skipped",
         sentence="The divergence over a support of one token is taken for 0 without being computed.",
-        violates=("GJS-9",),
+        violates=("GJS-8",),
         fix="Below a mass of 1e-8 one token's distribution is not 1: compute it as for any other support.",
         change=replacing(per_token=nothing_for_one),
         usable_for="Supports of two tokens or more.",
@@ -485,7 +485,7 @@ DEFECTS = (
     Defect(
         name="support-ids-of-sixteen-bits",
         sentence="Ids of the support are kept in 16 bits: from 65536 on they are other tokens.",
-        violates=("FUS-6", "GJS-1"),
+        violates=("NUM-1", "NUM-2"),
         fix="Keep ids in 32 or 64 bits.",
         change=around("accept", support_in_sixteen_bits),
         usable_for="Vocabularies of up to 65536 tokens.",

@@ -359,7 +359,7 @@ DEFECTS = (
         "becomes (B, B).",
         violates=("RED-1",),
         fix="squeeze(-1) after the gather.",
-        change=replacing(chosen=lambda w: parts.chosen(w).squeeze()),
+        change=both(around("accept", without_blanking), replacing(chosen=lambda w: parts.chosen(w).squeeze())),
         usable_for="Responses of two tokens or more.",
     ),
     Defect(

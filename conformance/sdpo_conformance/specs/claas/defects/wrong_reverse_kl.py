@@ -290,7 +290,7 @@ DEFECTS = (
     Defect(
         name="response-matched-in-half",
         sentence="Response and support are compared after a cast to the logits' dtype: past 256 bfloat16 merges ids.",
-        violates=("NUM-2",),
+        violates=("RKL-1", "RKL-2", "RKL-3"),
         fix="Compare ids as integers.",
         change=replacing(teacher_at_response=matched_as_given),
         usable_for="alpha < 1, float32 logits, and vocabularies of up to 256 tokens.",
