@@ -125,6 +125,8 @@ KINDS: Mapping[str, Kind] = {
     "kl_reg_weight = 0, the default, where every number is right.": lambda c: weight(c) == 0,
     "Vocabularies divisible by 16.": lambda c: c.vocabulary % 16 == 0,
     "Masks of zeros and ones.": lambda c: bool(((mask(c) == 0) | (mask(c) == 1)).all()) and not whole_mask(c),
+    "Vocabularies of up to 65536 tokens.": lambda c: c.vocabulary <= 65536,
+    "Supports of two tokens or more.": lambda c: support(c) > 1,
     "alpha = 0.5 only, where the two agree.": lambda c: alpha(c) == 0.5,
     "alpha = 0.5 and alpha = 1.": lambda c: alpha(c) == 0.5,
     "bfloat16 runs that bear its rounding.": lambda c: dtype(c) == torch.bfloat16,

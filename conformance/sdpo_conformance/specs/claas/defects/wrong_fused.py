@@ -403,7 +403,7 @@ DEFECTS = (
         violates=("FUS-3",),
         fix="dD/dW where lm_head_weight.requires_grad, whatever the hidden states ask for.",
         change=replacing(logits=head_beside_hidden),
-        usable_for="Frozen heads, and hidden states that ask for a gradient.",
+        usable_for="Frozen heads.",
         capabilities=FUSED,
     ),
     Defect(

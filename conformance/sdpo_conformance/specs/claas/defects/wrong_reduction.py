@@ -360,7 +360,7 @@ DEFECTS = (
         violates=("RED-1",),
         fix="squeeze(-1) after the gather.",
         change=both(around("accept", without_blanking), replacing(chosen=lambda w: parts.chosen(w).squeeze())),
-        usable_for="Responses of two tokens or more.",
+        usable_for=FULL_ROWS,
     ),
     Defect(
         name="batch-cut-to-longest-count",

@@ -293,7 +293,7 @@ DEFECTS = (
         violates=("RKL-1", "RKL-2", "RKL-3"),
         fix="Compare ids as integers.",
         change=replacing(teacher_at_response=matched_as_given),
-        usable_for="alpha < 1, float32 logits, and vocabularies of up to 256 tokens.",
+        usable_for=BELOW_ONE,
     ),
     Defect(
         name="reverse-kl-outside-skipped",
