@@ -16,7 +16,17 @@ from sdpo_conformance.specs.shared import catalogue as common
 from sdpo_conformance.specs.shared import stages
 from sdpo_conformance.specs.shared import wrong_stages as wrong
 from sdpo_conformance.specs.shared.defect import Maker, Parameter, SpecDefect, executable, named
-from sdpo_conformance.specs.shared.pipeline import Change, Flow, Stage, accepting, around, both, graded, replacing
+from sdpo_conformance.specs.shared.pipeline import (
+    LOG_ZERO,
+    Change,
+    Flow,
+    Stage,
+    accepting,
+    around,
+    both,
+    graded,
+    replacing,
+)
 
 WORDS = {"topk": "gkd_logits_topk", "alpha": "beta", "add_tail": "", "clip": "", "old": ""}
 defect = Maker("ms-swift", "MSS", PIPELINE, WORDS)
@@ -87,6 +97,21 @@ def column_major_ids(before: Stage, flow: Flow) -> Tensor | None:
 
 
 # --- support, distributions ---
+
+
+def ties_on_support(before: Stage, flow: Flow) -> Tensor | None:
+    """Every teacher logit at or above the k-th largest."""
+    flow.inside = None
+    if flow.ids is not None or flow.k is None or flow.k >= flow.teacher_rows.shape[-1]:
+        return before(flow)
+    ids, flow.inside = wrong.at_or_above(flow.teacher_rows, flow.k)
+    return ids
+
+
+def only_inside(before: Stage, flow: Flow) -> Tensor:
+    """Nothing where a row has fewer of them than others."""
+    found: Tensor = before(flow)
+    return found if flow.inside is None else found.masked_fill(~flow.inside, LOG_ZERO)
 
 
 def students_support(before: Stage, flow: Flow) -> Tensor | None:
@@ -375,6 +400,15 @@ SUPPORT = (
         "SUP-2",
         "Keep the {topk} largest raw teacher logits.",
         around("support", whole),
+    ),
+    defect(
+        "ties-on-support",
+        "Every teacher logit at or above the k-th largest is kept: where some are equal there are more than {topk}.",
+        "SUP-2",
+        "Take topk's indices, not a threshold: {topk} of them, whichever of equal logits.",
+        both(
+            around("support", ties_on_support), around("teacher_raw", only_inside), around("student_raw", only_inside)
+        ),
     ),
     defect(
         "topk-of-wider-vocabulary",

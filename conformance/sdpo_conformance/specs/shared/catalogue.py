@@ -58,6 +58,14 @@ def support_defects(make: Make) -> tuple[SpecDefect, ...]:
             wrong.with_k(lambda k: k + 1),
         ),
         make(
+            "ties-on-support",
+            "Every token at or above the k-th largest logit is on the support: where some are equal it has more than "
+            "{topk}.",
+            "SUP-2",
+            "Take topk's indices, not a threshold: K = min({topk}, V), whichever of equal logits.",
+            wrong.with_ties(),
+        ),
+        make(
             "constant-k",
             "{topk} is ignored: the support has a size of its own.",
             "SUP-2",

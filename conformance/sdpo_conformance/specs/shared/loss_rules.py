@@ -109,6 +109,28 @@ class Views:
         low = logits.amin(-1, keepdim=True) - (12.0 if logits.dtype == torch.float16 else 40.0)
         return case.with_fields(teacher_logits=logits.scatter(-1, y, low))
 
+    def tied(self, case: Any) -> Any | None:
+        """The student's first logit off the support raised to the last one on it, the teacher's two made alike:
+        whichever of them is on the support, the value is one. None where nothing is off the support."""
+        fields, support = case.loss_input, case.truth.aside["support"]
+        if support.shape[-1] == case.vocabulary:
+            return None
+        last, first = ends_of(fields.student_logits, support)
+        changes = {
+            name: logits.scatter(-1, first, logits.gather(-1, last))
+            for name, logits in (
+                ("student_logits", fields.student_logits),
+                ("teacher_logits", fields.teacher_logits),
+            )
+        }
+        return self.on_policy(case.with_fields(**changes))
+
+    def of_that_size(self, subject: Subject, case: Any) -> None:
+        """The support as it is, and where logits are equal at its end."""
+        subject.agrees(case, ALL, control=[self.whole(case)])
+        if (tied := self.tied(case)) is not None:
+            subject.agrees(tied, VALUE, control=[self.whole(tied)])
+
     def derivative(self, subject: Subject, case: Any) -> None:
         """The gradient. A wrong value is another rule's finding; so is a gradient that is right over the whole
         vocabulary, and over a support with a tail or without."""
@@ -130,6 +152,12 @@ class Views:
             found.secondary = fades(subject, case, VALUE, found.excess)
             raise
         subject.agrees(self.with_unlikely_teacher(case), VALUE, control=[case])
+
+
+def ends_of(logits: torch.Tensor, support: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(..., 1) ids: of the smallest logit on the support, and of the largest off it."""
+    last = support.gather(-1, logits.gather(-1, support).argmin(-1, keepdim=True))
+    return last, logits.scatter(-1, support, -torch.inf).argmax(-1, keepdim=True)
 
 
 def refuses(subject: Subject, case: Any, what: str) -> None:
@@ -175,11 +203,11 @@ def support_rules(v: Views) -> tuple[Rule, ...]:
         Rule(
             f"{v.prefix}-SUP-2",
             MUST,
-            f"the support has min({v.words['topk']}, V) tokens",
+            f"the support has min({v.words['topk']}, V) tokens, where logits are equal at its end too",
             v.sources["support"],
             f"a size of its own makes {v.words['topk']} an option without effect",
             neutral.but(mode=FOCUSED, support=v.supports, size=SMALL),
-            control=v.whole,
+            check=v.of_that_size,
         ),
         Rule(
             f"{v.prefix}-SUP-3",

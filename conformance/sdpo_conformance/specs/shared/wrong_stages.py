@@ -12,6 +12,7 @@ from torch import Tensor
 from sdpo_conformance.specs.shared import stages
 from sdpo_conformance.specs.shared.drawing import lengths_of
 from sdpo_conformance.specs.shared.pipeline import (
+    LOG_ZERO,
     Change,
     Flow,
     Pipeline,
@@ -56,6 +57,31 @@ def with_k(change: Callable[[int], int]) -> Change:
         return found
 
     return around("support", support)
+
+
+def at_or_above(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ids of as many largest logits as any row has at or above its k-th largest, and which of them are."""
+    least = logits.topk(k, dim=-1).values[..., -1:]
+    most = int((logits >= least).sum(-1).max()) if logits.numel() else k
+    values, ids = logits.topk(most, dim=-1)
+    return ids, values >= least
+
+
+def with_ties() -> Change:
+    """Every logit at or above the k-th largest is on the support."""
+
+    def support(before: Stage, flow: Flow) -> Tensor:
+        flow.inside = None
+        if flow.k is None or flow.k >= flow.student.shape[-1] or getattr(flow, "served", False):
+            return before(flow)
+        ids, flow.inside = at_or_above(flow.student.detach(), flow.k)
+        return ids
+
+    def only_inside(before: Stage, flow: Flow) -> Tensor:
+        found: Tensor = before(flow)
+        return found if flow.inside is None else found.masked_fill(~flow.inside, LOG_ZERO)
+
+    return both(around("support", support), around("a", only_inside), around("b", only_inside))
 
 
 def capped_whole(flow: Flow) -> Tensor:

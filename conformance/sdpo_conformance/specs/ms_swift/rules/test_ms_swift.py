@@ -14,7 +14,7 @@ from sdpo_conformance.specs.ms_swift.loss_input import INACTIVE
 from sdpo_conformance.specs.ms_swift.pipeline import active
 from sdpo_conformance.specs.requirement import Level
 from sdpo_conformance.specs.shared.autograd_rules import autograd_rules, limit_is_met, precision_rules
-from sdpo_conformance.specs.shared.loss_rules import refuses
+from sdpo_conformance.specs.shared.loss_rules import ends_of, refuses
 from sdpo_conformance.specs.shared.micro_batch_rules import cut_rule
 from sdpo_conformance.specs.shared.rule import ALL, LOSS, VALUE, Rule, as_test
 
@@ -44,6 +44,31 @@ def normalised(case: Any) -> Any:
         return case
     given = fields.teacher_topk_logprobs
     return case.with_fields(teacher_topk_logprobs=given.double().log_softmax(-1).to(given.dtype))
+
+
+def tied(case: Any) -> Any | None:
+    """The teacher's first logit off the support raised to the last one on it, the student's two made alike at the
+    positions paired with it: whichever is kept, the value is one. None where all are kept."""
+    fields, k = case.loss_input, case.training.gkd_logits_topk
+    teacher = fields.teacher_logits
+    if k is None or k >= teacher.shape[-1]:
+        return None
+    last, first = ends_of(teacher, teacher.topk(k, dim=-1).indices)
+    student, here, there = fields.student_logits.clone(), active(fields.labels), active(fields.teacher_labels)
+    student[here] = student[here].scatter(-1, first[there], student[here].gather(-1, last[there]))
+    return case.with_fields(teacher_logits=teacher.scatter(-1, first, teacher.gather(-1, last)), student_logits=student)
+
+
+def of_that_size(subject: Subject, case: Any) -> None:
+    """The support as it is, and where teacher logits are equal at its end."""
+    subject.agrees(case, ALL, control=[untopped(case)])
+    if (equal := tied(case)) is not None:
+        subject.agrees(equal, VALUE, control=[untopped(equal)])
+
+
+def untopped(case: Any) -> Any:
+    """All of the teacher's logits."""
+    return case.with_training(gkd_logits_topk=None)
 
 
 def at_half(case: Any) -> Any:
@@ -213,11 +238,11 @@ RULES = (
     Rule(
         "MSS-SUP-2",
         MUST,
-        "gkd_logits_topk keeps that many of the raw teacher logits; None keeps all",
+        "gkd_logits_topk keeps that many of the raw teacher logits, where some are equal too; None keeps all",
         f"{LOSS_FILE} 62-73; {TRAINER} 109-110",
         "an option that is silently ignored is believed",
         NEUTRAL.but(teacher=("local", "local_smaller", "full"), support=("few", "one", "many")),
-        control=lambda case: case.with_training(gkd_logits_topk=None),
+        check=of_that_size,
     ),
     Rule(
         "MSS-SUP-3",
