@@ -396,7 +396,7 @@ CALLS: Mapping[str, Callable[[Call], bool]] = {
     **equal("samples", lambda c: len(c.samples), 1, 2, 3, 4, 5, 6, 7, 9),
     **past("samples", lambda c: len(c.samples), 3, 8, 10, 12, 16),
     **equal("steps_per_batch", lambda c: c.training.steps_per_batch, 1, 2, 3, 4, 5, 6),
-    **past("steps_per_batch", lambda c: c.training.steps_per_batch, 4, 6, 8),
+    **past("steps_per_batch", lambda c: c.training.steps_per_batch, 4, 6, 8, 10, 20),
     **equal("learning_rate", lambda c: c.training.learning_rate, 3e-5, 0.1),
     "learning_rate < 1e-4": lambda c: c.training.learning_rate < 1e-4,
     "learning_rate > 0.01": lambda c: c.training.learning_rate > 0.01,

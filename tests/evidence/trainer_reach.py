@@ -14,9 +14,17 @@ from tests.evidence.predicates import CALLS, SAMPLES, Call, InBatch
 
 from sdpo_conformance.protocol import Sample, TrainingConfig
 from sdpo_conformance.trainer.models import ModelSpec, build
-from sdpo_conformance.trainer.scenarios import BFLOAT16, SCENARIOS, UNRECORDED, WIDER, Scenario, samples_of
+from sdpo_conformance.trainer.scenarios import (
+    BFLOAT16,
+    SCENARIOS,
+    UNRECORDED,
+    WIDER,
+    Scenario,
+    samples_of,
+    wider_in_bfloat16,
+)
 
-ALL: tuple[Scenario, ...] = (*SCENARIOS, UNRECORDED, BFLOAT16, *WIDER)
+ALL: tuple[Scenario, ...] = (*SCENARIOS, UNRECORDED, BFLOAT16, *WIDER, *wider_in_bfloat16())
 
 
 @lru_cache(maxsize=1)

@@ -64,7 +64,9 @@ class ModelSpec:
 
     gemma2 caps its logits, cohere scales them, the head of phi has a bias. ``head``: "frozen", with "lora" of its
     own, or a trainable copy "saved" with the adapter (``modules_to_save``). ``dora``: the adapter learns magnitudes
-    too. ``lora_alpha`` scales what the adapter adds, over the rank, or with ``rslora`` its root. ``embedding``:
+    too. ``lora_alpha`` scales what the adapter adds, over the rank, or with ``rslora`` its root. ``gain``: both factors
+    are this many times larger and their product's scaling is smaller by its square, so that the adapter adds the same
+    and every gradient is this many times smaller; a power of two changes no rounding. ``embedding``:
     "frozen", with "lora" of its own, or with a few trainable rows, "tokens". ``fresh``: B is next to 0, as every
     adapter begins. ``beside``: the model holds two more adapters, which are not active. ``adapter``: the active one's
     name. ``attention``: transformers' implementation; eager has the same sums whatever kernels a machine has.
@@ -85,6 +87,7 @@ class ModelSpec:
     head: Head = "frozen"
     dora: bool = False
     lora_alpha: int = LORA_ALPHA
+    gain: int = 1
     rslora: bool = False
     embedding: Embedding = "frozen"
     fresh: bool = False
@@ -100,6 +103,7 @@ class ModelSpec:
         more = {"lora": ", LoRA on the head", "saved": ", a trainable head", "frozen": ""}[self.head]
         more += ", DoRA" if self.dora else ""
         more += ", rsLoRA" if self.rslora else ""
+        more += f", LoRA's factors {self.gain} times larger" if self.gain != 1 else ""
         more += {"lora": ", LoRA on the embedding", "tokens": ", trainable token rows", "frozen": ""}[self.embedding]
         more += ", B next to 0" if self.fresh else ""
         more += ", two more adapters beside" if self.beside else ""
@@ -185,7 +189,7 @@ def lora_arguments(spec: ModelSpec) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "r": LORA_RANK,
-        "lora_alpha": spec.lora_alpha,
+        "lora_alpha": spec.lora_alpha / spec.gain**2 if spec.gain != 1 else spec.lora_alpha,
         "lora_dropout": 0.0,
         "target_modules": modules,
         "fan_in_fan_out": spec.family == "gpt2",
@@ -271,12 +275,12 @@ def pristine(spec: ModelSpec) -> Any:
 def scaled(name: str, draw: Tensor, spec: ModelSpec) -> Tensor:
     """Standard normal draws, scaled to what the parameter of this name is for."""
     if "lora_B" in name or "lora_embedding_B" in name:
-        return (NEXT_TO_ZERO if spec.fresh else LORA_B_SCALE) * LORA_ALPHA / spec.lora_alpha * draw
+        return spec.gain * (NEXT_TO_ZERO if spec.fresh else LORA_B_SCALE) * LORA_ALPHA / spec.lora_alpha * draw
     if draw.dim() == 1:
         return 1 + 0.1 * draw if "norm" in name or "ln_" in name else 0.1 * draw
     if "lm_head" in name or "embed" in name or "wte" in name or "wpe" in name:
         return LOGIT_SCALE / math.sqrt(spec.hidden) * draw
-    return 1.5 / math.sqrt(spec.hidden) * draw
+    return (spec.gain if "lora_A" in name else 1) * 1.5 / math.sqrt(spec.hidden) * draw
 
 
 def set_magnitudes(module: Any) -> None:

@@ -36,6 +36,13 @@ LARGEST_CAP = 1e6
 UNLIKELY = -15.0
 """What a sampler records at most for the token of a response that is the policy's least likely."""
 
+BELOW = 16.0
+"""Nats below the policy's own log-prob that a sampler recorded, where its log-probs lie ``between`` bfloat16's: from 16
+to 32 two of these are an eighth apart."""
+
+BETWEEN_UNITS = 0.45
+"""Of a unit in bfloat16's last place: how far above the next lower value such a log-prob lies."""
+
 LONG = 32
 """Responses up to this long are sampled token by token."""
 
@@ -62,6 +69,9 @@ class Scenario:
 
     ``close``: samples that other software recorded under the same policy, log-probs off by hundredths of a nat.
 
+    ``between``: every recorded log-prob lies far below the policy's own and nearly half-way between two values of
+    bfloat16, so that rounding lowers all of them: the ratio is off by 5 % and more, one way for every token.
+
     ``refusable``: a setting that a trainer may refuse, in words.
 
     ``history``: what the trainer was run on before: "another" model with the same batch, or the "same" one with the
@@ -86,6 +96,7 @@ class Scenario:
     special: bool = False
     without_feedback: tuple[int, ...] = ()
     close: tuple[int, ...] = ()
+    between: bool = False
     refusable: str = ""
     history: tuple[Literal["another", "same"], ...] = ()
 
@@ -413,6 +424,30 @@ WIDER: tuple[Scenario, ...] = (
         seed=31,
     ),
     Scenario(
+        name="between",
+        shows="recorded log-probs that half precision does not hold: those of bfloat16 are half a unit away, one way "
+        "for all; a high cap",
+        model=small("qwen3", 38),
+        training=TrainingConfig(
+            learning_rate=5e-3, is_clip=1e9, kl_reg_weight=0.1, teacher_top_k=43, max_grad_norm=1e9
+        ),
+        lengths=((5, 8, 32), (4, 6, 32)),
+        sampler="mismatched",
+        between=True,
+        seed=38,
+    ),
+    Scenario(
+        name="many_steps",
+        shows="24 steps, all with a gradient below 1e-3, after each of which the policy moves all the same",
+        model=small("llama", 37, gain=256),
+        training=TrainingConfig(
+            learning_rate=0.5, alpha=0.01, kl_reg_weight=1e-3, teacher_top_k=12, steps_per_batch=24
+        ),
+        lengths=((3, 5, 6),),
+        sampler="mismatched",
+        seed=37,
+    ),
+    Scenario(
         name="alone",
         shows="one sample of which nothing was recorded, one step, after a call on this model; a prompt and a response "
         "of 64 tokens; alpha next to 0; trainable token rows",
@@ -443,6 +478,12 @@ def within_claims(scenario: Scenario, claims: Claims) -> Scenario:
     history = tuple(call for call in scenario.history if call == "another")
     nearly = tuple(one for one in scenario.nearly if one[2] != "recorded")
     return replace(scenario, training=training, sampler="exact", certain=False, history=history, nearly=nearly)
+
+
+def wider_in_bfloat16() -> tuple[Scenario, ...]:
+    """What a trainer meets besides with a bfloat16 base: recorded log-probs that this dtype does not hold."""
+    found = (in_dtype(scenario, "bfloat16") for scenario in WIDER if scenario.between)
+    return tuple(replace(scenario, name=f"{scenario.name}_bfloat16") for scenario in found)
 
 
 def in_dtype(scenario: Scenario, dtype: str) -> Scenario:
@@ -588,6 +629,8 @@ def recording(
     own = student_logprobs(model, sample)[0]
     if scenario.sampler == "exact":
         return own.float().tolist()
+    if scenario.between:
+        return between_bfloat16(own - BELOW).float().tolist()
     log_cap = math.log(min(scenario.training.is_clip, LARGEST_CAP))
     log_ratio = (CLOSE if close else MISMATCH) * torch.randn(own.shape, generator=generator, dtype=torch.float64)
     if close:
@@ -607,6 +650,12 @@ def recording(
     if scenario.ruled_out:
         recorded[1] = -math.inf
     return recorded.tolist()
+
+
+def between_bfloat16(values: Tensor) -> Tensor:
+    """Negative values lowered by less than a unit of bfloat16, to where rounding lowers them."""
+    unit = torch.finfo(torch.bfloat16).eps * torch.exp2(torch.log2(-values).floor())
+    return (torch.floor(values / unit) + BETWEEN_UNITS) * unit
 
 
 def sampled_otherwise(samples: Sequence[Sample]) -> tuple[Sample, ...]:

@@ -42,7 +42,8 @@ class Run:
     """What the parts share during one call. ``step`` counts from 1; ``losses`` and ``results`` are the present
     step's, per sample; ``metrics`` those reported so far; ``kept``: what a part leaves for later; ``read``: the logits
     of a forward without gradient, where they may be known already; ``earlier``: in a replay the model that the first
-    call of all on this batch was on, where that was another."""
+    call of all on this batch was on, where that was another; ``dtype``: the base's, in a replay the observed model's.
+    """
 
     model: Any
     training: Any
@@ -57,6 +58,7 @@ class Run:
     forward: Callable[[Run, Tensor, Tensor], Tensor] | None = None
     read: Callable[[Tensor, Tensor], Tensor] | None = None
     earlier: Any = None
+    dtype: torch.dtype = torch.float32
 
 
 # --- one forward ---
@@ -251,7 +253,9 @@ def distill(
     device = next(model.parameters()).device
     batch = [prepared(sample, device) for sample in samples]
     model.train()
-    run = Run(model, training, [p for p in model.parameters() if p.requires_grad], batch, forward=parts.forward)
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    base = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    run = Run(model, training, adapter, batch, forward=parts.forward, dtype=base)
     for one in batch:
         one.mask = parts.mask(run, one)
         one.base = parts.base(run, one)

@@ -15,6 +15,7 @@ from sdpo_conformance.specs.claas.defects.wrong_trainer import ONE_SAMPLE, REFRE
 
 Refresh = Callable[[Run], None]
 CHUNKS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64, 128, 256)
+NORMS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 MOVES = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 EVERY_SAMPLE = "Refresh every sample after every step but the last."
 
@@ -94,6 +95,17 @@ def up_to(length: Callable[[list[int]], int], kept: bool) -> Refresh:
 def where_rate_is(least: float) -> Refresh:
     """Only where the learning rate is not thought too small for it."""
     return lambda run: right.refresh(run) if run.training.learning_rate >= least else None
+
+
+def keeping_norm(run: Run) -> float:
+    """Clips as it should; the norm before is kept."""
+    run.kept["norm"] = norm = right.clip(run)
+    return norm
+
+
+def where_norm_is(least: float) -> Refresh:
+    """Only where the gradient is not thought too small for the weights to have moved."""
+    return lambda run: right.refresh(run) if run.kept["norm"] >= least else None
 
 
 def into_one_buffer(run: Run) -> None:
@@ -326,6 +338,18 @@ DEFECTS = (
         trainer(refresh=where_rate_is(1e-4)),
         (),
         STEP_ONE,
+    ),
+    numbered(
+        "refresh-skipped-at-small-gradients",
+        "There is no refresh after a step whose gradient's norm is below 0.001.",
+        ("STEP-2", "STEP-3"),
+        "Refresh after every step but the last: AdamW moves each weight by about the learning rate, however small the "
+        "gradient.",
+        "below",
+        lambda least: TrainerParts(clip=keeping_norm, refresh=where_norm_is(least)),
+        NORMS,
+        0.001,
+        whole=True,
     ),
     loop(
         "refresh-into-one-buffer",

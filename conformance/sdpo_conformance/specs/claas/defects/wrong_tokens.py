@@ -162,6 +162,12 @@ def recorded_through(change: Callable[[Tensor], Tensor]) -> Recorded:
     return first_behaviour
 
 
+def in_models_dtype(run: Run, one: Prepared) -> Tensor:
+    """Recorded log-probs in the dtype of the base's weights; what stands in for them is not."""
+    found = right.first_behaviour(run, one)
+    return found if one.recorded is None else found.to(run.dtype).to(found.dtype)
+
+
 def unattended_tokens() -> list[Defect]:
     """Every way to make an attention mask from token ids."""
     tokens: dict[str, tuple[str, forwards.Token]] = {
@@ -440,6 +446,22 @@ DEFECTS = (
         ("STEP-1",),
         "Keep log-probs in float32.",
         trainer(first_behaviour=recorded_through(lambda values: values.bfloat16().to(values.dtype))),
+    ),
+    loop(
+        "sampler-logprobs-in-model-dtype",
+        "What the sampler recorded is kept in the dtype of the model's weights.",
+        ("STEP-1",),
+        "Keep log-probs in float32.",
+        trainer(first_behaviour=in_models_dtype),
+        (),
+        "Models in float32.",
+    ),
+    loop(
+        "sampler-logprobs-in-float16",
+        "What the sampler recorded is kept in float16.",
+        ("STEP-1",),
+        "Keep log-probs in float32.",
+        trainer(first_behaviour=recorded_through(lambda values: values.half().to(values.dtype))),
     ),
     numbered(
         "sampler-logprobs-rounded",

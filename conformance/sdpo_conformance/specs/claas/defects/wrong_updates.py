@@ -41,6 +41,21 @@ def cosine(run: Run) -> float:
     return 0.5 * (1 + math.cos(math.pi * (run.step - 1) / run.training.steps_per_batch))
 
 
+TENTH = 10
+"""Parts of all steps, in one of which a schedule warms up or decays."""
+
+
+def late(run: Run) -> float:
+    """1, and in the last tenth of the steps falling to 0 behind the last."""
+    steps = run.training.steps_per_batch
+    return min(1.0, (steps - run.step + 1) / max(1, steps // TENTH))
+
+
+def early(run: Run) -> float:
+    """Rising over the first tenth of the steps, where that is more than one, then 1."""
+    return min(1.0, run.step / max(1, run.training.steps_per_batch // TENTH))
+
+
 def by_kind(**of_b: Any) -> Callable[[Run, Any], Any]:
     """The lora_B parameters in a group with other settings."""
 
@@ -290,6 +305,26 @@ DEFECTS = (
         trainer(before_step=at_rate(lambda run: run.step / run.training.steps_per_batch)),
         (),
         STEP_ONE,
+    ),
+    loop(
+        "learning-rate-falls-late",
+        "The learning rate is the config's until the last steps, over which it falls: the last tenth in the "
+        "executable form.",
+        ("STEP-10",),
+        NO_SCHEDULE,
+        trainer(before_step=at_rate(late)),
+        (),
+        "Few steps: up to 19 in the executable form.",
+    ),
+    loop(
+        "learning-rate-rises-early",
+        "The learning rate rises over the first steps and is the config's from there on: over the first tenth in the "
+        "executable form.",
+        ("STEP-10",),
+        NO_SCHEDULE,
+        trainer(before_step=at_rate(early)),
+        (),
+        "Few steps: up to 19 in the executable form.",
     ),
     loop(
         "learning-rate-scheduled",

@@ -237,12 +237,10 @@ def of_trainer(failed: Sequence[Record], where: str) -> tuple[list[str], dict[st
         same = dict.fromkeys((found.defect.name, *found.alike))
         found = replace(found, defect=update, alike=tuple(one for one in same if one != update.name))
     if found.defect is None:
-        anchor = stated(failed)
-        if anchor is not None:
-            return [
-                f"{anchor.name}: its kl_reg is the one reported{where}",
-                f"{anchor.sentence} Fix: {anchor.fix}",
-            ], None
+        loop = stated(failed)
+        if loop is not None:
+            what = "kl_reg is the one" if loop.name.startswith("base-") else "metrics are those"
+            return [f"{loop.name}: its {what} reported{where}", f"{loop.sentence} Fix: {loop.fix}"], None
         if update is not None and (not found.wrong or update.name in STRUCTURAL):
             must = sum(one.level is Level.MUST for one in failed)
             named = sum(one.failure.get("mistake") == update.name for one in failed)

@@ -74,7 +74,7 @@ def reported(failed: Sequence[Record]) -> tuple[list[NamedMetrics], tuple[str, .
 
 
 def stated(failed: Sequence[Record]) -> Defect | None:
-    """The anchor that a wrong kl_reg equals, where a finding of the metrics names one."""
+    """The loop whose values wrong metrics are, where a finding of the metrics names one."""
     for record in failed:
         name = str(record.failure.get("mistake"))
         if record.failure.get("shows") == "metric" and name in catalogue():

@@ -30,6 +30,7 @@ from sdpo_conformance.trainer.scenarios import (
     in_dtype,
     reseeded,
     samples_of,
+    wider_in_bfloat16,
     within_claims,
 )
 
@@ -59,8 +60,8 @@ def scenarios(subject: Subject, wider: bool = False) -> Iterator[list[Scenario]]
         if name in subject.dtypes and not chosen:
             kept = WIDER if wider else (*SCENARIOS, UNRECORDED)
             chosen = tuple(in_dtype(scenario, name) for scenario in kept)
-    if "bfloat16" in subject.dtypes and not wider:
-        chosen = (*chosen, BFLOAT16)
+    if "bfloat16" in subject.dtypes:
+        chosen = (*chosen, *(wider_in_bfloat16() if wider else (BFLOAT16,)))
     if not chosen and not wider:
         pytest.skip(f"no trainer is judged in {', '.join(subject.dtypes)}: only float32, float64 and bfloat16")
     rounds = max(1, subject.profile.examples // EXAMPLES_PER_ROUND)

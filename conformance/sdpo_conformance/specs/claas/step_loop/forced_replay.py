@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from sdpo_conformance.cases.precision import DTYPES
 from sdpo_conformance.specs.claas.defects import step_loop_variants as right
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.step_loop_variants import (
@@ -126,6 +127,7 @@ def started(parts: TrainerParts, forced: Forced) -> Run:
         forward=parts.forward,
         read=forced.read,
         earlier=ground.earlier,
+        dtype=DTYPES[ground.scenario.model.dtype],
     )
     alone = "forward" not in other
     for one, known, recorded in zip(batch, ground.prepared, ground.recorded, strict=True):

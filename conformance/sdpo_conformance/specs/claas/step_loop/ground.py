@@ -59,7 +59,8 @@ class Ground:
     def from_weights(self, weights: Weights) -> Ground:
         """This ground for a run that began at other adapter weights, as a later call on one model does."""
         other = copy(self)
-        other.__dict__.pop("run", None)
+        for known in ("run", "first"):
+            other.__dict__.pop(known, None)
         other.start = weights
         other.recorded = [recorded_logprobs(other.at(weights), sample) for sample in other.samples]
         return other
@@ -92,6 +93,11 @@ class Ground:
         """Each sample's response log-probs (1, T) under these weights."""
         model = self.at(weights)
         return [student_logprobs(model, sample) for sample in self.samples]
+
+    @cached_property
+    def first(self) -> Moment:
+        """The first step, at the weights that the run begins with."""
+        return Moment(self, [self.start])
 
     @cached_property
     def run(self) -> tuple[list[Mapping[str, float]], Weights]:

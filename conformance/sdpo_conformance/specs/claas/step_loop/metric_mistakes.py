@@ -55,11 +55,18 @@ class MetricMistake:
 @dataclass(frozen=True)
 class MetricMistakes:
     """``named``: the mistakes found; ``rest``: metrics that are wrong otherwise; ``anchor``: where kl_reg is one of
-    them, the loop with a wrong anchor that all its values are: with kl_reg_weight = 0 no gradient shows it."""
+    them, the loop with a wrong anchor that all its values are: with kl_reg_weight = 0 no gradient shows it;
+    ``recorded``: where half precision alone shows anything, and in metrics, the loop that rounds what the sampler
+    recorded and reports all of them."""
 
     named: tuple[MetricMistake, ...] = ()
     rest: tuple[str, ...] = ()
     anchor: StepExplanation | None = None
+    recorded: StepExplanation | None = None
+
+    def loop_of(self, key: str) -> StepExplanation | None:
+        """The loop whose values a metric has."""
+        return self.recorded or (self.anchor if key == "kl_reg" and self.of(key) is None else None)
 
     def of(self, key: str) -> MetricMistake | None:
         """The mistake that a metric is."""
@@ -156,7 +163,7 @@ def metric_mistakes(runs: Sequence[JudgedRun]) -> MetricMistakes:
     wrong, telling = wrong_values(runs), wrong_values([run for run in runs if not in_half(run)])
     open_keys = {key for key, count in telling.items() if count >= FEWEST}
     if not open_keys:
-        return MetricMistakes(rest=tuple(wrong))
+        return MetricMistakes(rest=tuple(wrong), recorded=None if telling else rounded_recording(runs, wrong))
     right = [RightSteps(forced_along(run.observation, run.ground, run.steps[-1].moment.history)) for run in runs]
     held = Held(runs, right)
     candidates = [*ways_to_report(), *with_numbers(held, sorted(open_keys))]
@@ -197,6 +204,28 @@ def other_anchor(held: Held, wrong: int) -> StepExplanation | None:
         if candidate.defect.name.startswith("base-") and all(reports_anchor(candidate, held, index) for index in order):
             return candidate
     return None
+
+
+ROUNDED_RECORDING = "sampler-logprobs-in-"
+
+
+def rounded_recording(runs: Sequence[JudgedRun], wrong: Mapping[str, int]) -> StepExplanation | None:
+    """The loop that rounds what the sampler recorded, where every run's metrics are its own, ``wrong`` ones among them:
+    the mean ratio and another."""
+    if "mean_is_ratio" not in wrong or len(wrong) < FEWEST:
+        return None
+    for candidate in step_loops():
+        if candidate.defect.name.startswith(ROUNDED_RECORDING) and all(is_reported(candidate, run) for run in runs):
+            return candidate
+    return None
+
+
+def is_reported(candidate: StepExplanation, run: JudgedRun) -> bool:
+    """Whether every metric of a run is that of a loop."""
+    forced = forced_along(run.observation, run.ground, run.steps[-1].moment.history)
+    made = [outcome.metrics for _, outcome in outcomes(candidate, forced, range(1, len(run.steps) + 1))]
+    alone = Held([run], [])
+    return len(made) == len(run.steps) and all(alone.misfit([made], key) <= 1 for key in METRICS)
 
 
 def reports_anchor(candidate: StepExplanation, held: Held, index: int) -> bool:

@@ -72,11 +72,11 @@ def metric_findings(
             if key in entry and not accepted(entry[key], key, judgement):
                 truth, bound = judgement.moment.truth.metrics[key], judgement.bounds.metrics[key]
                 named = known.of(key)
-                anchor = known.anchor if key == "kl_reg" and named is None else None
-                words = words_of(anchor) if anchor else named.words if named else ""
+                loop = known.loop_of(key)
+                words = words_of(loop) if loop else named.words if named else ""
                 yield finding(
                     observation,
-                    anchor.defect.violates if anchor else "STEP-6",
+                    loop.defect.violates if loop else "STEP-6",
                     key,
                     expected=number(truth),
                     got=number(entry[key]),
@@ -88,7 +88,7 @@ def metric_findings(
                         "metric": key,
                         "truth": truth,
                         "bound": bound,
-                        "mistake": anchor.defect.name if anchor else None,
+                        "mistake": loop.defect.name if loop else None,
                         "metrics": known.as_kept(),
                     },
                 )

@@ -24,7 +24,7 @@ from sdpo_conformance.specs.claas.step_loop.explanations import (
 )
 from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, Weights, upcast
-from sdpo_conformance.specs.claas.step_loop.step_bounds import PRECISIONS
+from sdpo_conformance.specs.claas.step_loop.step_bounds import PRECISIONS, bounds_of
 from sdpo_conformance.trainer.observation import METRICS, Observation
 
 UNOBSERVED = (
@@ -100,13 +100,15 @@ def replay(ground: Ground, candidate: StepExplanation) -> Run | None:
 
 
 def departure(observation: Observation, run: Run, ground: Ground) -> Departure | None:
-    """Where the observed run is not this one; None if it is."""
+    """Where the observed run is not this one; None if it is. The first step is at known weights: its bounds hold."""
     metrics, weights = run
     precision = PRECISIONS[observation.scenario.model.dtype]
+    first = bounds_of(ground.first).metrics
     for index, (entry, wanted) in enumerate(zip(observation.metrics, metrics, strict=False)):
         relative = precision.metric_relative if index == 0 else precision.run_metrics
         for key in METRICS:
             bound = relative * abs(wanted[key]) + 10 * precision.metric_absolute
+            bound = max(bound, first[key]) if index == 0 else bound
             if key in entry and not abs(entry[key] - wanted[key]) <= bound:
                 return Departure(index + 1)
     final = upcast(observation.final)

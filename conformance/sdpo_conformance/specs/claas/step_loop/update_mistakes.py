@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from sdpo_conformance.specs.claas.oracle.step_loop import BETAS, EPSILON, WEIGHT_DECAY, AdamW
@@ -127,6 +128,42 @@ def rate_scheduled(runs: Runs) -> bool:
                 return False
     rates = [[next(iter(step.settings.values()))["lr"] for step in run.steps] for run in several]
     return bool(rates) and all(len(set(of_run)) > 1 for of_run in rates)
+
+
+def rates_of(run: Observation) -> list[float] | None:
+    """The learning rate of each step, as a part of the config's; None where it is not one for all parameters, or
+    another setting is wrong."""
+    wanted, rates = wanted_settings(run), []
+    for step in run.steps:
+        settings = list(step.settings.values())
+        if len({one["lr"] for one in settings}) > 1 or not wanted["lr"]:
+            return None
+        if not all(close(one[of], v) for one in settings for of, v in wanted.items() if of != "lr"):
+            return None
+        rates.append(settings[0]["lr"] / wanted["lr"])
+    return rates
+
+
+def falls_late(runs: Runs) -> bool:
+    """Whether the learning rate of every run is the config's over the first half of its steps at least and only falls
+    from there on, and in some run does."""
+    found = [rates_of(run) for run in runs if run.scenario.training.learning_rate]
+    rates = [one for one in found if one is not None]
+    return len(rates) == len(found) and all(map(stays_then_falls, rates)) and any(not close(r[-1], 1.0) for r in rates)
+
+
+def rises_early(runs: Runs) -> bool:
+    """Whether the learning rate of every run only rises, to the config's, which it is from the half of its steps on at
+    the latest, and in some run does."""
+    found = [rates_of(run) for run in runs if run.scenario.training.learning_rate]
+    rates = [one[::-1] for one in found if one is not None]
+    return len(rates) == len(found) and all(map(stays_then_falls, rates)) and any(not close(r[-1], 1.0) for r in rates)
+
+
+def stays_then_falls(rates: Sequence[float]) -> bool:
+    """Whether numbers are 1 over the first half, and none after is larger than the one before."""
+    first = all(close(one, 1.0) for one in rates[: (len(rates) + 1) // 2])
+    return first and all(after <= before or close(after, before) for before, after in pairwise(rates))
 
 
 def as_set(runs: Runs) -> bool:
@@ -290,6 +327,8 @@ MISTAKES: Mapping[str, Callable[[Runs], bool]] = {
             0.5 * run.scenario.training.learning_rate * (1 + math.cos(math.pi * number / run.scenario.steps))
         ),
     ),
+    "learning-rate-falls-late": falls_late,
+    "learning-rate-rises-early": rises_early,
     "learning-rate-scheduled": rate_scheduled,
     **STRUCTURAL,
     "optimizer-rebuilt": forgetting("count", "first", "second"),
