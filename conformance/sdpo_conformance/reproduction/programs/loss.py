@@ -288,6 +288,14 @@ def probe_old_gradient() -> None:
         wrong.append(f"old_student_logprobs receives a gradient, up to {gradient.abs().max().item():.7g}")
 
 
+def probe_no_gradient() -> None:
+    """Where nothing counts the gradient is zeros, not none."""
+    loss_input = fresh_input()
+    gradients = backward(loss_input, call(loss_input))
+    if any(gradient is None for gradient in gradients):
+        wrong.append(f"no gradient reaches {', '.join(DIFFERENTIABLE)}")
+
+
 def probe_frozen_inputs() -> None:
     """Only the differentiable fields ask for and receive gradients."""
     loss_input = fresh_input()

@@ -640,7 +640,11 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "temperature": common.temperature_defects(defect),
     "ratio": (*common.ratio_defects(defect), *REFUSED[1:]),
     "rollout weight": ROLLOUT,
-    "reduction": (*REDUCTION, *common.mask_defects(defect)),
+    "reduction": (
+        *REDUCTION,
+        *common.mask_defects(defect),
+        common.empty_defect(defect, "RED-5", lambda flow: (flow.mask != 0).sum()),
+    ),
     "step": STEP,
     "kept": common.kept_defects(defect, "response_mask"),
     "plumbing": common.plumbing_defects(defect),

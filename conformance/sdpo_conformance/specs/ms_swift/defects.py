@@ -693,7 +693,7 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "divergence": (*divergences(), NORMALISER),
     "temperature": TEMPERATURE,
     "vocabulary": VOCABULARY,
-    "reduction": REDUCTION,
+    "reduction": (*REDUCTION, common.empty_defect(defect, "RED-3", lambda flow: flow.here.sum())),
     "step": STEP,
     "kept": common.kept_defects(defect, "labels", "teacher_labels"),
     "plumbing": tuple(one for one in common.plumbing_defects(defect) if "logsumexp" not in one.name),

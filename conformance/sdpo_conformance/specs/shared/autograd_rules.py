@@ -64,6 +64,15 @@ def unmodified_inputs(subject: Subject, case: Any) -> None:
         )
 
 
+def gives_zeros(subject: Subject, case: Any) -> None:
+    """Where nothing counts the student's logits get a gradient of zeros: one is made, and a rank takes part."""
+    outcome = subject.evaluate(case)
+    if outcome.gradients["student_logits"] is None:
+        raise Disagreement(
+            "gradient to student_logits", "zeros", "none at all", case=case, outcome=outcome, probe="no_gradient"
+        )
+
+
 def unlike(case: Any) -> Any:
     """A case of the same shapes whose logits, tokens that count and incoming gradient are others: every second token
     that counts has a weight of 0, or label 0."""

@@ -7,13 +7,14 @@ names of options into the sentences: {topk}, {add_tail}, {alpha}, {clip}, {old}.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from sdpo_conformance.specs.shared import stages
 from sdpo_conformance.specs.shared import wrong_stages as wrong
 from sdpo_conformance.specs.shared.defect import Parameter, SpecDefect, named
-from sdpo_conformance.specs.shared.pipeline import accepting, around, both, graded, replacing
+from sdpo_conformance.specs.shared.pipeline import Flow, accepting, around, both, graded, replacing
 
 Make = Callable[..., SpecDefect]
 
@@ -642,6 +643,17 @@ def mask_defects(make: Make) -> tuple[SpecDefect, ...]:
             "Multiply by the mask: it may be padded on the left or have holes.",
             wrong.accepting_mask(wrong.as_prefix),
         ),
+    )
+
+
+def empty_defect(make: Make, rule: str, count: Callable[[Flow], Any]) -> SpecDefect:
+    """A call in which ``count`` is 0."""
+    return make(
+        "empty-detached",
+        "Where nothing counts the loss is a constant of its own: the logits get no gradient, not one of zeros.",
+        rule,
+        "Return a sum that hangs on the logits, as 0 * logits.sum().",
+        wrong.detached_where_empty(count),
     )
 
 

@@ -387,6 +387,15 @@ def steps_alike(entry: SpecDefect, observed: Observed) -> bool:
     return any(fit(values_of(one), observed).matched for one in found)
 
 
+def gives_none(entry: SpecDefect, observed: Observed) -> bool:
+    """A call whose logits have to get a gradient of zeros, and get none."""
+    try:
+        found = evaluate(entry.wrong, Capability.LOSS, observed.exact)
+    except ImplementationError:
+        return False
+    return found.gradients["student_logits"] is None
+
+
 def kept_alike(entry: SpecDefect, observed: Observed) -> bool:
     """A call after another in the same tensors or options object: the entry's is as wrong."""
     try:
@@ -399,6 +408,7 @@ def kept_alike(entry: SpecDefect, observed: Observed) -> bool:
 PROBES: Mapping[str, Callable[[SpecDefect, Observed], bool]] = {
     "refusal": refuses_nothing,
     "raises": raises,
+    "no_gradient": gives_none,
     **dict.fromkeys(SHARES, steps_alike),
     **dict.fromkeys(CHANGED, kept_alike),
 }

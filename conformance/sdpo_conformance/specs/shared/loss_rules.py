@@ -16,6 +16,7 @@ from sdpo_conformance.judging.call import ImplementationError
 from sdpo_conformance.judging.compare import GRADIENT, Disagreement
 from sdpo_conformance.judging.examples import Subject
 from sdpo_conformance.specs.requirement import Level
+from sdpo_conformance.specs.shared.autograd_rules import gives_zeros
 from sdpo_conformance.specs.shared.garbage import padded
 from sdpo_conformance.specs.shared.rule import ALL, VALUE, Rule, fades
 
@@ -179,6 +180,17 @@ def nothing_beside_the_count(subject: Subject, case: Any) -> None:
         found.secondary = not fades(subject, case, ALL, found.excess)
         found.detail = found.detail or "less so on the same tokens several times over"
         raise
+
+
+def at_least_one(subject: Subject, case: Any, idle: Any) -> None:
+    """As it is, and without any token: by the mask, and by rows without a re-prompt. ``idle``: the control."""
+    subject.agrees(case, ALL, control=[idle])
+    mask, rows = getattr(case.loss_input, case.kind.mask), case.loss_input.student_logits.shape[0]
+    none = case.with_fields(**{case.kind.mask: torch.zeros_like(mask)})
+    unprompted = case.with_fields(**{case.kind.rows: torch.zeros(rows)})
+    for empty in (none, unprompted):
+        subject.agrees(empty, ALL, control=[idle])
+        gives_zeros(subject, empty)
 
 
 def over_all_positions(subject: Subject, case: Any, idle: Any) -> None:

@@ -574,6 +574,18 @@ def longest(mask: Tensor) -> int:
     return max(int(lengths_of(mask).max()), 1)
 
 
+def detached_where_empty(count: Callable[[Flow], Any]) -> Change:
+    """A constant of its own as the loss where ``count`` is 0."""
+
+    def loss(before: Stage, flow: Flow) -> Tensor:
+        if int(count(flow)):
+            found: Tensor = before(flow)
+            return found
+        return torch.zeros((), dtype=flow.z.dtype, device=flow.z.device, requires_grad=torch.is_grad_enabled())
+
+    return around("loss", loss)
+
+
 # --- other algorithms ---
 
 

@@ -439,7 +439,11 @@ FAMILIES: Mapping[str, tuple[SpecDefect, ...]] = {
     "sampled token": (*common.sampled_defects(defect), REFUSED[0]),
     "temperature": common.temperature_defects(defect),
     "ratio": (*common.ratio_defects(defect), REFUSED[2]),
-    "reduction": (*REDUCTION, *common.mask_defects(defect)),
+    "reduction": (
+        *REDUCTION,
+        *common.mask_defects(defect),
+        common.empty_defect(defect, "RED-5", lambda flow: (flow.mask != 0).sum()),
+    ),
     "server": SERVER,
     "step": STEP,
     "metric": LOGGED,

@@ -18,6 +18,7 @@ from sdpo_conformance.specs.shared.loss_rules import (
     ANY,
     SMALL,
     Views,
+    at_least_one,
     divergence_rules,
     nothing_beside_the_count,
     over_all_positions,
@@ -257,7 +258,7 @@ REDUCTION = (
         f"{CORE} 1187: clamp(min=1.0)",
         "an empty micro-batch must not turn the adapter into NaN",
         REDUCED.but(mask=("empty", "tiny")),
-        control=full_mask,
+        check=lambda subject, case: at_least_one(subject, case, full_mask(case)),
     ),
     Rule(
         "LAS-RED-6",

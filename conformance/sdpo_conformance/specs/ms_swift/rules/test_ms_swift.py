@@ -13,7 +13,7 @@ from sdpo_conformance.specs.ms_swift.corners import EVERYTHING, NEUTRAL
 from sdpo_conformance.specs.ms_swift.loss_input import INACTIVE
 from sdpo_conformance.specs.ms_swift.pipeline import active
 from sdpo_conformance.specs.requirement import Level
-from sdpo_conformance.specs.shared.autograd_rules import autograd_rules, limit_is_met, precision_rules
+from sdpo_conformance.specs.shared.autograd_rules import autograd_rules, gives_zeros, limit_is_met, precision_rules
 from sdpo_conformance.specs.shared.loss_rules import ends_of, refuses
 from sdpo_conformance.specs.shared.micro_batch_rules import cut_rule
 from sdpo_conformance.specs.shared.rule import ALL, LOSS, VALUE, Rule, as_test
@@ -159,6 +159,7 @@ def nothing_reaches(subject: Subject, case: Any) -> None:
 
 def attached(subject: Subject, case: Any) -> None:
     """No active label: the loss is 0 and backward gives zeros."""
+    gives_zeros(subject, case)
     outcome = subject.evaluate(case)
     loss, gradient = float(outcome.number(LOSS)), outcome.gradients["student_logits"]
     if loss != 0 or (gradient is not None and bool(gradient.any())):

@@ -15,6 +15,7 @@ from sdpo_conformance.specs.shared.loss_rules import (
     ANY,
     SMALL,
     Views,
+    at_least_one,
     divergence_rules,
     nothing_beside_the_count,
     ratio_rules,
@@ -249,7 +250,7 @@ RULES = (
         f"{TRAINER} 1204-1208, 1252-1254",
         "a floor for the batch is none for a row",
         REDUCED.but(mask=("tiny", "empty")),
-        control=full_mask,
+        check=lambda subject, case: at_least_one(subject, case, full_mask(case)),
     ),
     Rule(
         "TRL-RED-6",
