@@ -16,9 +16,12 @@ A, B = ".lora_A.", ".lora_B."
 
 @torch.no_grad()
 def update_teacher(teacher: dict[str, Tensor], student: Mapping[str, Tensor], teacher_update_rate: float) -> None:
-    """theta_t <- (1 - rate) theta_t + rate theta for every parameter, in place, once per batch. Names as in the
-    teacher's state dict; the student may lie on another device."""
-    for name, value in teacher.items():
+    """theta_t <- (1 - rate) theta_t + rate theta for every parameter, in place, once per batch; one that stands under
+    two names, as tied embeddings in a state dict, once too. Names as in the teacher's state dict; the student may lie
+    on another device."""
+    each = {(value.data_ptr(), value.shape, value.stride()): name for name, value in teacher.items()}
+    for name in each.values():
+        value = teacher[name]
         given = student[name].detach().to(device=value.device, dtype=value.dtype)
         value.mul_(1.0 - teacher_update_rate).add_(given, alpha=teacher_update_rate)
 

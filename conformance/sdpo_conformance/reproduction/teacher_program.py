@@ -14,6 +14,12 @@ from sdpo_conformance.specs.requirement import Requirement
 from sdpo_conformance.specs.spec import Spec
 
 
+def tied(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """A name -> the first other name under which the same tensor stands."""
+    first: dict[int, str] = {}
+    return {name: known for name, value in weights.items() if (known := first.setdefault(id(value), name)) != name}
+
+
 def write_teacher_program(
     folder: Path,
     spec: Spec,
@@ -42,6 +48,7 @@ def write_teacher_program(
             "RATE": rate,
             "CALLS": len(students),
             "AT_REST": list(at_rest),
+            "TIED": tied(teacher),
         },
     )
     tensors = {f"teacher.{name}": value for name, value in teacher.items()}

@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdpo_implementations.adapters.availability import require
-from sdpo_implementations.adapters.teacher import complete_teacher
+from sdpo_implementations.adapters.teacher import as_module, complete_teacher
 
 _INSTALL = "pip install git+https://github.com/lasgroup/SDPO@0e6d510"
 _self_distillation_loss = require("verl.trainer.ppo.core_algos", "compute_self_distillation_loss", _INSTALL)
@@ -31,7 +30,7 @@ def update_teacher(teacher: dict[str, Tensor], student: Mapping[str, Tensor], te
     imported when it is called: the loss alone needs less of verl."""
     actor = require("verl.workers.actor.dp_actor", "DataParallelPPOActor", _INSTALL)
     names = list(teacher)
-    modules = [torch.nn.ParameterList([one[name].detach() for name in names]) for one in (teacher, student)]
+    modules = [as_module({name: one[name] for name in names}) for one in (teacher, student)]
     options = SimpleNamespace(teacher_regularization="ema", teacher_update_rate=teacher_update_rate)
     actor._update_teacher(
         SimpleNamespace(

@@ -1,4 +1,4 @@
-"""A teacher over the whole vocabulary, for peers that want one.
+"""What peers want of a teacher: one over the whole vocabulary, and a state dict as a module that they average.
 
 CLaaS hands over the teacher's top-k alone. Losses over the full vocabulary, or over the student's top-k, need
 the teacher elsewhere too. The completion used here gives every token outside the top-k an equal share of the
@@ -8,6 +8,7 @@ mass that is left, which is what the top-k says and no more; with K = V it is th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,3 +23,9 @@ def complete_teacher(teacher_logprobs: Tensor, teacher_indices: Tensor, vocabula
     full = outside.expand(*known.shape[:-1], vocabulary).clone()
     full.scatter_(-1, teacher_indices.long(), known)
     return full.to(teacher_logprobs.dtype)
+
+
+def as_module(weights: Mapping[str, Tensor]) -> torch.nn.ParameterList:
+    """A module that holds these parameters in their order, in place; a tensor under two names is one parameter."""
+    each = {id(value): torch.nn.Parameter(value.detach()) for value in weights.values()}
+    return torch.nn.ParameterList([each[id(value)] for value in weights.values()])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sdpo_implementations.adapters.availability import require
-from sdpo_implementations.adapters.teacher import complete_teacher
+from sdpo_implementations.adapters.teacher import as_module, complete_teacher
 
 _INSTALL = "pip install 'trl>=1.16'"
 _Trainer = require("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer", _INSTALL)
@@ -135,7 +135,7 @@ def update_teacher(
     if any(".lora_" in name for name in teacher):
         return _adapter_teacher(teacher, student, teacher_update_rate)
     names = list(teacher)
-    modules = [torch.nn.ParameterList([one[name].detach() for name in names]) for one in (teacher, student)]
+    modules = [as_module({name: one[name] for name in names}) for one in (teacher, student)]
     _Sync._sync_target_model(modules[1], modules[0], teacher_update_rate)
     return {name: value.detach() for name, value in zip(names, modules[0], strict=True)}
 

@@ -22,6 +22,7 @@ DEVICE = "cpu"
 RATE = 0.05
 CALLS = 1
 AT_REST: list[int] = []
+TIED: dict[str, str] = {}
 # filled in: end
 
 
@@ -70,7 +71,8 @@ State = dict[str, torch.Tensor]
 def weights(prefix: str) -> State:
     """The state dict that was stored under a prefix, fresh tensors."""
     found = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
-    return {name: value.clone().to(DEVICE) for name, value in found.items()}
+    state = {name: value.clone().to(DEVICE) for name, value in found.items()}
+    return state | {name: state[other] for name, other in TIED.items() if other in state}
 
 
 def update(teacher: State, given: State) -> State:

@@ -53,8 +53,10 @@ def same(defect: TeacherDefect, record: Record, spec: Spec) -> bool:
 def diagnose_teacher(
     failed: Sequence[Record], held: Collection[str], spec: Spec, teachers: Sequence[TeacherDefect]
 ) -> tuple[list[str], dict[str, Any]] | None:
-    """The diagnosis's lines and its entry of ``matches``; None where no known mistake explains every failed MUST."""
-    records = [one for one in failed if one.entry == Capability.UPDATE_TEACHER and one.level is Level.MUST]
+    """The diagnosis's lines and its entry of ``matches``; None where no known mistake explains every failed MUST, or
+    every failed SHOULD where no MUST failed."""
+    mine = [one for one in failed if one.entry == Capability.UPDATE_TEACHER]
+    records = [one for one in mine if one.level is Level.MUST] or mine
     if not records or any(one.failure.get("kind") == "error" for one in records):
         return None
     fitting = [

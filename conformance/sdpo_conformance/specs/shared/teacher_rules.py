@@ -46,6 +46,8 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
 }
 """A model's parameters: matrices, vectors, names with dots."""
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 ADAPTER: Mapping[str, tuple[int, ...]] = {
     "base_model.model.layers.0.q_proj.lora_A.weight": (2, 6),
     "base_model.model.layers.0.q_proj.lora_B.weight": (5, 2),
@@ -161,7 +163,9 @@ def write(
 
 
 def on_device(subject: Subject, weights: State) -> dict[str, Tensor]:
-    return {name: value.detach().clone().to(subject.device) for name, value in weights.items()}
+    """Copies; a tensor under two names is one again."""
+    copies = {id(value): value.detach().clone().to(subject.device) for value in weights.values()}
+    return {name: copies[id(value)] for name, value in weights.items()}
 
 
 def one_call(subject: Subject, case: TeacherCase) -> None:
@@ -246,6 +250,26 @@ def student_untouched(subject: Subject, _: Any) -> None:
     subject.each(model_cases(subject, (RATE, 1.0), 1), check)
 
 
+def with_tied_head(weights: State) -> dict[str, Tensor]:
+    """The head is the embedding, under a name of its own, as in the state dict of a model that ties them."""
+    return {**weights, HEAD: weights[EMBEDDING]}
+
+
+def once_under_two_names(subject: Subject, _: Any) -> None:
+    """A model whose head is its embedding."""
+
+    def check(case: TeacherCase) -> None:
+        students = tuple(with_tied_head(one) for one in case.students)
+        words = f"{case.words}, {HEAD} and {EMBEDDING} one tensor"
+        try:
+            one_call(subject, replace(case, teacher=with_tied_head(case.teacher), students=students, words=words))
+        except Disagreement as found:
+            found.secondary = wrong_at_once(subject, case)
+            raise
+
+    subject.each(model_cases(subject, (RATE,), 1), check)
+
+
 def deltas(weights: State) -> dict[str, Tensor]:
     """What an adapter adds to its layers, B A, float64."""
     exact = {name: value.detach().double().cpu() for name, value in weights.items()}
@@ -283,7 +307,8 @@ Check = Callable[[Subject, Any], None]
 
 
 def teacher_rules(prefix: str, source: str, adapter_source: str = "") -> tuple[Rule, ...]:
-    """``prefix``-EMA-1 to 4, and 5 where the trainer has an adapter of its own for the teacher (``adapter_source``)."""
+    """``prefix``-EMA-1 to 4 and 6, and 5 where the trainer has an adapter of its own for the teacher
+    (``adapter_source``)."""
 
     def rule(number: int, level: Level, statement: str, where: str, why: str, check: Check) -> Rule:
         return Rule(
@@ -324,8 +349,16 @@ def teacher_rules(prefix: str, source: str, adapter_source: str = "") -> tuple[R
             student_untouched,
         ),
     )
+    tied = rule(
+        6,
+        SHOULD,
+        "a tensor that stands under two names, as tied embeddings in a state dict, is averaged once",
+        f"{source}: over parameters(), which names a shared one once",
+        "in place and name by name it is averaged twice: the embedding runs ahead of the layers",
+        once_under_two_names,
+    )
     if not adapter_source:
-        return rules
+        return (*rules, tied)
     adapter = rule(
         5,
         SHOULD,
@@ -334,4 +367,4 @@ def teacher_rules(prefix: str, source: str, adapter_source: str = "") -> tuple[R
         "the teacher lags: 0.25 % of the student after one batch where teacher_update_rate says 5 %",
         adapter_at_rest,
     )
-    return (*rules, adapter)
+    return (*rules, adapter, tied)

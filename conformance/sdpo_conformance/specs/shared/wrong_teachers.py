@@ -70,6 +70,13 @@ def by_place(teacher: State, student: State, rate: float) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
+def name_by_name(teacher: State, student: State, rate: float) -> None:
+    """In place under every name: a tensor that has two is averaged twice."""
+    for name, value in teacher.items():
+        value.lerp_(student[name].to(value), rate)
+
+
 def sharing(teacher: State, student: State, rate: float) -> dict[str, Tensor]:
     """At rate 1 the student's own tensors are handed on."""
     return {name: value.detach() for name, value in student.items()} if rate == 1 else average(teacher, student, rate)
@@ -157,6 +164,13 @@ def teacher_defects(spec: str, prefix: str) -> tuple[TeacherDefect, ...]:
             4,
             "Copy the values.",
             lambda: handed_over,
+        ),
+        defect(
+            "tied-twice",
+            "A tensor under two names, as tied embeddings, is averaged twice.",
+            6,
+            "Visit each tensor once, or return new ones.",
+            lambda: name_by_name,
         ),
         defect("sharing", "At rate 1 teacher and student share memory.", 4, "Copy the values.", lambda: sharing),
     )
