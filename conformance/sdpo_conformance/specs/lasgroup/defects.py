@@ -126,6 +126,11 @@ def weights_once_for_all(flow: Flow) -> Tensor:
     return flow.per_token * (flow.rollout_weight if has_weight else flow.ratio)
 
 
+def weight_beside_ratio_alone(flow: Flow) -> Tensor:
+    """The weight stands in the ratio's branch."""
+    return flow.per_token if flow.clip is None else PIPELINE.stages["weighted"](flow)
+
+
 def self_normalised(before: Any, flow: Flow) -> Tensor:
     """The weights divided by their mean over the tokens that count, wherever there are weights."""
     found: Tensor = before(flow)
@@ -288,6 +293,13 @@ ROLLOUT = (
         "W-1",
         "Multiply by both.",
         replacing(weighted=weights_once_for_all),
+    ),
+    defect(
+        "weight-needs-ratio",
+        "Without a ratio, is_clip None, the rollout weight is left out as well.",
+        "W-1",
+        "Multiply D by the weight whatever is_clip is.",
+        replacing(weighted=weight_beside_ratio_alone),
     ),
     defect(
         "capped-together",

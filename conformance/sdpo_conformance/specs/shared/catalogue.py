@@ -45,6 +45,13 @@ def support_defects(make: Make) -> tuple[SpecDefect, ...]:
             replacing(b=wrong.paired_by_rank),
         ),
         make(
+            "support-of-rounded-logits",
+            "The support is searched among logits rounded to bfloat16: near its end another token gets in.",
+            "SUP-1",
+            "topk of the logits as they are.",
+            around("support", wrong.rounded_support),
+        ),
+        make(
             "one-token-fewer",
             "The support has one token fewer than {topk}.",
             "SUP-2",

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -138,6 +139,13 @@ class Observed:
             return True
         return False
 
+    @property
+    def tells(self) -> bool:
+        """Whether entries can be held against it: a call that had to be refused tells no numbers."""
+        if self.probe == "refusal":
+            return True
+        return (self.numeric or self.probe in PROBES) and not self.to_be_refused
+
     def truth(self, name: str) -> Expectation | None:
         """The oracle's value under a name of ``values``."""
         expected = self.case.expectations
@@ -205,7 +213,7 @@ def diagnose_spec_run(
         for record in failed
         if record.failure.get("observed") and record.level == "MUST"
     ]
-    telling = [one for one in observed if (one.numeric or one.probe in PROBES) and not one.to_be_refused]
+    telling = [one for one in observed if one.tells]
     passed = {record.requirement for record in read_records(folder).values() if record.status is Status.PASSED}
     # An entry whose own rule held is not what went wrong: its sentence would be false of all other inputs.
     best = best_of(telling, [one for one in entries if one.dialect or one.violates[0] not in passed])
@@ -396,6 +404,13 @@ def gives_none(entry: SpecDefect, observed: Observed) -> bool:
     return found.gradients["student_logits"] is None
 
 
+def evaluated_alike(entry: SpecDefect, observed: Observed) -> bool:
+    """A call without gradients: the entry's value is the same."""
+    with getattr(torch, observed.probe)():
+        found = predicted(entry, observed, gradient=False)
+    return found is not None and fit(found, observed).matched
+
+
 def kept_alike(entry: SpecDefect, observed: Observed) -> bool:
     """A call after another in the same tensors or options object: the entry's is as wrong."""
     try:
@@ -409,6 +424,8 @@ PROBES: Mapping[str, Callable[[SpecDefect, Observed], bool]] = {
     "refusal": refuses_nothing,
     "raises": raises,
     "no_gradient": gives_none,
+    "no_grad": evaluated_alike,
+    "inference_mode": evaluated_alike,
     **dict.fromkeys(SHARES, steps_alike),
     **dict.fromkeys(CHANGED, kept_alike),
 }

@@ -59,6 +59,14 @@ def with_k(change: Callable[[int], int]) -> Change:
     return around("support", support)
 
 
+def rounded_support(before: Stage, flow: Flow) -> Tensor:
+    """The top-k of logits rounded to bfloat16."""
+    given, flow.student = flow.student, flow.student.detach().to(torch.bfloat16)
+    found: Tensor = before(flow)
+    flow.student = given
+    return found
+
+
 def at_or_above(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ids of as many largest logits as any row has at or above its k-th largest, and which of them are."""
     least = logits.topk(k, dim=-1).values[..., -1:]

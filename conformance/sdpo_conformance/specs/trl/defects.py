@@ -185,7 +185,23 @@ def logging_token_mean(before: Pipeline) -> Pipeline:
     return replace(before, result=result)
 
 
+def token_mean_where_evaluated(before: Any, flow: Flow) -> Tensor:
+    """The mean over all tokens, which is what is logged, where no gradient is asked for."""
+    if torch.is_grad_enabled():
+        found: Tensor = before(flow)
+        return found
+    mean: Tensor = (flow.weighted * flow.mask).sum() / flow.mask.sum().clamp(min=1.0)
+    return mean
+
+
 REDUCTION = (
+    defect(
+        "evaluates-token-mean",
+        "Without gradients the mean over all tokens is returned, not the mean of row means that is trained.",
+        "GRAD-6",
+        "Return the same loss under no_grad: average each row, then the rows.",
+        around("loss", token_mean_where_evaluated),
+    ),
     defect(
         "lengths-with-epsilon",
         "A constant is added to a row's number of tokens.",

@@ -145,7 +145,7 @@ ROLLOUT_RULES = (
         "rollout weights that are given multiply D, beside the ratio and as they are",
         f"{CORE} 1179-1180",
         "the correction for the sampler's other numerics is lost",
-        ANY_MODE.but(weights="given", ratio=("on_policy", "mild", "below")),
+        ANY_MODE.but(weights="given", ratio=("on_policy", "mild", "below", "absent")),
         control=without_weights,
     ),
     Rule(
