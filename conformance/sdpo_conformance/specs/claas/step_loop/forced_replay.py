@@ -94,6 +94,11 @@ class Forced:
             self._read[key] = right.read(self.ground.model, ids, response)
         return self._read[key].clone()
 
+    def let_go(self) -> None:
+        """Forget the graphs and what was differentiated; both are made again where they are asked for."""
+        self._graphs.clear()
+        self._known.clear()
+
     def own(self, step: int) -> list[Tensor]:
         """Each sample's log-probs (1, T) under the weights before a step."""
         logits = self.student(step)[1]
@@ -200,6 +205,7 @@ class RightSteps:
         self.forced = forced
         self.run = run = started(RIGHT, forced)
         self.steps: list[RightStep] = []
+        self._reported: dict[tuple[str, float | None], list[Mapping[str, float]]] = {}
         for step in range(1, len(forced.history) + 1):
             run.step = step
             forced.ground.at(forced.history[step - 1])
@@ -213,8 +219,18 @@ class RightSteps:
             if step < len(forced.history):
                 for one, fresh in zip(run.batch, forced.own(step + 1), strict=True):
                     one.behaviour = fresh
+        forced.let_go()
 
-    def reported(self, loop: TrainerParts) -> list[Mapping[str, float]]:
+    def reported(self, defect: Defect) -> list[Mapping[str, float]]:
+        """What a catalogued loop that differs in its report alone makes of each step."""
+        key = defect.name, defect.value
+        if key not in self._reported:
+            loop = parts_of(defect)
+            assert loop is not None
+            self._reported[key] = self._entries(loop)
+        return self._reported[key]
+
+    def _entries(self, loop: TrainerParts) -> list[Mapping[str, float]]:
         """The entry of each step."""
         run = self.run
         run.kept, run.metrics = {}, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from sdpo_conformance.specs.claas.step_loop.explanations import (
     words_of,
 )
 from sdpo_conformance.specs.claas.step_loop.finding import StepFinding, finding
-from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced, ReplayOutcome
+from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced, ReplayOutcome, RightSteps
 from sdpo_conformance.specs.claas.step_loop.ground import Ground, Moment, Weights, upcast
 from sdpo_conformance.specs.claas.step_loop.step_bounds import Bounds, bounds_of
 from sdpo_conformance.trainer.observation import Observation
@@ -82,6 +83,17 @@ class JudgedRun:
     def wrong(self) -> list[StepJudgement]:
         return [one for one in self.steps if one.wrong]
 
+    def forced(self) -> Forced:
+        """The run's weights, for step loops to be replayed along; it keeps graphs and is not kept itself."""
+        observation = self.observation
+        history = self.steps[-1].moment.history
+        return Forced(self.ground, history, {**history[-1], **upcast(observation.steps[len(history) - 1].after)})
+
+    @cached_property
+    def right(self) -> RightSteps:
+        """The right loop along the run."""
+        return RightSteps(self.forced())
+
 
 def judged_run(observation: Observation, ground: Ground) -> JudgedRun:
     """Each observed step against the truth at its own weights."""
@@ -113,8 +125,7 @@ def explain_runs(runs: Sequence[JudgedRun]) -> None:
             one.moment.step: TakenStep(one.moment, one.bounds, one.got, reported.get(one.moment.step, {}))
             for one in run.steps
         }
-        forced = forced_along(run.observation, run.ground, run.steps[-1].moment.history)
-        taken.append(TakenRun(forced, steps, [one.moment.step for one in run.wrong]))
+        taken.append(TakenRun(run.forced(), steps, [one.moment.step for one in run.wrong]))
     found = explain(taken)
     for index, run in enumerate(judged):
         for one in run.steps:
@@ -122,12 +133,6 @@ def explain_runs(runs: Sequence[JudgedRun]) -> None:
             if one.wrong and one.outcome is not None:
                 one.mistake, one.alike = found.best, list(found.alike)
             one.near = found.best if (index, one.moment.step) in found.nearly else None
-
-
-def forced_along(observation: Observation, ground: Ground, history: Sequence[Weights]) -> Forced:
-    """The run's weights, for step loops to be replayed along."""
-    last = observation.steps[len(history) - 1]
-    return Forced(ground, history, {**history[-1], **upcast(last.after)})
 
 
 def complete(gradient: Weights, moment: Moment) -> dict[str, Tensor]:

@@ -76,8 +76,7 @@ class Ground:
     def at(self, weights: Weights) -> Any:
         """The model with these adapter weights."""
         with torch.no_grad():
-            for name, value in weights.items():
-                self.adapter[name].copy_(value)
+            torch._foreach_copy_([self.adapter[name] for name in weights], list(weights.values()))
         self._placed = weights, self._versions()
         return self.model
 

@@ -16,8 +16,8 @@ from sdpo_conformance.specs.claas.defects import catalogue
 from sdpo_conformance.specs.claas.defects.defect import Defect
 from sdpo_conformance.specs.claas.defects.parameter import simplest
 from sdpo_conformance.specs.claas.step_loop.explanations import PROMISING, StepExplanation, outcomes, step_loops
-from sdpo_conformance.specs.claas.step_loop.forced_replay import RightSteps, parts_of, replaced
-from sdpo_conformance.specs.claas.step_loop.gradients import JudgedRun, StepJudgement, forced_along
+from sdpo_conformance.specs.claas.step_loop.forced_replay import Forced, parts_of, replaced
+from sdpo_conformance.specs.claas.step_loop.gradients import JudgedRun, StepJudgement
 from sdpo_conformance.trainer.observation import METRICS
 
 KEYS = ("step", *METRICS)
@@ -116,29 +116,33 @@ class Held:
     """The runs' metrics, to hold mistakes against."""
 
     runs: Sequence[JudgedRun]
-    right: Sequence[RightSteps]
 
     def reported(self, defect: Defect) -> Entries:
         """What a mistake makes of the runs."""
-        loop = parts_of(defect)
-        assert loop is not None
-        return [right.reported(loop) for right in self.right]
+        return [run.right.reported(defect) for run in self.runs]
 
     def misfit(self, entries: Entries, key: str) -> float:
-        """How far a metric is from a mistake's, at most over all steps, in units of what is allowed; above 1 is
-        another. What is wrong has to be much nearer to the mistake than to the truth."""
-        worst = 0.0
-        for index, step, judgement, entry in values_of(self.runs):
-            if key not in entry:
-                continue
-            truth, mistaken = truth_of(judgement, key), entries[index][step][key]
-            off, allowed = abs(entry[key] - truth), bound_of(judgement, key)
-            scale = max(1.0, abs(mistaken) / max(abs(truth), 1e-12))
-            nearer = NEARER_IN_HALF if in_half(self.runs[index]) else NEARER
-            near = min(allowed * scale, nearer * off) if off > allowed else allowed
-            distance = abs(entry[key] - mistaken)
-            worst = max(worst, distance / near if distance == distance else math.inf)
-        return worst
+        """How far a metric is from a mistake's, at most over all steps."""
+        return max(
+            (
+                misfit(self.runs[index], judgement, entry, key, entries[index][step][key])
+                for index, step, judgement, entry in values_of(self.runs)
+                if key in entry
+            ),
+            default=0.0,
+        )
+
+
+def misfit(run: JudgedRun, judgement: StepJudgement, entry: Mapping[str, float], key: str, mistaken: float) -> float:
+    """How far a step's metric is from a mistake's, in units of what is allowed; above 1 is another. What is wrong has
+    to be much nearer to the mistake than to the truth."""
+    truth = truth_of(judgement, key)
+    off, allowed = abs(entry[key] - truth), bound_of(judgement, key)
+    scale = max(1.0, abs(mistaken) / max(abs(truth), 1e-12))
+    nearer = NEARER_IN_HALF if in_half(run) else NEARER
+    near = min(allowed * scale, nearer * off) if off > allowed else allowed
+    distance = abs(entry[key] - mistaken)
+    return distance / near if distance == distance else math.inf
 
 
 def in_half(run: JudgedRun) -> bool:
@@ -164,8 +168,7 @@ def metric_mistakes(runs: Sequence[JudgedRun]) -> MetricMistakes:
     open_keys = {key for key, count in telling.items() if count >= FEWEST}
     if not open_keys:
         return MetricMistakes(rest=tuple(wrong), recorded=None if telling else rounded_recording(runs, wrong))
-    right = [RightSteps(forced_along(run.observation, run.ground, run.steps[-1].moment.history)) for run in runs]
-    held = Held(runs, right)
+    held = Held(runs)
     candidates = [*ways_to_report(), *with_numbers(held, sorted(open_keys))]
     fits: list[tuple[Defect, frozenset[str], int]] = []
     for defect in candidates:
@@ -191,17 +194,17 @@ def metric_mistakes(runs: Sequence[JudgedRun]) -> MetricMistakes:
         found = [one for one in found if set(one.keys) != COARSE]
         named = {key for one in found for key in one.keys}
     rest = tuple(key for key in wrong if key not in named)
-    return MetricMistakes(tuple(found), rest, other_anchor(held, telling["kl_reg"]) if "kl_reg" in rest else None)
+    return MetricMistakes(tuple(found), rest, other_anchor(runs, telling["kl_reg"]) if "kl_reg" in rest else None)
 
 
-def other_anchor(held: Held, wrong: int) -> StepExplanation | None:
+def other_anchor(runs: Sequence[JudgedRun], wrong: int) -> StepExplanation | None:
     """The wrong anchor whose kl_reg is reported at every step of every run, ``wrong`` of them in full precision."""
     if wrong < FEWEST:
         return None
-    off = [not set(wrong_values([run])).isdisjoint({"kl_reg"}) for run in held.runs]
-    order = sorted(range(len(held.runs)), key=lambda index: not off[index])
+    runs = sorted(runs, key=lambda run: "kl_reg" not in wrong_values([run]))
+    along = [(run, run.forced()) for run in runs]
     for candidate in step_loops():
-        if candidate.defect.name.startswith("base-") and all(reports_anchor(candidate, held, index) for index in order):
+        if candidate.defect.name.startswith("base-") and all(reports_anchor(candidate, *one) for one in along):
             return candidate
     return None
 
@@ -222,18 +225,19 @@ def rounded_recording(runs: Sequence[JudgedRun], wrong: Mapping[str, int]) -> St
 
 def is_reported(candidate: StepExplanation, run: JudgedRun) -> bool:
     """Whether every metric of a run is that of a loop."""
-    forced = forced_along(run.observation, run.ground, run.steps[-1].moment.history)
-    made = [outcome.metrics for _, outcome in outcomes(candidate, forced, range(1, len(run.steps) + 1))]
-    alone = Held([run], [])
-    return len(made) == len(run.steps) and all(alone.misfit([made], key) <= 1 for key in METRICS)
+    made = [outcome.metrics for _, outcome in outcomes(candidate, run.forced(), range(1, len(run.steps) + 1))]
+    return len(made) == len(run.steps) and all(Held([run]).misfit([made], key) <= 1 for key in METRICS)
 
 
-def reports_anchor(candidate: StepExplanation, held: Held, index: int) -> bool:
-    """Whether a run's values of kl_reg are those of a loop."""
-    run, forced = held.runs[index], held.right[index].forced
-    made = [outcome.metrics for _, outcome in outcomes(candidate, forced, range(1, len(run.steps) + 1))]
-    alone = Held([run], [])
-    return len(made) == len(run.steps) and alone.misfit([made], "kl_reg") <= 1
+def reports_anchor(candidate: StepExplanation, run: JudgedRun, forced: Forced) -> bool:
+    """Whether a run's values of kl_reg are those of a loop; it is replayed up to the first that is not."""
+    made = outcomes(candidate, forced, range(1, len(run.steps) + 1))
+    fitting = 0
+    for (_, outcome), judgement, entry in zip(made, run.steps, run.observation.metrics, strict=False):
+        if "kl_reg" in entry and misfit(run, judgement, entry, "kl_reg", outcome.metrics["kl_reg"]) > 1:
+            return False
+        fitting += 1
+    return fitting == len(run.steps)
 
 
 def complete(run: JudgedRun) -> bool:
