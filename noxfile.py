@@ -89,7 +89,8 @@ def conformance(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests of the harness and of the bundled implementations: nox -s tests -- [pytest options]."""
     environment = {**prepare(session, "-e", ".[test]"), "PYTHONDONTWRITEBYTECODE": ""}  # many short processes
-    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs, env=environment)
+    # by the folder: a worker that goes on with its neighbours' models and cases need not make its own
+    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs, env=environment)
 
 
 @nox.session

@@ -18,7 +18,9 @@ def test_rounded_results_are_named(dtype: str, which: str, tmp_path: Path) -> No
         f"{RIGHT}def compute_sdpo_loss(i):\n    r = right(i)\n"
         f"    return {{k: v.to(torch.{dtype}) if k in {which} and torch.is_tensor(v) else v for k, v in r.items()}}\n"
     )
-    report = run(str(tmp_path / "mine.py"), profile="quick", only=["GJS-1", "GJS-2", "IS-2"], jobs=1, out=tmp_path / "run")
+    report = run(
+        str(tmp_path / "mine.py"), profile="quick", only=["GJS-1", "GJS-2", "IS-2"], jobs=1, out=tmp_path / "run"
+    )
     assert report.exit_status == 1
     assert report.diagnosis is not None
     assert report.diagnosis["lines"][0].startswith(f"results in {dtype}: explains ")
