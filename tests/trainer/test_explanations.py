@@ -147,6 +147,7 @@ def named(runs: tuple[Observation, ...]) -> tuple[str, list[str]]:
     ("learning-rate-falls-late", "many_steps", "STEP-10"),
     ("learning-rate-rises-early", "many_steps", "STEP-10"),
     ("sampler-logprobs-in-model-dtype", "between_bfloat16", "STEP-1"),
+    ("adapter-off-by-scaling", "crowd", "STEP-5"),
 ])  # fmt: skip
 def test_what_one_wider_scenario_shows_is_named(name: str, scenario: str, requirement: str) -> None:
     where = next(one for one in (*WIDER, *wider_in_bfloat16()) if one.name == scenario)
@@ -157,6 +158,18 @@ def test_what_one_wider_scenario_shows_is_named(name: str, scenario: str, requir
     assert found[0].requirements[0] == requirement
     extra = found[0].disagreement.extra
     assert extra["mistake"] == name or name in extra["evidence"]["alike"]
+
+
+def test_training_another_adapter_is_named() -> None:
+    def distill(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
+        model.set_adapter(next(iter(model.peft_config)))
+        return right.distill(right.TrainerParts(), model, samples, training, optimizer_cls)
+
+    far = next(one for one in WIDER if one.name == "far")
+    (_, none), (_, found) = findings_of((ran(distill, SCENARIOS[1]), ran(distill, far)))
+    assert none == ()
+    assert found[0].requirements == ("STEP-9",)
+    assert found[0].disagreement.extra["mistake"] == "other-adapter-left-active"
 
 
 def test_what_looks_alike_is_told_apart_where_it_parts() -> None:

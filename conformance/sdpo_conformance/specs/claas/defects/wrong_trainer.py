@@ -861,6 +861,21 @@ DEFECTS = (
         "Plain LoRA.",
     ),
     loop(
+        "adapter-off-by-scaling",
+        "For base and teacher the adapter's scaling is 0 and afterwards lora_alpha / r: the first leaves DoRA's "
+        "magnitudes and trainable copies of modules on, the second is not what rsLoRA, or an adapter scaled since, "
+        "has.",
+        ("STEP-5", "STEP-1"),
+        ADAPTER_OFF,
+        trainer(
+            base=base_half_off,
+            teacher=teacher_half_off,
+            forward=trainer_variants.ReadWhere(plainly_scaled, otherwise_scaled),
+        ),
+        (),
+        "Plain LoRA.",
+    ),
+    loop(
         "adapter-scaled-by-rank",
         "The adapter is scaled by lora_alpha / r, which is not what rsLoRA, or an adapter scaled since, has.",
         ("STEP-1", "STEP-2"),

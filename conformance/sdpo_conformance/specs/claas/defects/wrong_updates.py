@@ -314,7 +314,7 @@ DEFECTS = (
         NO_SCHEDULE,
         trainer(before_step=at_rate(late)),
         (),
-        "Few steps: up to 19 in the executable form.",
+        "A batch of few steps.",
     ),
     loop(
         "learning-rate-rises-early",
@@ -324,7 +324,7 @@ DEFECTS = (
         NO_SCHEDULE,
         trainer(before_step=at_rate(early)),
         (),
-        "Few steps: up to 19 in the executable form.",
+        "A batch of few steps.",
     ),
     loop(
         "learning-rate-scheduled",

@@ -38,9 +38,11 @@ def close(got: object, wanted: object) -> bool:
 
 
 def update_mistake(observations: Runs) -> str:
-    """The name of the mistake that every run shows; "" where they show none."""
+    """The name of the mistake that every run shows; "" where they show none. An adapter that another one took the place
+    of is not among the observed: its run counts for what is left."""
     seen = [one for one in observations if one.observed and one.steps]
-    return next((name for name, shown in MISTAKES.items() if seen and shown(seen)), "")
+    found = next((name for name, shown in MISTAKES.items() if seen and shown(seen)), "")
+    return found or (OTHER_ADAPTER if MISTAKES[OTHER_ADAPTER](observations) else "")
 
 
 def off_by(step: RecordedStep, optimizer: AdamW) -> dict[str, float]:
@@ -272,6 +274,7 @@ def with_earlier_entries(runs: Runs) -> bool:
 
 
 METRICS_KEPT = "metrics-kept-across-calls"
+OTHER_ADAPTER = "other-adapter-left-active"
 
 STRUCTURAL: Mapping[str, Callable[[Runs], bool]] = {
     "one-step-only": steps_taken(lambda run: 1),
@@ -286,7 +289,7 @@ STRUCTURAL: Mapping[str, Callable[[Runs], bool]] = {
     "beside-lora-untrained": only(lambda place, name: "lora_" in name),
     "beside-lora-factors-untrained": only(lambda place, name: "lora_A." in name or "lora_B." in name),
     "part-of-adapter-untrained": partly,
-    "other-adapter-left-active": left("the active adapter is"),
+    OTHER_ADAPTER: left("the active adapter is"),
 }
 """Mistakes in how often the optimizer steps, and on what, and in which adapter is active: true whatever else is wrong
 with the gradients."""
