@@ -160,6 +160,12 @@ def test_what_one_wider_scenario_shows_is_named(name: str, scenario: str, requir
     assert extra["mistake"] == name or name in extra["evidence"]["alike"]
 
 
+@pytest.mark.parametrize("first", ["longest", "shortest"])
+def test_a_refresh_into_rows_of_another_order_is_named(first: str) -> None:
+    name = f"refresh-into-rows-{first}-first"
+    assert named((ran(find(name).distill, SCENARIOS[0]),)) == (name, [])
+
+
 def test_training_another_adapter_is_named() -> None:
     def distill(model: Any, samples: Any, training: Any, optimizer_cls: Any) -> Any:
         model.set_adapter(next(iter(model.peft_config)))

@@ -279,6 +279,19 @@ def inverted(order: Order) -> Order:
     return inverse
 
 
+def into_rows_by(order: Order) -> Callable[[Run], None]:
+    """The rows of the behaviour log-probs are in an order, the refresh writes them as the samples were given."""
+
+    def refresh(run: Run) -> None:
+        fresh = [right.logprobs(run, one.ids, one.response) for one in run.batch]
+        for written, place in zip(fresh, order(run), strict=True):
+            one = run.batch[place]
+            kept = one.behaviour.to(written.dtype)[:, written.shape[1] :]
+            one.behaviour = torch.cat([written[:, : one.response.shape[1]], kept], dim=1)
+
+    return refresh
+
+
 KEYS: tuple[tuple[str, str, Key], ...] = (
     ("response", "response", by_response),
     ("prompt", "prompt and length", by_prompt_and_length),
@@ -634,6 +647,19 @@ DEFECTS = (
             ("prompt", "prompt", by_prompt),
         )
         for whose in ("first", "last")
+    ),
+    *(
+        loop(
+            f"refresh-into-rows-{first}-first",
+            f"The behaviour log-probs stand in rows with the {first} response first; the refresh writes them in the "
+            "order in which the samples were given.",
+            ("STEP-4", "STEP-2"),
+            "Refresh in the order of the rows.",
+            trainer(refresh=into_rows_by(sorted_by_length(total=False, longest_first=first == "longest"))),
+            (),
+            "Batches in that order.",
+        )
+        for first in ("longest", "shortest")
     ),
     loop(
         "unrecorded-samples-dropped",
