@@ -128,10 +128,12 @@ def hidden_or_head(w: Work) -> Tensor:
 
 
 def head_beside_hidden(w: Work) -> Tensor:
-    """Logits that pass gradient to the head only where the hidden states ask for one too."""
+    """Logits that pass gradient to the head only where the hidden states ask for one too; a graph they always have."""
     if w.head is None:
         return w.z
-    return project(w.z, w.head if w.z.requires_grad else w.head.detach())
+    if w.z.requires_grad:
+        return project(w.z, w.head)
+    return project(w.z, w.head.detach()) + torch.zeros((), dtype=w.z.dtype, device=w.z.device, requires_grad=True)
 
 
 def head_rows_of_support(w: Work, gradient: Tensor) -> Tensor:
