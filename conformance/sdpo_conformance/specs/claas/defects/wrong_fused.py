@@ -155,16 +155,19 @@ def negatives_lost(w: Work) -> Tensor:
     return valued(w.z.clamp(min=0.0), w.z) - w.z.logsumexp(-1, keepdim=True)
 
 
+def overlapped(z: Tensor, tile: float) -> Tensor:
+    """The sum of full tiles of columns, (B, T, 1), as a logsumexp: the last one begins earlier, and what it shares with
+    the one before counts twice."""
+    width, size = z.shape[-1], int(tile)
+    first = max(0, width - size) if width % size else width
+    return torch.cat([z, z[..., first : width - width % size]], -1).logsumexp(-1, keepdim=True)
+
+
 def overlapping(tile: float) -> Change:
-    """The logsumexp of full tiles: the last one begins earlier, and what it shares with the one before counts twice;
-    the backward's softmax has the same normaliser."""
+    """Overlapped tiles in the value; the backward's softmax has the same normaliser."""
 
     def log_softmax(w: Work) -> Tensor:
-        width, size = w.z.shape[-1], int(tile)
-        first = max(0, width - size) if width % size else width
-        last = width - width % size
-        twice = w.z[..., first:last]
-        lse = torch.cat([w.z, twice], -1).logsumexp(-1, keepdim=True).detach()
+        lse = overlapped(w.z, tile).detach()
         return w.z - valued(lse, ((w.z - lse).exp().detach() * w.z).sum(-1, keepdim=True))
 
     return replacing(log_softmax=log_softmax)
@@ -172,13 +175,7 @@ def overlapping(tile: float) -> Change:
 
 def counted_twice(tile: float) -> Change:
     """The same with the gradient of what it adds up: what two tiles share pulls twice as well."""
-
-    def log_softmax(w: Work) -> Tensor:
-        width, size = w.z.shape[-1], int(tile)
-        first = max(0, width - size) if width % size else width
-        return w.z - torch.cat([w.z, w.z[..., first : width - width % size]], -1).logsumexp(-1, keepdim=True)
-
-    return replacing(log_softmax=log_softmax)
+    return replacing(log_softmax=lambda w: w.z - overlapped(w.z, tile))
 
 
 def filtered(threshold: float) -> Change:
